@@ -1,0 +1,172 @@
+"""The mathematics of latent attention: expanded form, absorbed form, and the choice between them.
+
+Shapes: B batch, T queries, S keys, G head groups, C branches per head, L = G * C latents, H heads per group,
+R latent width, N / E / V widths of a head's positionless key, RoPE key and value. Latents are group-major: latent
+g * C + c is branch c of group g (see `configuration_mlra`). Every size is read off the tensors, so that the same code
+runs on one tensor-parallel rank's share.
+
+For latent l and a head i that it serves (paper, eqs. 5-8):
+    o_{l,i} = softmax(scaling * (q_nope_i . k_nope_{l,i} + q_rope_i . k_rope)) v_{l,i},    o_i = alpha_attn * sum_l o_{l,i}
+with k_nope_{l,i} = W_uk[l,i] c_l and v_{l,i} = W_uv[l,i] c_l.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .kernels_mlra import latent_attention
+
+# A continuation of up to this many tokens runs absorbed. Expanding S cached rows costs S*R*(N+V) per head and latent,
+# absorbing costs T*S*(2R - N - V) more in the scores: at R=512, N=V=128 the two are equal at T=170.
+MAX_ABSORBED_QUERIES = 64
+
+
+class CacheRows(NamedTuple):
+    """Which cache rows the absorbed form may read, for each sequence of the batch.
+
+    Args:
+        kv_end: `[B]` int32, rows in use, those of the T queries included.
+        kv_start: `[B]` int32, first row that is no padding, or None for 0.
+        key_mask: `[B, >= kv_end]` bool, rows that may be attended to, or None for all.
+    """
+
+    kv_end: torch.Tensor
+    kv_start: torch.Tensor | None = None
+    key_mask: torch.Tensor | None = None
+
+
+def up_projections(kv_b_weight: torch.Tensor, num_latents: int, nope_dim: int, v_dim: int):
+    """Split the latent up-projection `[L*H*(N+V), R]` into `W_uk [L, H, N, R]` and `W_uv [L, H, V, R]` (views)."""
+    weight = kv_b_weight.view(num_latents, -1, nope_dim + v_dim, kv_b_weight.shape[-1])  # [L, H, N + V, R]
+    return weight.split([nope_dim, v_dim], dim=2)
+
+
+def branch_sum(head_outputs: torch.Tensor, num_groups: int, alpha: float) -> torch.Tensor:
+    """Sum the branches of each head: `[B, T, L, H, V]` to `[B, T, G*H, V]`, scaled by alpha_attn (paper, eq. 8)."""
+    batch, queries, latents, heads, v_dim = head_outputs.shape
+    summed = head_outputs.view(batch, queries, num_groups, latents // num_groups, heads, v_dim).sum(dim=3)
+    return summed.reshape(batch, queries, num_groups * heads, v_dim) * alpha
+
+
+def expanded_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    latents: torch.Tensor,
+    k_rope: torch.Tensor,
+    kv_b_weight: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    attention_interface: Callable,
+    *,
+    nope_dim: int,
+    v_dim: int,
+    scaling: float,
+    alpha: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention over materialised keys and values, the branches folded into the head axis of one attention call.
+
+    Args:
+        query: `[B, T, G*H, N + E]`, RoPE applied.
+        latents: `[B, S, L, R]`.
+        k_rope: `[B, S, E]`, RoPE applied.
+        kv_b_weight: `[L*H*(N+V), R]`.
+        attention_mask: whatever `attention_interface` takes.
+
+    Returns:
+        Head outputs `[B, T, G*H, V]` and, where the interface gives them, attention weights `[B, L*H, T, S]`.
+    """
+    batch, queries = query.shape[:2]
+    num_keys, num_latents, rank = latents.shape[1:]
+    heads = kv_b_weight.shape[0] // (num_latents * (nope_dim + v_dim))
+    num_groups = query.shape[2] // heads
+    weight = kv_b_weight.view(num_latents, heads * (nope_dim + v_dim), rank)
+    # One batched product over latents: [L, B*S, R] x [L, R, H*(N+V)]
+    expanded = torch.bmm(latents.flatten(0, 1).transpose(0, 1), weight.transpose(1, 2))
+    expanded = expanded.view(num_latents, batch, num_keys, heads, nope_dim + v_dim).permute(1, 0, 3, 2, 4)
+    k_nope, value = expanded.split([nope_dim, v_dim], dim=-1)  # [B, L, H, S, N], [B, L, H, S, V]
+    key = torch.cat([k_nope, k_rope[:, None, None].expand(*k_nope.shape[:-1], -1)], dim=-1).flatten(1, 2)
+    value = value.flatten(1, 2)
+    # Every branch of a group sees the same queries: [B, T, G*H, D] -> [B, G, C, H, T, D]
+    query = query.view(batch, queries, num_groups, 1, heads, -1).permute(0, 2, 3, 4, 1, 5)
+    query = query.expand(-1, -1, num_latents // num_groups, -1, -1, -1).reshape(batch, num_latents * heads, queries, -1)
+
+    output, weights = attention_interface(
+        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+    )  # [B, T, L*H, V]
+    return branch_sum(output.view(batch, queries, num_latents, heads, v_dim), num_groups, alpha), weights
+
+
+def absorbed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    latents: torch.Tensor,
+    k_rope: torch.Tensor,
+    kv_b_weight: torch.Tensor,
+    rows: CacheRows | torch.Tensor | None,
+    eager_attention: Callable,
+    *,
+    nope_dim: int,
+    v_dim: int,
+    scaling: float,
+    alpha: float,
+    implementation: str,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention in the latent space: no key or value is materialised, each latent is one multi-query attention.
+
+    W_uk moves to the query side and W_uv behind the weighted sum of latents (specification, "absorbed decode").
+
+    Args:
+        query: `[B, T, G*H, N + E]`, RoPE applied.
+        latents: `[B, S, L, R]`; may hold more rows than are in use.
+        k_rope: `[B, S, E]`, RoPE applied.
+        kv_b_weight: `[L*H*(N+V), R]`.
+        rows: the rows to read, or an additive mask `[B, 1, T, S]` (or None), which runs `eager_attention`.
+
+    Returns:
+        Head outputs `[B, T, G*H, V]` and, with an additive mask, attention weights `[B, L*H, T, S]`.
+    """
+    batch, queries = query.shape[:2]
+    num_latents, rank = latents.shape[2:]
+    heads = kv_b_weight.shape[0] // (num_latents * (nope_dim + v_dim))
+    num_groups = query.shape[2] // heads
+    branches = num_latents // num_groups
+    w_uk, w_uv = up_projections(kv_b_weight, num_latents, nope_dim, v_dim)
+    grouped = query.view(batch, queries, num_groups, heads, -1)
+    q_nope, q_rope = grouped.split([nope_dim, grouped.shape[-1] - nope_dim], dim=-1)
+
+    # q_latent[l, i] = W_uk[l, i]^T q_nope[i], batched over (l, i): [L*H, B*T, N] x [L*H, N, R]
+    q_nope = q_nope.unsqueeze(3).expand(-1, -1, -1, branches, -1, -1)
+    q_nope = q_nope.reshape(batch * queries, num_latents * heads, nope_dim).transpose(0, 1)
+    q_latent = torch.bmm(q_nope, w_uk.flatten(0, 1)).transpose(0, 1)
+    q_latent = q_latent.reshape(batch, queries, num_latents, heads, rank)
+
+    weights = None
+    if isinstance(rows, CacheRows):
+        z = latent_attention(
+            q_latent,
+            q_rope,
+            latents,
+            k_rope,
+            kv_end=rows.kv_end,
+            kv_start=rows.kv_start,
+            key_mask=rows.key_mask,
+            scaling=scaling,
+            implementation=implementation,
+        )
+    else:
+        # Heads become query rows of their latent's multi-query attention: [B, L, H*T, R + E] against [B, L, S, R + E]
+        q_rope = q_rope.unsqueeze(3).expand(-1, -1, -1, branches, -1, -1).flatten(2, 3)
+        folded = torch.cat([q_latent, q_rope], dim=-1).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        values = latents.transpose(1, 2)
+        keys = torch.cat([values, k_rope[:, None].expand(-1, num_latents, -1, -1)], dim=-1)
+        mask = rows if rows is None else rows.repeat(1, 1, heads, 1)
+        z, weights = eager_attention(module, folded, keys, values, mask, scaling=scaling)  # [B, H*T, L, R]
+        z = z.view(batch, heads, queries, num_latents, rank).permute(0, 2, 3, 1, 4)
+        weights = weights.view(batch, num_latents * heads, queries, -1)
+
+    z = z.reshape(batch * queries, num_latents * heads, rank).transpose(0, 1)
+    output = torch.bmm(z, w_uv.flatten(0, 1).transpose(1, 2)).transpose(0, 1)  # [B*T, L*H, V]
+    return branch_sum(output.reshape(batch, queries, num_latents, heads, v_dim), num_groups, alpha), weights

@@ -1,0 +1,544 @@
+"""Multi-Head Low-Rank Attention (MLRA) language model (arXiv 2603.02188, ICLR 2026), read top to bottom.
+
+Prefill and training run the expanded form through the library's attention interface; decoding runs the absorbed form
+on the latent cache (`attention_mlra`). Both use the same parameters.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation import GenerationMixin
+from transformers.integrations import use_kernel_forward_from_hub
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention_mlra import MAX_ABSORBED_QUERIES, CacheRows, absorbed_attention, expanded_attention
+from .cache_mlra import MLRACache
+from .configuration_mlra import MLRAConfig
+
+try:
+    from transformers.modeling_utils import slice_logits_to_keep
+except ImportError:  # transformers < 5.20
+
+    def slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+        indices = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return hidden_states[:, indices, :]
+
+
+@use_kernel_forward_from_hub("RMSNorm")
+class MLRARMSNorm(nn.Module):
+    """Root-mean-square norm, computed in float32 and multiplied by the weight after the cast back."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.weight * rms_normalize(hidden_states, self.variance_epsilon)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class MLRALatentRMSNorm(nn.Module):
+    """One RMSNorm per latent: `[..., L*R]` to `[..., L*R]`, normed over each latent's R numbers."""
+
+    def __init__(self, num_latents: int, latent_dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_latents, latent_dim))
+        self.variance_epsilon = eps
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        split = latents.unflatten(-1, self.weight.shape)
+        return (self.weight * rms_normalize(split, self.variance_epsilon)).flatten(-2)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+def rms_normalize(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last dimension, in float32, returned in the dtype of x."""
+    hidden_float = hidden_states.float()
+    variance = hidden_float.pow(2).mean(-1, keepdim=True)
+    return (hidden_float * torch.rsqrt(variance + eps)).to(hidden_states.dtype)
+
+
+class MLRARotaryEmbedding(nn.Module):
+    """Rotary position embedding over `qk_rope_head_dim`, with every scaling type of the library."""
+
+    inv_freq: torch.Tensor
+
+    def __init__(self, config: MLRAConfig):
+        super().__init__()
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        # The library's RoPE functions rotate all of `head_dim`; here that is the rotary part of a head.
+        self.config = PreTrainedConfig(
+            head_dim=config.qk_rope_head_dim,
+            rope_parameters=config.rope_parameters,
+            max_position_embeddings=config.max_position_embeddings,
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_attention_heads,
+        )
+        self.rope_type = config.rope_parameters["rope_type"]
+        rope_init_fn: Callable = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            rope_init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = rope_init_fn(self.config)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: PreTrainedConfig, **kwargs) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies `[head_dim / 2]` of unscaled RoPE and the factor 1.0 for its tables."""
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+        return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin tables `[B, T, E]` in the dtype of `x`."""
+        freqs = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        angles = torch.cat((freqs, freqs), dim=-1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    """(x1, x2) to (-x2, x1), the halves of the last dimension."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((-x2, x1), dim=-1)
+
+
+def apply_rotary_pos_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate `x` `[B, T, heads, E]` by the tables `[B, T, E]`, in the dtype of `x`."""
+    cos, sin = cos.unsqueeze(2).to(x.dtype), sin.unsqueeze(2).to(x.dtype)
+    return x * cos + rotate_half(x) * sin
+
+
+class MLRAMLP(nn.Module):
+    """SwiGLU: down(act(gate(x)) * up(x))."""
+
+    def __init__(self, config: MLRAConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention, one key head per query head: `[B, heads, T, D]` to `[B, T, heads, V]` and its weights."""
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class MLRALatentUpProjection(nn.Module):
+    """W_kvb: keys and values of every latent's heads, `[L*H*(N+V), R]`.
+
+    Rows are latent-major, then head, then `[k_nope N | v V]`. It is no `nn.Linear`: each block of rows acts on its own
+    latent, and the absorbed form needs the blocks themselves, so weight-only quantizers rightly leave it alone.
+    """
+
+    def __init__(self, config: MLRAConfig):
+        super().__init__()
+        heads = config.num_attention_heads // config.num_head_groups
+        rows = config.num_latent_heads * heads * (config.qk_nope_head_dim + config.v_head_dim)
+        self.weight = nn.Parameter(torch.empty(rows, config.latent_head_dim))
+
+    def forward(self) -> torch.Tensor:
+        return self.weight
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}"
+
+
+class MLRAAttention(nn.Module):
+    """Multi-Head Low-Rank Attention (paper, section 3), and MLA and GLA as its special cases.
+
+    Attention weights, where they are returned, have shape `[B, L*H, T, S]` with H = num_attention_heads / G: every
+    branch is a distribution of its own. Row `(g*B + b)*H + i` is branch b of head `g*H + i`.
+    """
+
+    def __init__(self, config: MLRAConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = True
+        self.num_key_value_groups = 1
+        self.qk_head_dim = config.qk_head_dim
+        self.scaling = config.qk_head_dim**-0.5
+        self.alpha_q = self.alpha_kv = self.alpha_attn = 1.0
+        if config.latent_scaling:
+            self.alpha_q = (config.hidden_size / config.q_lora_rank) ** 0.5
+            self.alpha_kv = (config.hidden_size / config.latent_head_dim) ** 0.5
+            self.alpha_attn = config.num_branches**-0.5
+
+        heads, eps = config.num_attention_heads, config.rms_norm_eps
+        self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=False)
+        self.q_a_layernorm = MLRARMSNorm(config.q_lora_rank, eps)
+        self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
+        self.kv_a_proj = nn.Linear(config.hidden_size, config.kv_lora_rank, bias=False)
+        self.k_rope_proj = nn.Linear(config.hidden_size, config.qk_rope_head_dim, bias=False)
+        self.kv_a_layernorm = MLRALatentRMSNorm(config.num_latent_heads, config.latent_head_dim, eps)
+        self.kv_b_proj = MLRALatentUpProjection(config)
+        if config.attn_output_gate:
+            self.g_proj = nn.Linear(config.hidden_size, heads * config.v_head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * config.v_head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: "torch.Tensor | CacheRows | None" = None,
+        past_key_values: Cache | None = None,
+        absorbed: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        config = self.config
+        batch, length = hidden_states.shape[:2]
+        cos, sin = position_embeddings
+
+        query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)) * self.alpha_q)
+        q_nope, q_rope = query.view(batch, length, -1, self.qk_head_dim).split(
+            [config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1
+        )
+        query = torch.cat([q_nope, apply_rotary_pos_emb(q_rope, cos, sin)], dim=-1)  # [B, T, G*H, N + E]
+        latents = self.kv_a_layernorm(self.kv_a_proj(hidden_states)) * self.alpha_kv  # [B, T, L*R]
+        k_rope = apply_rotary_pos_emb(self.k_rope_proj(hidden_states).unsqueeze(2), cos, sin).squeeze(2)  # [B, T, E]
+
+        if past_key_values is not None:
+            has_prefix = not isinstance(past := past_key_values.get_seq_length(self.layer_idx), int) or past > 0
+            cached = past_key_values.update(latents.unsqueeze(1), k_rope.unsqueeze(1), self.layer_idx)
+            if has_prefix:
+                latents, k_rope = cached[0].squeeze(1), cached[1].squeeze(1)  # [B, S, L*R], [B, S, E]
+                if isinstance(attention_mask, torch.Tensor) and attention_mask.shape[-1] < latents.shape[1]:
+                    latents, k_rope = latents[:, : attention_mask.shape[-1]], k_rope[:, : attention_mask.shape[-1]]
+        latents = latents.unflatten(-1, (-1, config.latent_head_dim))  # [B, S, L, R]
+
+        sizes = {
+            "nope_dim": config.qk_nope_head_dim,
+            "v_dim": config.v_head_dim,
+            "scaling": self.scaling,
+            "alpha": self.alpha_attn,
+        }
+        if absorbed:
+            output, weights = absorbed_attention(
+                self,
+                query,
+                latents,
+                k_rope,
+                self.kv_b_proj(),
+                attention_mask,
+                eager_attention_forward,
+                implementation=config.decode_implementation,
+                **sizes,
+            )
+        else:
+            attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+                config._attn_implementation, eager_attention_forward
+            )
+            output, weights = expanded_attention(
+                self,
+                query,
+                latents,
+                k_rope,
+                self.kv_b_proj(),
+                attention_mask,
+                attention_interface,
+                dropout=config.attention_dropout if self.training else 0.0,
+                **sizes,
+                **kwargs,
+            )
+
+        output = output.flatten(2)  # [B, T, G*H*V]
+        if config.attn_output_gate:
+            output = torch.sigmoid(self.g_proj(hidden_states)) * output
+        return self.o_proj(output), weights
+
+
+class MLRADecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm residual block: attention, then MLP."""
+
+    def __init__(self, config: MLRAConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = MLRAAttention(config, layer_idx)
+        self.mlp = MLRAMLP(config)
+        self.input_layernorm = MLRARMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = MLRARMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        attention_output, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attention_output
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class MLRAPreTrainedModel(PreTrainedModel):
+    """What every MLRA model shares: configuration class, initialisation and the features of the library it supports."""
+
+    config_class = MLRAConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MLRADecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": MLRADecoderLayer, "attentions": MLRAAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MLRALatentUpProjection):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, MLRALatentRMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, MLRAAttention):
+            init.zeros_(module.o_proj.weight)
+        elif isinstance(module, MLRAMLP):
+            init.zeros_(module.down_proj.weight)
+
+
+class MLRAModel(MLRAPreTrainedModel):
+    """The decoder stack: token ids or embeddings to hidden states."""
+
+    def __init__(self, config: MLRAConfig):
+        super().__init__(config)
+        # No `padding_idx`: the padding token also opens every training document, so its embedding is a trained one.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(MLRADecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = MLRARMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = MLRARotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of `input_ids` `[B, T]` or `inputs_embeds` `[B, T, d]`.
+
+        Args:
+            attention_mask: `[B, S + T]`, 1 for tokens to attend to, over cached and new tokens; or a 4D mask of the
+                library. Left and right padding give every real token what it gets alone.
+            position_ids: `[B, T]`; by default they count on from the cache. Positions that restart at 0 (packed
+                documents, no mask, no cache) keep documents apart where the attention backend supports it.
+            past_key_values: an `MLRACache`, or any of the library's caches.
+
+        Raises:
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        batch, length = inputs_embeds.shape[:2]
+
+        if use_cache and past_key_values is None:
+            past_key_values = MLRACache(self.config)
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
+
+        has_prefix = isinstance(past_length, torch.Tensor) or past_length > 0
+        absorbed = has_prefix and length <= MAX_ABSORBED_QUERIES
+        if (
+            absorbed
+            and self.config._attn_implementation != "eager"
+            and (attention_mask is None or attention_mask.ndim == 2)
+        ):
+            mask = cache_rows(attention_mask, past_length + length, batch, inputs_embeds.device)
+        else:
+            mask = self._dense_mask(
+                inputs_embeds, attention_mask, past_key_values if has_prefix else None, position_ids, past_length
+            )
+            if absorbed and mask is not None and mask.dtype == torch.bool:
+                mask = torch.zeros_like(mask, dtype=inputs_embeds.dtype).masked_fill(
+                    ~mask, torch.finfo(inputs_embeds.dtype).min
+                )
+
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        for decoder_layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = decoder_layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                absorbed=absorbed,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _dense_mask(self, inputs_embeds, attention_mask, past_key_values, position_ids, past_length):
+        """The mask the attention interface takes, no wider than the keys it covers.
+
+        Without a prefix, attention runs over the new tokens alone, whatever length a static cache has.
+        """
+        length = inputs_embeds.shape[1]
+        if past_key_values is None and attention_mask is not None:
+            attention_mask = attention_mask[..., :length]
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        if isinstance(past_length, torch.Tensor) and isinstance(mask, torch.Tensor) and not torch.compiler.is_compiling():
+            mask = mask[..., : int(past_length) + length]
+        return mask
+
+
+def cache_rows(
+    attention_mask: torch.Tensor | None, kv_end: torch.Tensor | int, batch: int, device: torch.device
+) -> CacheRows:
+    """The cache rows that a batch may read: up to `kv_end`, less what a `[B, >= kv_end]` mask leaves out."""
+    if isinstance(kv_end, torch.Tensor):
+        kv_end = kv_end.to(torch.int32).expand(batch)
+    else:
+        kv_end = torch.full((batch,), kv_end, dtype=torch.int32, device=device)
+    if attention_mask is None:
+        return CacheRows(kv_end)
+    key_mask = attention_mask.to(torch.bool)
+    return CacheRows(kv_end, key_mask.int().argmax(dim=-1).to(torch.int32), key_mask)
+
+
+class MLRAForCausalLM(MLRAPreTrainedModel, GenerationMixin):
+    """The decoder stack with the (tied) output embedding: next-token logits, loss and `generate()`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config: MLRAConfig):
+        super().__init__(config)
+        self.model = MLRAModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """Logits `[B, T, vocab_size]`, and with `labels` `[B, T]` (-100 = ignore) the mean next-token loss in nats.
+
+        Args:
+            logits_to_keep: compute logits for the last so many positions only (0 = all), or for the given positions.
+                The other arguments are those of [`MLRAModel.forward`].
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """Where the library would create its dynamic or static cache, create the latent one of the same kind."""
+        given = model_kwargs.get("past_key_values")
+        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        chosen = model_kwargs.get("past_key_values")
+        if given is None and type(chosen) in (DynamicCache, StaticCache):
+            model_kwargs["past_key_values"] = MLRACache(
+                self.config,
+                max_cache_len=chosen.layers[0].max_cache_len if isinstance(chosen, StaticCache) else None,
+                offloading=chosen.offloading,
+            )
+        return result
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None, past_key_values: Cache, **kwargs):
+        """The padding mask as wide as a compileable cache, so that its shape stays fixed from token to token.
+
+        `MLRAModel.forward` makes of it what each form of attention needs.
+        """
+        if attention_mask is None:
+            return None
+        missing = past_key_values.get_max_length() - attention_mask.shape[-1]
+        return nn.functional.pad(attention_mask, (0, max(missing, 0)), value=1)
+
+
+class MLRAForSequenceClassification(GenericForSequenceClassification, MLRAPreTrainedModel):
+    """A classification head on each sequence's last token that is no padding."""
+
+
+class MLRAForTokenClassification(GenericForTokenClassification, MLRAPreTrainedModel):
+    """A classification head on every token."""
+
+
+__all__ = [
+    "MLRAForCausalLM",
+    "MLRAForSequenceClassification",
+    "MLRAForTokenClassification",
+    "MLRAModel",
+    "MLRAPreTrainedModel",
+]

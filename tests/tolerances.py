@@ -1,0 +1,19 @@
+"""Every tolerance of the tests, in one place. They are limits of arithmetic, not of convenience: never loosen one."""
+
+MATHEMATICS_ATOL = 1e-10
+"""float64: the same mathematics in another order (values of order 1)."""
+
+RELEASED_LOGITS_RTOL = 1e-5
+"""float32: largest logit difference to the authors' code over the largest logit."""
+
+LOSS_ATOL = 1e-6
+"""float32: difference of a mean loss in nats."""
+
+CACHE_LOGITS_RATIO = 2e-3
+"""float32: RMS of the difference over RMS of the reference, cached against full forwards."""
+
+KERNEL_BF16_RATIO = 5e-3
+"""bfloat16 kernel against a float32 reference, RMS ratio."""
+
+QUANTIZED_CACHE_RATIO = 0.2
+"""4-bit cache against the exact one, RMS ratio of logits."""
