@@ -1,0 +1,292 @@
+"""Absorbed decode attention over the latent cache, and the hook that picks the kernel that runs it.
+
+Legend: B sequences, T query positions, S allocated cache rows, L latents in G groups, H query heads per latent,
+R latent width, E rotary width. Latent s is multiplied with the rotary queries of group s // (L // G).
+
+Every latent is one multi-query attention whose key is [c_s | k_rope] and whose value is c_s (paper, section 3.2:
+z_{s,i} = softmax(scaling * (q_latent_{s,i} . c_s + q_rope_{g,i} . k_rope)) c_s), so nothing per head is cached or built.
+"""
+
+import logging
+import math
+import os
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from .triton_mlra import triton_latent_attention, triton_missing
+
+try:
+    import flash_attn_interface
+except ImportError:
+    flash_attn_interface = None
+try:
+    import kernels as hub_kernels
+except ImportError:
+    hub_kernels = None
+
+logger = logging.getLogger(__name__)
+
+ENVIRONMENT_VARIABLE = "MLRA_DECODE"
+IMPLEMENTATIONS = ("triton", "flash_attention_3", "torch")
+decode_calls: Counter[str] = Counter()  # times each path ran; not counted while tracing or when a CUDA graph replays
+_said: set[str] = set()
+_hub_functions: dict = {}
+
+
+def reference_latent_attention(
+    q_latent, q_rope, latents, k_rope, kv_end, kv_start=None, key_mask=None, block_table=None, page_size=0, scaling=1.0
+):
+    """The plain torch form: any device, dtype, width and query length; differentiable. Returns [B, T, L, H, R].
+
+    Sums are float32 (float64 for float64 inputs). Rows that no query may see are zeroed, so NaN there does not spread.
+    """
+    batch, length, num_latents, heads, _ = q_latent.shape
+    groups = q_rope.shape[2]
+    dtype = torch.promote_types(q_latent.dtype, torch.float32)
+    if block_table is not None:
+        rows = torch.arange(block_table.shape[1] * page_size, device=q_latent.device)
+        pages = block_table.long().clamp(min=0)[:, rows // page_size]
+        index = (pages * page_size + rows % page_size).clamp(max=latents.shape[0] - 1)
+        latents, k_rope = latents[index], k_rope[index]
+    positions = torch.arange(latents.shape[1], device=q_latent.device)
+    used = positions < kv_end[:, None]  # [B, S]
+    if kv_start is not None:
+        used = used & (positions >= kv_start[:, None])
+    if key_mask is not None:
+        key_mask = key_mask[:, : used.shape[1]].bool()
+        used = used & torch.nn.functional.pad(key_mask, (0, used.shape[1] - key_mask.shape[1]))
+    query = torch.arange(length, device=q_latent.device)
+    seen = used[:, None] & (positions <= (kv_end[:, None] - length + query)[..., None])  # [B, T, S]
+
+    c = latents.to(dtype).masked_fill(~used[..., None, None], 0).permute(0, 2, 1, 3)  # [B, L, S, R]
+    k = k_rope.to(dtype).masked_fill(~used[..., None], 0)  # [B, S, E]
+    q = q_latent.to(dtype).permute(0, 2, 1, 3, 4).flatten(2, 3)  # [B, L, T*H, R]
+    rotary = q_rope.to(dtype).permute(0, 2, 1, 3, 4).flatten(1, 3) @ k.transpose(1, 2)  # [B, G*T*H, S]
+    rotary = rotary.view(batch, groups, length * heads, -1).repeat_interleave(num_latents // groups, dim=1)
+    scores = (q @ c.transpose(2, 3) + rotary).unflatten(2, (length, heads)) * scaling  # [B, L, T, H, S]
+    scores = scores.masked_fill(~seen[:, None, :, None], -math.inf)
+    top = scores.amax(dim=-1, keepdim=True)
+    weights = torch.exp(scores - torch.where(top == -math.inf, 0.0, top))
+    norm = weights.sum(dim=-1, keepdim=True)
+    z = weights.flatten(2, 3) @ c
+    z = z.unflatten(2, (length, heads)) / torch.where(norm == 0, 1.0, norm)
+    return z.transpose(1, 2).to(q_latent.dtype)
+
+
+def _flash_attention_3(
+    q_latent, q_rope, latents, k_rope, kv_end, kv_start=None, key_mask=None, block_table=None, page_size=0, scaling=1.0
+):
+    """FlashAttention-3's decode entry: one call on the rows [c | k_rope] themselves, or one `qv` call per latent."""
+    decode_calls["flash_attention_3"] += 1
+    _, length, num_latents, _, width = q_latent.shape
+    attend = flash_attn_interface.flash_attn_with_kvcache
+    paged = {}
+    if block_table is not None:
+        latents, k_rope = latents.unflatten(0, (-1, page_size)), k_rope.unflatten(0, (-1, page_size))
+        paged = {"page_table": block_table}
+    common = {"cache_seqlens": kv_end, "softmax_scale": scaling, "causal": length > 1, **paged}
+    if _is_one_row(latents, k_rope):
+        shape = (*k_rope.shape[:2], 1, width + k_rope.shape[-1])
+        rows = latents.as_strided(shape, (*latents.stride()[:2], shape[-1], 1))
+        z = attend(torch.cat([q_latent[:, :, 0], q_rope[:, :, 0]], -1), rows, rows[..., :width], **common)
+        return z[:, :, None]
+    group = num_latents // q_rope.shape[2]
+    results = [
+        attend(q_rope[:, :, s // group], k_rope[:, :, None], latents[:, :, s : s + 1], qv=q_latent[:, :, s], **common)
+        for s in range(num_latents)
+    ]
+    return torch.stack(results, dim=2)
+
+
+def _is_one_row(latents, k_rope) -> bool:
+    """Whether one latent and the rotary key lie side by side in the same rows: a 192/128 attention as they are."""
+    width = latents.shape[-1]
+    return (
+        latents.shape[-2] == 1
+        and (width, k_rope.shape[-1]) == (128, 64)
+        and latents.stride()[:-2] == k_rope.stride()[:-1]
+        and k_rope.storage_offset() - latents.storage_offset() == width
+    )
+
+
+def _triton(
+    q_latent, q_rope, latents, k_rope, kv_end, kv_start=None, key_mask=None, block_table=None, page_size=0, scaling=1.0
+):
+    decode_calls["triton"] += 1
+    return triton_latent_attention(
+        q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling
+    )
+
+
+def _empty_result(q_latent, *args, **kwargs):
+    return torch.empty(q_latent.shape, dtype=q_latent.dtype, device=q_latent.device)
+
+
+def _register(name, function):
+    """Registers `function` as torch.ops.mlra.<name>; a second copy of this file finds and uses the first one's."""
+    if not hasattr(torch.ops.mlra, name):
+        _library.define(
+            f"{name}(Tensor q_latent, Tensor q_rope, Tensor latents, Tensor k_rope, Tensor kv_end, Tensor? kv_start, "
+            "Tensor? key_mask, Tensor? block_table, int page_size, float scaling) -> Tensor"
+        )
+        _library.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"mlra::{name}", _empty_result, lib=_library)
+    return getattr(torch.ops.mlra, name)
+
+
+_library = torch.library.Library("mlra", "FRAGMENT")
+_operators = {
+    "triton": _register("latent_attention_triton", _triton),
+    "flash_attention_3": _register("latent_attention_flash_attention_3", _flash_attention_3),
+}
+
+
+def _hub_function(name: str):
+    """`latent_attention` of the kernel at `name`: a local kernel folder, "org/repo" or "org/repo@revision"."""
+    if hub_kernels is None:
+        raise ImportError(f"decode implementation {name!r} is a kernel repository: it needs `pip install kernels`")
+    if name not in _hub_functions:
+        if Path(name).is_dir():
+            module = hub_kernels.get_local_kernel(Path(name))
+        else:
+            repository, _, revision = name.partition("@")
+            module = hub_kernels.get_kernel(repository, revision=revision or "main")
+        if not callable(getattr(module, "latent_attention", None)):
+            raise ValueError(f"kernel {name!r} has no function `latent_attention`")
+        _hub_functions[name] = module.latent_attention
+    return _hub_functions[name]
+
+
+def _obstacle(name, q_latent, q_rope, latents, k_rope, kv_start, key_mask) -> str | None:
+    """Why implementation `name` cannot run these inputs, or None if it can."""
+    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q_latent, q_rope, latents, k_rope))
+    if name != "torch" and needs_gradient:
+        return "it has no gradient; run it under torch.no_grad(), or use 'torch'"
+    if name == "triton":
+        return triton_missing(q_latent.device.type, q_latent.dtype)
+    if name == "flash_attention_3":
+        if flash_attn_interface is None:
+            return "module flash_attn_interface (FlashAttention-3) is not installed; 'triton' needs no such module"
+        if q_latent.device.type != "cuda" or q_latent.dtype not in (torch.bfloat16, torch.float16):
+            return f"it runs bfloat16 or float16 on CUDA only, not {q_latent.dtype} on {q_latent.device.type}"
+        if kv_start is not None or key_mask is not None:
+            return "it takes no left padding and no key mask; use 'triton' or 'torch'"
+    return None
+
+
+def choose_implementation(implementation, q_latent, q_rope, latents, k_rope, kv_start=None, key_mask=None) -> str:
+    """The implementation that runs: the argument, else the environment variable MLRA_DECODE, else the best that can.
+
+    Raises:
+        ImportError: the named implementation needs a package that is not installed.
+        ValueError: the named implementation is unknown or cannot run these inputs.
+    """
+    inputs = (q_latent, q_rope, latents, k_rope, kv_start, key_mask)
+    name = implementation
+    if name in (None, "auto"):
+        name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    if name == "auto":
+        obstacle = _obstacle("triton", *inputs)
+        if obstacle is None:
+            return "triton"
+        if q_latent.device.type != "cuda":
+            return "torch"
+        one_row = flash_attn_interface is not None and _is_one_row(latents, k_rope)
+        chosen = "flash_attention_3" if one_row and _obstacle("flash_attention_3", *inputs) is None else "torch"
+        _warn_once(f"latent attention falls back to '{chosen}': 'triton' cannot run because {obstacle}")
+        return chosen
+    if name in IMPLEMENTATIONS:
+        obstacle = _obstacle(name, *inputs)
+        if obstacle is not None:
+            error = ImportError if "not installed" in obstacle else ValueError
+            raise error(f"decode implementation {name!r} cannot run: {obstacle}")
+        return name
+    if "/" in name or Path(name).is_dir():
+        return name
+    raise ValueError(
+        f"unknown decode implementation {name!r}: give 'auto', one of {', '.join(IMPLEMENTATIONS)}, a kernel "
+        "repository 'org/repo' or a local kernel folder"
+    )
+
+
+def _warn_once(message: str) -> None:
+    if not torch.compiler.is_compiling() and message not in _said:
+        _said.add(message)
+        logger.warning(message)
+
+
+def latent_attention(
+    q_latent: torch.Tensor,
+    q_rope: torch.Tensor,
+    latents: torch.Tensor,
+    k_rope: torch.Tensor,
+    *,
+    kv_end: torch.Tensor,
+    kv_start: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    scaling: float,
+    implementation: str = "auto",
+    block_table: torch.Tensor | None = None,
+    page_size: int = 0,
+) -> torch.Tensor:
+    """Absorbed attention of T query positions over the cached rows of each sequence.
+
+    z_{s,i,t} = softmax_j(scaling * (q_latent_{s,i,t} . c_s[j] + q_rope_{g,i,t} . k_rope[j])) c_s[j], where query t of
+    sequence b sees the rows kv_start[b] <= j <= kv_end[b] - T + t with key_mask[b, j]. One that sees none gives zeros.
+
+    Args:
+        q_latent: `[B, T, L, H, R]`.
+        q_rope: `[B, T, G, H, E]`; latent s uses group s // (L // G).
+        latents: `[B, S, L, R]`, any strides but the last; rows from kv_end on are never used and may hold NaN.
+            With `block_table`: the pool of rows `[pages * page_size, L, R]`.
+        k_rope: `[B, S, E]`, or `[pages * page_size, E]`.
+        kv_end: int32 `[B]`, rows in use, the T query rows included. Read on the device only.
+        kv_start: int32 `[B]`, first row seen (left padding), or None for 0.
+        key_mask: bool `[B, at least max(kv_end)]`, or None.
+        scaling: factor of the scores (explicit: the widths here are not those it derives from).
+        implementation: "auto", "triton", "flash_attention_3", "torch", "org/repo" or a local kernel folder.
+        block_table: int32 `[B, max_blocks]`: row j lies at row block_table[b, j // page_size] * page_size
+            + j % page_size of the pool.
+
+    Returns:
+        `[B, T, L, H, R]` in q_latent's dtype.
+
+    Raises:
+        ImportError, ValueError: see `choose_implementation`; ValueError also for shapes that do not fit.
+    """
+    _check_shapes(q_latent, q_rope, latents, k_rope, kv_end, block_table, page_size)
+    name = choose_implementation(implementation, q_latent, q_rope, latents, k_rope, kv_start, key_mask)
+    arguments = (q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling)
+    if name in _operators:
+        return _operators[name](*arguments)
+    if not torch.compiler.is_compiling():
+        decode_calls[name] += 1
+    if name == "torch":
+        return reference_latent_attention(*arguments)
+    options = {"kv_end": kv_end, "kv_start": kv_start, "key_mask": key_mask, "scaling": scaling}
+    if block_table is not None:
+        options |= {"block_table": block_table, "page_size": page_size}
+    return _hub_function(name)(q_latent, q_rope, latents, k_rope, **options)
+
+
+def _check_shapes(q_latent, q_rope, latents, k_rope, kv_end, block_table, page_size) -> None:
+    batch, length, num_latents, heads, width = q_latent.shape
+    if tuple(latents.shape[-2:]) != (num_latents, width):
+        raise ValueError(
+            f"latents {tuple(latents.shape)} do not end in the [L, R] of q_latent {tuple(q_latent.shape)}"
+        )
+    if q_rope.shape[:2] != (batch, length) or q_rope.shape[3] != heads or num_latents % q_rope.shape[2]:
+        raise ValueError(f"q_rope {tuple(q_rope.shape)} does not fit q_latent {tuple(q_latent.shape)}")
+    if k_rope.shape[-1] != q_rope.shape[-1] or k_rope.shape[:-1] != latents.shape[:-2]:
+        raise ValueError(f"k_rope {tuple(k_rope.shape)} does not fit latents {tuple(latents.shape)}")
+    if kv_end.shape != (batch,):
+        raise ValueError(f"kv_end has shape {tuple(kv_end.shape)}, not ({batch},)")
+    if block_table is None and (latents.dim() != 4 or latents.shape[0] != batch):
+        raise ValueError(f"latents {tuple(latents.shape)} are not [B={batch}, S, L, R]")
+    if block_table is not None and (latents.dim() != 3 or page_size < 1 or block_table.shape[0] != batch):
+        raise ValueError(
+            f"paged rows need latents [rows, L, R], block_table [B, blocks] and page_size >= 1, not "
+            f"{tuple(latents.shape)}, {tuple(block_table.shape)} and {page_size}"
+        )
