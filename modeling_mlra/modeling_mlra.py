@@ -73,9 +73,14 @@ class MLRALatentRMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
+def at_least_float32(x: torch.Tensor) -> torch.dtype:
+    """The dtype that sensitive reductions of `x` are computed in."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def rms_normalize(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last dimension, in float32, returned in the dtype of x."""
-    hidden_float = hidden_states.float()
+    """x / sqrt(mean(x^2) + eps) over the last dimension, in float32 or wider, returned in the dtype of x."""
+    hidden_float = hidden_states.to(at_least_float32(hidden_states))
     variance = hidden_float.pow(2).mean(-1, keepdim=True)
     return (hidden_float * torch.rsqrt(variance + eps)).to(hidden_states.dtype)
 
@@ -115,7 +120,8 @@ class MLRARotaryEmbedding(nn.Module):
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin tables `[B, T, E]` in the dtype of `x`."""
-        freqs = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        dtype = at_least_float32(x)
+        freqs = position_ids[..., None].to(dtype) * self.inv_freq.to(device=x.device, dtype=dtype)
         angles = torch.cat((freqs, freqs), dim=-1)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return cos.to(x.dtype), sin.to(x.dtype)
@@ -161,7 +167,7 @@ def eager_attention_forward(
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.softmax(scores, dim=-1, dtype=at_least_float32(scores)).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 

@@ -40,7 +40,7 @@ class Oracle:
     final_norm: torch.Tensor
     head: torch.Tensor
     scaled: bool = True
-    theta: float = 10000.0
+    inv_freq: torch.Tensor | None = None  # [e / 2]; None for theta 10000
     eps: float = 1e-6
     layers: list[OracleLayer] = field(default_factory=list)
 
@@ -51,7 +51,8 @@ class Oracle:
         half = self.rope_dim // 2
         out = torch.empty_like(x)
         for j in range(half):
-            angle = positions.double() * self.theta ** (-2.0 * j / self.rope_dim)
+            frequency = 10000.0 ** (-2.0 * j / self.rope_dim) if self.inv_freq is None else self.inv_freq[j]
+            angle = positions.double() * frequency
             turned = torch.complex(x[:, j], x[:, j + half]) * torch.polar(torch.ones_like(angle), angle)
             out[:, j], out[:, j + half] = turned.real, turned.imag
         return out
@@ -126,7 +127,7 @@ def oracle_of_model(model) -> Oracle:
         final_norm=state["model.norm.weight"],
         head=state["lm_head.weight"],
         scaled=config.latent_scaling,
-        theta=config.rope_parameters["rope_theta"],
+        inv_freq=model.model.rotary_emb.inv_freq.double(),  # rounded to float32, as the model has them
         eps=config.rms_norm_eps,
     )
     for index in range(config.num_hidden_layers):
