@@ -21,6 +21,7 @@ FOLDER = Path(__file__).resolve().parent
 END_OF_TEXT = "<|endoftext|>"
 CONTEXT = 2048
 MERGES_HEADER = "#version: 0.2"
+NUM_TOKENS = 50257
 NUM_BYTES = 256  # ids 0 .. 255 are the single bytes; id 256 + k is the token that merge k makes
 SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -66,26 +67,34 @@ def genuine_files(tokenizer_json: Path = FOLDER / "tokenizer.json") -> dict[str,
     return {"encoder.json": json.dumps(vocab).encode(), "vocab.bpe": ("\n".join(merges) + "\n").encode()}
 
 
-def build_tokenizer(files: dict[str, bytes], vocab_size: int | None = None) -> Tokenizer:
+def end_of_text_id(vocab_size: int) -> int:
+    """Id of `<|endoftext|>` for a model with `vocab_size` embedding rows: 50256, or the last row of a smaller model.
+
+    Raises:
+        ValueError: when there is no room for the 256 bytes and `<|endoftext|>`.
+    """
+    if vocab_size <= NUM_BYTES:
+        raise ValueError(f"vocab_size={vocab_size} must be at least {NUM_BYTES + 1}: the bytes and {END_OF_TEXT}")
+    return min(vocab_size, NUM_TOKENS) - 1
+
+
+def build_tokenizer(files: dict[str, bytes], vocab_size: int = NUM_TOKENS) -> Tokenizer:
     """The byte-level BPE tokenizer of GPT-2.
 
     Args:
         files: contents of `encoder.json` and `vocab.bpe`.
-        vocab_size: None for all 50257 tokens. A smaller number keeps the first `vocab_size` - 1 of them (every byte
-            and the most frequent merges, so any text still round-trips) and gives the last id to `<|endoftext|>`;
-            this is what models with a tiny vocabulary use.
+        vocab_size: embedding rows of the model. From 50257 on the tokenizer is GPT-2's. A smaller number keeps its
+            first `vocab_size` - 1 tokens (every byte and the most frequent merges, so any text still round-trips)
+            and gives the last id to `<|endoftext|>`; this is what models with a tiny vocabulary use.
 
     Raises:
-        ValueError: when `vocab_size` leaves no room for the 256 bytes and `<|endoftext|>`.
+        ValueError: as `end_of_text_id`.
     """
     vocab = json.loads(files["encoder.json"])
     merges = [tuple(line.split(" ")) for line in files["vocab.bpe"].decode().splitlines()[1:]]
-    if vocab_size is not None and vocab_size < len(vocab):
-        if vocab_size <= NUM_BYTES:
-            raise ValueError(f"vocab_size={vocab_size} must be at least {NUM_BYTES + 1}: the bytes and {END_OF_TEXT}")
-        vocab = {token: index for token, index in vocab.items() if index < vocab_size - 1}
-        vocab[END_OF_TEXT] = vocab_size - 1
-        merges = merges[: vocab_size - 1 - NUM_BYTES]
+    end_of_text = end_of_text_id(vocab_size)
+    vocab = {token: index for token, index in vocab.items() if index < end_of_text} | {END_OF_TEXT: end_of_text}
+    merges = merges[: end_of_text - NUM_BYTES]
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -94,7 +103,7 @@ def build_tokenizer(files: dict[str, bytes], vocab_size: int | None = None) -> T
     return tokenizer
 
 
-def tokenizer_config() -> dict:
+def tokenizer_config(context: int) -> dict:
     """Contents of `tokenizer_config.json`: one special token in every role, left padding, nothing added or cleaned."""
     return {
         "add_bos_token": False,
@@ -103,31 +112,32 @@ def tokenizer_config() -> dict:
         "clean_up_tokenization_spaces": False,
         "eos_token": END_OF_TEXT,
         "model_input_names": ["input_ids", "attention_mask"],
-        "model_max_length": CONTEXT,
+        "model_max_length": context,
         "pad_token": END_OF_TEXT,
         "padding_side": "left",
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
 
 
-def write_tokenizer(folder: Path, vocab_size: int | None = None, files: dict[str, bytes] | None = None) -> int:
+def write_tokenizer(
+    folder: Path, vocab_size: int = NUM_TOKENS, context: int = CONTEXT, files: dict[str, bytes] | None = None
+) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json` into `folder`.
 
     Args:
         folder: an existing folder.
         vocab_size: as in `build_tokenizer`.
+        context: tokens the model was trained to take.
         files: the GPT-2 files; by default the ones stored here, verified.
-
-    Returns:
-        The id of `<|endoftext|>`, which is also the last id the tokenizer knows.
     """
     if files is None:
         files = genuine_files()
         verify(files)
     tokenizer = build_tokenizer(files, vocab_size)
     (folder / "tokenizer.json").write_text(tokenizer.to_str() + "\n", encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(), indent=2) + "\n", encoding="utf-8")
-    return tokenizer.token_to_id(END_OF_TEXT)
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(tokenizer_config(context), indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,37 @@
+"""What the command-line programs share: one clear line and a fixed exit code instead of a traceback."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable
+
+EXIT_ERROR = 2  # argparse uses the same code for wrong flags
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+
+
+class UserError(Exception):
+    """Something the user can put right; its message is one line that names the thing and what would work."""
+
+
+def fail(message: object) -> int:
+    """Print `message` as one line on stderr and return the exit code of errors."""
+    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    return EXIT_ERROR
+
+
+def run(body: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
+    """Run `body(args)` and return the exit code: 0, 2 after one line on stderr, or 130 after Ctrl-C.
+
+    SIGTERM unwinds like Ctrl-C does, so that temporary folders are removed, and exits with 143.
+    """
+    previous = signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
+    try:
+        body(args)
+    except (UserError, OSError) as error:
+        return fail(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return 0
