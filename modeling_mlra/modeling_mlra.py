@@ -147,6 +147,7 @@ class MLRAMLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj.starts_at_zero = True
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -224,6 +225,7 @@ class MLRAAttention(nn.Module):
         if config.attn_output_gate:
             self.g_proj = nn.Linear(config.hidden_size, heads * config.v_head_dim, bias=False)
         self.o_proj = nn.Linear(heads * config.v_head_dim, config.hidden_size, bias=False)
+        self.o_proj.starts_at_zero = True
 
     def forward(
         self,
@@ -334,10 +336,8 @@ class MLRAPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, MLRALatentRMSNorm):
             init.ones_(module.weight)
-        elif isinstance(module, MLRAAttention):
-            init.zeros_(module.o_proj.weight)
-        elif isinstance(module, MLRAMLP):
-            init.zeros_(module.down_proj.weight)
+        elif getattr(module, "starts_at_zero", False):
+            init.zeros_(module.weight)
 
 
 class MLRAModel(MLRAPreTrainedModel):
@@ -398,9 +398,7 @@ class MLRAModel(MLRAPreTrainedModel):
         ):
             mask = cache_rows(attention_mask, past_length + length, batch, inputs_embeds.device)
         else:
-            mask = self._dense_mask(
-                inputs_embeds, attention_mask, past_key_values if has_prefix else None, position_ids, past_length
-            )
+            mask = self._dense_mask(inputs_embeds, attention_mask, past_key_values, position_ids, past_length)
             if absorbed and mask is not None and mask.dtype == torch.bool:
                 mask = torch.zeros_like(mask, dtype=inputs_embeds.dtype).masked_fill(
                     ~mask, torch.finfo(inputs_embeds.dtype).min
@@ -421,13 +419,15 @@ class MLRAModel(MLRAPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def _dense_mask(self, inputs_embeds, attention_mask, past_key_values, position_ids, past_length):
-        """The mask the attention interface takes, no wider than the keys it covers.
+        """The mask that the attention interface takes, no wider than the keys it covers.
 
         Without a prefix, attention runs over the new tokens alone, whatever length a static cache has.
         """
         length = inputs_embeds.shape[1]
-        if past_key_values is None and attention_mask is not None:
-            attention_mask = attention_mask[..., :length]
+        is_static = past_key_values is not None and past_key_values.is_compileable
+        if is_static and not isinstance(past_length, torch.Tensor):
+            past_key_values = DynamicCache()
+            attention_mask = None if attention_mask is None else attention_mask[..., :length]
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -435,7 +435,7 @@ class MLRAModel(MLRAPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        if isinstance(past_length, torch.Tensor) and isinstance(mask, torch.Tensor) and not torch.compiler.is_compiling():
+        if is_static and isinstance(mask, torch.Tensor) and not torch.compiler.is_compiling():
             mask = mask[..., : int(past_length) + length]
         return mask
 

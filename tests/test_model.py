@@ -1,0 +1,236 @@
+"""The model against the independent oracle: forward, gradients, masks, heads of the library, initialisation."""
+
+import pytest
+import torch
+
+from modeling_mlra import MLRACache, MLRAForSequenceClassification, MLRAForTokenClassification
+from tests.models import VARIANTS, VOCAB_SIZE, random_ids, tiny_config, tiny_model
+from tests.oracle import oracle_of_model
+from tests.tolerances import LOSS_ATOL, MATHEMATICS_ATOL
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+SETTINGS = {
+    "plain": {},
+    "gated": {"attn_output_gate": True},
+    "no_scale": {"latent_scaling": False},
+    "gated_no_scale": {"attn_output_gate": True, "latent_scaling": False},
+}
+
+
+def assert_close(result, reference):
+    assert reference.abs().max() > 1e6 * MATHEMATICS_ATOL, "a reference near zero proves nothing"
+    torch.testing.assert_close(result, reference, rtol=0, atol=MATHEMATICS_ATOL)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_expanded_and_absorbed_equal_the_oracle(variant, setting):
+    model = tiny_model(variant, dtype=torch.float64, **SETTINGS[setting])
+    oracle = oracle_of_model(model)
+    for length in (1, 7, 29):
+        ids = random_ids(length)
+        reference = oracle.forward(ids)
+        with torch.no_grad():
+            assert_close(model(ids[None]).logits[0], reference)
+            for implementation in ("sdpa", "eager"):
+                model.set_attn_implementation(implementation)
+                for cache in (MLRACache(model.config), MLRACache(model.config, max_cache_len=length + 3)):
+                    pieces = [model(part[None], past_key_values=cache).logits[0] for part in ids.split(3)]
+                    assert_close(torch.cat(pieces), reference)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_equal_the_oracle(variant):
+    """Gradients of the loss through the expanded form, and through the absorbed form on a growing cache."""
+    model = tiny_model(variant, dtype=torch.float64, attn_output_gate=True)
+    ids = random_ids(7)
+    names = [name for name, _ in model.named_parameters()]
+
+    oracle_model = tiny_model(variant, dtype=torch.float64, attn_output_gate=True)
+    oracle = oracle_of_model(oracle_model)
+    leaves = {}
+    for index, layer in enumerate(oracle.layers):
+        for name in ("q_a", "q_b", "k_rope", "out", "gate"):
+            leaves[index, name] = getattr(layer, name).clone().requires_grad_()
+            setattr(layer, name, leaves[index, name])
+    torch.nn.functional.cross_entropy(oracle.forward(ids)[:-1], ids[1:]).backward()
+
+    def gradients(logits):
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(logits[:-1], ids[1:]).backward()
+        return {name: parameter.grad.clone() for name, parameter in zip(names, model.parameters(), strict=True)}
+
+    expanded = gradients(model(ids[None]).logits[0])
+    cache = MLRACache(model.config)
+    absorbed = gradients(torch.cat([model(part[None], past_key_values=cache).logits[0] for part in ids.split(3)]))
+    for name in names:
+        torch.testing.assert_close(absorbed[name], expanded[name], rtol=0, atol=MATHEMATICS_ATOL)
+    modules = {"q_a": "q_a_proj", "q_b": "q_b_proj", "k_rope": "k_rope_proj", "out": "o_proj", "gate": "g_proj"}
+    for (index, name), leaf in leaves.items():
+        assert_close(expanded[f"model.layers.{index}.self_attn.{modules[name]}.weight"].T, leaf.grad)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_change_a_real_token(side, implementation):
+    model = tiny_model("mlra_2", dtype=torch.float64)
+    model.set_attn_implementation(implementation)
+    oracle = oracle_of_model(model)
+    ids, lengths = random_ids(3, 9), (9, 4, 1)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        mask[row, slice(9 - length, None) if side == "left" else slice(0, length)] = 1
+    with torch.no_grad():
+        for length_first in (9, 5):  # whole, and as a prefill with a continuation
+            cache = MLRACache(model.config)
+            parts = ids.split([length_first, 9 - length_first], dim=1)
+            ends = (length_first, 9)
+            logits = torch.cat(
+                [
+                    model(part, attention_mask=mask[:, :end], past_key_values=cache).logits
+                    for part, end in zip(parts, ends, strict=True)
+                    if part.shape[1]
+                ],
+                dim=1,
+            )
+            for row in range(3):
+                real = mask[row].bool()
+                assert_close(logits[row, real], oracle.forward(ids[row, real]))
+
+
+def test_masked_tokens_in_the_middle_of_the_cache():
+    model = tiny_model("mlra_4", dtype=torch.float64)
+    ids, keep = random_ids(8), torch.tensor([1, 0, 1, 1, 0, 0, 1, 1])
+    reference = oracle_of_model(model).forward(ids, keep=keep)
+    with torch.no_grad():
+        cache = MLRACache(model.config, max_cache_len=20)
+        first = model(ids[None, :6], attention_mask=keep[None, :6], past_key_values=cache).logits[0]
+        second = model(ids[None, 6:], attention_mask=keep[None], past_key_values=cache).logits[0]
+    visible = keep.bool()
+    assert_close(torch.cat([first, second])[visible], reference[visible])
+
+
+def test_position_ids_move_rope_only():
+    """RoPE is relative: a shift changes nothing, a stretch equals the oracle at the stretched positions."""
+    model = tiny_model("gla_2", dtype=torch.float64)
+    ids, positions = random_ids(6), torch.tensor([0, 2, 4, 9, 10, 30])
+    with torch.no_grad():
+        stretched = model(ids[None], position_ids=positions[None]).logits[0]
+        plain, shifted = model(ids[None]).logits, model(ids[None], position_ids=torch.arange(5, 11)[None]).logits
+    assert_close(stretched, oracle_of_model(model).forward(ids, positions=positions))
+    assert (stretched - plain[0]).abs().max() > 1e-3
+    assert_close(shifted, plain)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_packed_documents_do_not_see_each_other(implementation):
+    model = tiny_model("mlra_4", dtype=torch.float64)
+    model.set_attn_implementation(implementation)
+    first, second = random_ids(5), random_ids(8, seed=2)
+    positions = torch.cat([torch.arange(5), torch.arange(8)])[None]
+    with torch.no_grad():
+        packed = model(torch.cat([first, second])[None], position_ids=positions, use_cache=False).logits[0]
+    oracle = oracle_of_model(model)
+    assert_close(packed, torch.cat([oracle.forward(first), oracle.forward(second)]))
+
+
+def test_long_continuation_expands_the_cache():
+    """More new tokens than the absorbed form takes, on a dynamic and on a static cache with an unused tail."""
+    model = tiny_model("mlra_4", dtype=torch.float64, max_position_embeddings=256, num_hidden_layers=1)
+    ids = random_ids(90)
+    with torch.no_grad():
+        reference = model(ids[None]).logits
+        for cache in (MLRACache(model.config), MLRACache(model.config, max_cache_len=120)):
+            first = model(ids[None, :10], past_key_values=cache).logits
+            second = model(ids[None, 10:], past_key_values=cache).logits
+            assert_close(torch.cat([first, second], dim=1), reference)
+
+
+def test_attentions_are_one_distribution_per_branch():
+    model = tiny_model("mlra_2", dtype=torch.float64)
+    model.set_attn_implementation("eager")
+    ids = random_ids(1, 6)
+    with torch.no_grad():
+        cache = MLRACache(model.config)
+        whole = model(ids, output_attentions=True).attentions
+        model(ids[:, :4], past_key_values=cache)
+        step = model(ids[:, 4:], past_key_values=cache, output_attentions=True).attentions
+    assert len(whole) == 2
+    assert whole[0].shape == (1, 4 * 6, 6, 6)  # 4 latents, 12 heads in 2 groups
+    assert step[0].shape == (1, 4 * 6, 2, 6)
+    torch.testing.assert_close(whole[1].sum(-1), torch.ones_like(whole[1].sum(-1)))
+    torch.testing.assert_close(step[1], whole[1][:, :, 4:], rtol=0, atol=MATHEMATICS_ATOL)
+
+
+def test_logits_to_keep_and_loss():
+    model = tiny_model(dtype=torch.float64)
+    ids = random_ids(2, 9)
+    labels = ids.clone()
+    labels[0, :4] = -100
+    with torch.no_grad():
+        out = model(ids, labels=labels)
+        assert_close(model(ids, logits_to_keep=2).logits, out.logits[:, -2:])
+        assert_close(model(ids, logits_to_keep=torch.tensor([1, 5])).logits, out.logits[:, [1, 5]])
+    reference = torch.nn.functional.cross_entropy(out.logits[:, :-1].reshape(-1, VOCAB_SIZE), labels[:, 1:].flatten())
+    assert abs(out.loss.item() - reference.item()) < LOSS_ATOL
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    model = tiny_model(dtype=torch.float64).train()
+    ids = random_ids(2, 9)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert_close(checkpointed, plain)
+
+
+def test_flex_attention_equals_sdpa():
+    model = tiny_model("mlra_2", qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16)
+    ids = random_ids(2, 9)
+    with torch.no_grad():
+        reference = model(ids).logits
+        model.set_attn_implementation("flex_attention")
+        torch.testing.assert_close(model(ids).logits, reference, rtol=1e-4, atol=1e-4)
+
+
+def test_classification_heads():
+    ids = random_ids(2, 7)
+    ids[1, :3] = 0  # left padding
+    mask = (ids != 0).long()
+    sequence = tiny_model(model_class=MLRAForSequenceClassification, num_labels=3, dtype=torch.float64)
+    with torch.no_grad():
+        logits = sequence(ids, attention_mask=mask).logits
+        alone = sequence(ids[1:, 3:]).logits
+    assert logits.shape == (2, 3)
+    assert_close(logits[1:], alone)
+    token = tiny_model(model_class=MLRAForTokenClassification, num_labels=5)
+    assert token(ids, attention_mask=mask).logits.shape == (2, 7, 5)
+
+
+def test_initialisation():
+    """N(0, 0.02) everywhere, ones for norms, zero for the output projections of attention and MLP."""
+    from modeling_mlra import MLRAForCausalLM
+
+    torch.manual_seed(0)
+    model = MLRAForCausalLM(tiny_config(hidden_size=96, q_lora_rank=64, vocab_size=500, attn_output_gate=True))
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            assert parameter.abs().max() == 0, name
+        elif "norm" in name:
+            assert torch.equal(parameter, torch.ones_like(parameter)), name
+        else:
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.25), name
+
+
+def test_inputs_are_checked():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model()
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model(random_ids(1, 3), inputs_embeds=torch.zeros(1, 3, 24))
