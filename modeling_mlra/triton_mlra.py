@@ -63,23 +63,140 @@ if triton is not None:
             return (((unit + 1).to(tl.int64) * shares - 1) // total).to(tl.int32)
         return ((unit + 1) * shares - 1) // total
 
+    @triton.jit
+    def _cache_rows(table_row, offs, ok, PAGE: tl.constexpr):
+        """Where cached rows lie: themselves, or through the sequence's block table."""
+        if PAGE:
+            page = tl.load(table_row + offs // PAGE, mask=ok, other=0)
+            return page.to(tl.int64) * PAGE + offs % PAGE
+        return offs.to(tl.int64)
+
+    @triton.jit
+    def _softmax_step(s, seen, m, scale_log2, AXIS: tl.constexpr):
+        """Scores to weights against the running maximum (log2 units): weights, factor of what came before, maximum."""
+        s = tl.where(seen, s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, AXIS) * scale_log2)
+        m_ref = tl.where(m_new == float("-inf"), 0.0, m_new)
+        return tl.exp2(s * scale_log2 - tl.expand_dims(m_ref, AXIS)), tl.exp2(m - m_ref), m_new
+
+    @triton.jit
+    def _rows_segment(
+        q, qr, c, k, mask_row, table_row, lo, hi, limit, t, h, ok_m, scale_log2, q_t, q_h, qr_t, qr_h, c_s, k_s,
+        R: tl.constexpr, E: tl.constexpr, RP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+        HAS_MASK: tl.constexpr, PAGE: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    ):  # fmt: skip
+        """One latent, BM query rows as rows of the matrix product. Returns sums [BM, RP], log2 maxima, weight sums."""
+        offs_d = tl.arange(0, RP)
+        offs_e = tl.arange(0, EP)
+        ok_d = offs_d < R
+        ok_e = offs_e < E
+        q_tile = tl.load(
+            q + (t * q_t + h * q_h)[:, None] + offs_d[None, :], mask=ok_m[:, None] & ok_d[None, :], other=0.0
+        )
+        qr_tile = tl.load(
+            qr + (t * qr_t + h * qr_h)[:, None] + offs_e[None, :], mask=ok_m[:, None] & ok_e[None, :], other=0.0
+        )
+        acc = tl.zeros([BM, RP], tl.float32)
+        m = tl.full([BM], float("-inf"), tl.float32)
+        norm = tl.zeros([BM], tl.float32)
+        for j in tl.range(lo, hi, BN):
+            offs_n = j + tl.arange(0, BN)
+            ok_n = offs_n < hi
+            rows = _cache_rows(table_row, offs_n, ok_n, PAGE)
+            k_tile = tl.load(
+                k + (rows * k_s)[:, None] + offs_e[None, :], mask=ok_n[:, None] & ok_e[None, :], other=0.0
+            )
+            c_tile = tl.load(
+                c + (rows * c_s)[:, None] + offs_d[None, :], mask=ok_n[:, None] & ok_d[None, :], other=0.0
+            )
+            if HAS_MASK:
+                ok_n = ok_n & (tl.load(mask_row + offs_n, mask=ok_n, other=0) != 0)
+            seen = ok_n[None, :]
+            if CAUSAL:
+                seen = seen & (offs_n[None, :] < limit[:, None])
+            s = tl.dot(qr_tile, tl.trans(k_tile), input_precision=PRECISION)
+            s = tl.dot(q_tile, tl.trans(c_tile), s, input_precision=PRECISION)
+            w, alpha, m = _softmax_step(s, seen, m, scale_log2, 1)
+            norm = norm * alpha + tl.sum(w, 1)
+            acc = tl.dot(w.to(c_tile.dtype), c_tile, acc * alpha[:, None], input_precision=PRECISION)
+        return acc, m, norm
+
+    @triton.jit
+    def _warps_segment(
+        q, qr, c, k, mask_row, table_row, lo, hi, limit, t, h, ok_m, scale_log2,
+        q_t, q_l, q_h, qr_t, qr_h, c_s, c_l, k_s,
+        R: tl.constexpr, E: tl.constexpr, RP: tl.constexpr, EP: tl.constexpr, NL: tl.constexpr, GW: tl.constexpr,
+        BM: tl.constexpr, BN: tl.constexpr,
+        HAS_MASK: tl.constexpr, PAGE: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    ):  # fmt: skip
+        """NL latents by GW groups of BN cached rows, a batched product of NL * GW: with as many warps, each warp has its
+        own latent, rows, maxima and sums and meets the others only at the end. For few query rows.
+        Returns sums [NL, BM, RP], log2 maxima [NL, BM] and weight sums [NL, BM].
+        """
+        NW: tl.constexpr = NL * GW
+        offs_d = tl.arange(0, RP)
+        offs_e = tl.arange(0, EP)
+        ok_d = offs_d < R
+        ok_e = offs_e < E
+        lane = tl.arange(0, NW)
+        latent = lane % NL
+        q_rows = (t * q_t + h * q_h)[None, :] + latent[:, None] * q_l
+        qr_rows = tl.broadcast_to((t * qr_t + h * qr_h)[None, :], [NW, BM])
+        q_tile = tl.load(
+            q + q_rows[:, :, None] + offs_d[None, None, :], mask=ok_m[None, :, None] & ok_d[None, None, :], other=0.0
+        )
+        qr_tile = tl.load(
+            qr + qr_rows[:, :, None] + offs_e[None, None, :], mask=ok_m[None, :, None] & ok_e[None, None, :], other=0.0
+        )
+        acc = tl.zeros([NW, BM, RP], tl.float32)
+        m = tl.full([NW, BM], float("-inf"), tl.float32)
+        norm = tl.zeros([NW, BM], tl.float32)
+        in_group = (lane // NL * BN)[:, None] + tl.arange(0, BN)[None, :]
+        for j in tl.range(lo, hi, BN * GW):
+            offs = j + tl.arange(0, BN * GW)
+            k_rows = _cache_rows(table_row, offs, offs < hi, PAGE) * k_s
+            k_tile = tl.load(
+                k + k_rows[:, None] + offs_e[None, :], mask=(offs < hi)[:, None] & ok_e[None, :], other=0.0
+            )
+            k_tile = tl.broadcast_to(tl.reshape(k_tile, [GW, 1, BN, EP]), [GW, NL, BN, EP])
+            k_tile = tl.reshape(k_tile, [NW, BN, EP])
+            offs_n = j + in_group
+            ok_n = offs_n < hi
+            c_rows = _cache_rows(table_row, offs_n, ok_n, PAGE) * c_s + latent[:, None] * c_l
+            c_tile = tl.load(
+                c + c_rows[:, :, None] + offs_d[None, None, :], mask=ok_n[:, :, None] & ok_d[None, None, :], other=0.0
+            )
+            if HAS_MASK:
+                ok_n = ok_n & (tl.load(mask_row + offs_n, mask=ok_n, other=0) != 0)
+            seen = ok_n[:, None, :]
+            if CAUSAL:
+                seen = seen & (offs_n[:, None, :] < limit[None, :, None])
+            s = tl.dot(qr_tile, tl.permute(k_tile, (0, 2, 1)), input_precision=PRECISION)
+            s = tl.dot(q_tile, tl.permute(c_tile, (0, 2, 1)), s, input_precision=PRECISION)
+            w, alpha, m = _softmax_step(s, seen, m, scale_log2, 2)
+            norm = norm * alpha + tl.sum(w, 2)
+            acc = tl.dot(w.to(c_tile.dtype), c_tile, acc * alpha[:, :, None], input_precision=PRECISION)
+        if GW == 1:
+            return acc, m, norm
+        m = tl.reshape(m, [GW, NL, BM])
+        top = tl.max(m, 0)
+        factor = tl.exp2(m - tl.where(top == float("-inf"), 0.0, top)[None])
+        norm = tl.sum(tl.reshape(norm, [GW, NL, BM]) * factor, 0)
+        acc = tl.sum(tl.reshape(acc, [GW, NL, BM, RP]) * factor[:, :, :, None], 0)
+        return acc, top, norm
+
     @triton.jit(do_not_specialize=["B", "P"])
     def decode_kernel(
         q, q_rope, latents, k_rope, out, part, part_lse, kv_end, kv_start, key_mask, table,
         B, T, P, scale_log2,
         q_b, q_t, q_l, q_h, qr_b, qr_t, qr_g, qr_h, c_b, c_s, c_l, k_b, k_s, o_b, o_t, o_l, o_h, mask_b, table_b,
         L: tl.constexpr, GROUPS: tl.constexpr, H: tl.constexpr, R: tl.constexpr, E: tl.constexpr,
-        RP: tl.constexpr, EP: tl.constexpr, NL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-        UNIT: tl.constexpr, MIN_UNITS: tl.constexpr, BLOCK_B: tl.constexpr, SWAP: tl.constexpr,
+        RP: tl.constexpr, EP: tl.constexpr, NL: tl.constexpr, GW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+        UNIT: tl.constexpr, MIN_UNITS: tl.constexpr, BLOCK_B: tl.constexpr,
         HAS_START: tl.constexpr, HAS_MASK: tl.constexpr, PAGE: tl.constexpr, CAUSAL: tl.constexpr,
         BIG: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        """One share of the rows, for BM query rows and NL latents of one group.
-
-        SWAP puts cached rows on the matrix unit's M side and query rows on its N side (S^T = C Q^T, O^T = C^T P^T):
-        fewer padded rows when there are few heads.
-        """
-        AXIS: tl.constexpr = 0 if SWAP else 1
+        """One share of the rows, for BM query rows of NL latents of one group (GW = 0: one latent, by rows)."""
         LANES: tl.constexpr = L // NL
         PRECISION: tl.constexpr = "ieee" if latents.dtype.element_ty == tl.float32 else "tf32"
         M = T * H
@@ -88,13 +205,9 @@ if triton is not None:
         lane = tl.program_id(0) % lanes
         l0 = (lane % LANES) * NL
         offs_m = (lane // LANES) * BM + tl.arange(0, BM)
-        offs_d = tl.arange(0, RP)
-        offs_e = tl.arange(0, EP)
         t = offs_m // H
         h = offs_m % H
         ok_m = offs_m < M
-        ok_d = offs_d < R
-        ok_e = offs_e < E
 
         _program_wait(PDL)
         offs_b = tl.arange(0, BLOCK_B)
@@ -118,126 +231,59 @@ if triton is not None:
             stop_pos = tl.minimum(last_pos, seq_last)
             lo = start + (pos - seq_first) * UNIT
             hi = tl.minimum(start + (stop_pos - seq_first) * UNIT, end)
-            b64 = b.to(tl.int64)
-
-            q_rows = q + b64 * q_b + t * q_t + h * q_h
-            qr_rows = q_rope + b64 * qr_b + t * qr_t + (l0 // (L // GROUPS)) * qr_g + h * qr_h
-            if SWAP:
-                qr_tile = tl.load(qr_rows[None, :] + offs_e[:, None], mask=ok_e[:, None] & ok_m[None, :], other=0.0)
-            else:
-                qr_tile = tl.load(qr_rows[:, None] + offs_e[None, :], mask=ok_m[:, None] & ok_e[None, :], other=0.0)
-            qs = ()
-            accs = ()
-            ms = ()
-            ls = ()
-            for i in tl.static_range(NL):
-                if SWAP:
-                    q_tile = tl.load(
-                        q_rows[None, :] + (l0 + i) * q_l + offs_d[:, None],
-                        mask=ok_d[:, None] & ok_m[None, :],
-                        other=0.0,
-                    )
-                    acc = tl.zeros([RP, BM], tl.float32)
-                else:
-                    q_tile = tl.load(
-                        q_rows[:, None] + (l0 + i) * q_l + offs_d[None, :],
-                        mask=ok_m[:, None] & ok_d[None, :],
-                        other=0.0,
-                    )
-                    acc = tl.zeros([BM, RP], tl.float32)
-                qs = qs + (q_tile,)
-                accs = accs + (acc,)
-                ms = ms + (tl.full([BM], float("-inf"), tl.float32),)
-                ls = ls + (tl.zeros([BM], tl.float32),)
-
             limit = end - (T - 1) + t  # one past the last row each query row sees
-            for j in tl.range(lo, hi, BN):
-                offs_n = j + tl.arange(0, BN)
-                ok_n = offs_n < hi
-                if PAGE:
-                    page = tl.load(table + b64 * table_b + offs_n // PAGE, mask=ok_n, other=0)
-                    rows = page.to(tl.int64) * PAGE + offs_n % PAGE
-                    c_rows = latents + rows * c_s
-                    k_rows = k_rope + rows * k_s
-                else:
-                    rows = offs_n.to(tl.int64)
-                    c_rows = latents + b64 * c_b + rows * c_s
-                    k_rows = k_rope + b64 * k_b + rows * k_s
-                k_tile = tl.load(k_rows[:, None] + offs_e[None, :], mask=ok_n[:, None] & ok_e[None, :], other=0.0)
-                if HAS_MASK:
-                    seen = ok_n & (tl.load(key_mask + b64 * mask_b + offs_n, mask=ok_n, other=0) != 0)
-                else:
-                    seen = ok_n
-                seen = tl.expand_dims(seen, 1 - AXIS)
-                if CAUSAL:
-                    seen = seen & (tl.expand_dims(offs_n, 1 - AXIS) < tl.expand_dims(limit, AXIS))
-                if SWAP:
-                    s_rope = tl.dot(k_tile, qr_tile, input_precision=PRECISION)
-                else:
-                    s_rope = tl.dot(qr_tile, tl.trans(k_tile), input_precision=PRECISION)
-                next_accs = ()
-                next_ms = ()
-                next_ls = ()
-                for i in tl.static_range(NL):
-                    c_tile = tl.load(
-                        c_rows[:, None] + (l0 + i) * c_l + offs_d[None, :],
-                        mask=ok_n[:, None] & ok_d[None, :],
-                        other=0.0,
-                    )
-                    if SWAP:
-                        s = tl.dot(c_tile, qs[i], s_rope, input_precision=PRECISION)
-                    else:
-                        s = tl.dot(qs[i], tl.trans(c_tile), s_rope, input_precision=PRECISION)
-                    s = tl.where(seen, s * scale_log2, float("-inf"))
-                    m_new = tl.maximum(ms[i], tl.max(s, AXIS))
-                    m_ref = tl.where(m_new == float("-inf"), 0.0, m_new)
-                    w = tl.exp2(s - tl.expand_dims(m_ref, AXIS))
-                    alpha = tl.exp2(ms[i] - m_ref)
-                    acc = accs[i] * tl.expand_dims(alpha, AXIS)
-                    if SWAP:
-                        acc = tl.dot(tl.trans(c_tile), w.to(c_tile.dtype), acc, input_precision=PRECISION)
-                    else:
-                        acc = tl.dot(w.to(c_tile.dtype), c_tile, acc, input_precision=PRECISION)
-                    next_accs = next_accs + (acc,)
-                    next_ms = next_ms + (m_new,)
-                    next_ls = next_ls + (ls[i] * alpha + tl.sum(w, AXIS),)
-                accs = next_accs
-                ms = next_ms
-                ls = next_ls
+            b64 = b.to(tl.int64)
+            mask_row = key_mask + b64 * mask_b if HAS_MASK else key_mask
+            table_row = table + b64 * table_b if PAGE else table
+            q_base = q + b64 * q_b + l0 * q_l
+            qr_base = q_rope + b64 * qr_b + (l0 // (L // GROUPS)) * qr_g
+            c_base = latents + b64 * c_b + l0 * c_l
+            k_base = k_rope + b64 * k_b
+            if GW == 0:
+                acc, m, norm = _rows_segment(
+                    q_base, qr_base, c_base, k_base, mask_row, table_row, lo, hi, limit, t, h, ok_m, scale_log2,
+                    q_t, q_h, qr_t, qr_h, c_s, k_s, R, E, RP, EP, BM, BN, HAS_MASK, PAGE, CAUSAL, PRECISION,
+                )  # fmt: skip
+                acc = acc[None]
+                m = m[None]
+                norm = norm[None]
+            else:
+                acc, m, norm = _warps_segment(
+                    q_base, qr_base, c_base, k_base, mask_row, table_row, lo, hi, limit, t, h, ok_m, scale_log2,
+                    q_t, q_l, q_h, qr_t, qr_h, c_s, c_l, k_s,
+                    R, E, RP, EP, NL, GW, BM, BN, HAS_MASK, PAGE, CAUSAL, PRECISION,
+                )  # fmt: skip
 
-            whole = (pos == seq_first) & (stop_pos == seq_last)
-            slot = 2 * p + (pos != first_pos).to(tl.int32)
-            for i in tl.static_range(NL):
-                inverse = tl.where(ls[i] > 0, 1.0 / ls[i], 0.0)
-                z = accs[i] * tl.expand_dims(inverse, AXIS)
-                if SWAP:
-                    z = tl.trans(z)
-                if whole:
-                    o_rows = out + b64 * o_b + t * o_t + (l0 + i) * o_l + h * o_h
-                    tl.store(
-                        o_rows[:, None] + offs_d[None, :],
-                        z.to(out.dtype.element_ty),
-                        mask=ok_m[:, None] & ok_d[None, :],
-                    )
-                else:
-                    part_rows = (slot * L + l0 + i).to(tl.int64) * M + offs_m
-                    tl.store(part_lse + part_rows, ms[i] + tl.log2(ls[i]), mask=ok_m)
-                    tl.store(part + part_rows[:, None] * R + offs_d[None, :], z, mask=ok_m[:, None] & ok_d[None, :])
+            z = acc * tl.where(norm > 0, 1.0 / norm, 0.0)[:, :, None]
+            latent = l0 + tl.arange(0, NL)
+            offs_d = tl.arange(0, RP)
+            ok = ok_m[None, :, None] & (offs_d < R)[None, None, :]
+            if (pos == seq_first) & (stop_pos == seq_last):
+                o_rows = (t * o_t + h * o_h)[None, :] + (latent * o_l)[:, None]
+                o_base = out + b64 * o_b
+                tl.store(o_base + o_rows[:, :, None] + offs_d[None, None, :], z.to(out.dtype.element_ty), mask=ok)
+            else:
+                slot = 2 * p + (pos != first_pos).to(tl.int32)
+                rows = (slot.to(tl.int64) * L + latent[:, None]) * M + offs_m[None, :]
+                tl.store(part_lse + rows, m + tl.log2(norm), mask=tl.broadcast_to(ok_m[None, :], rows.shape))
+                tl.store(part + (rows * R)[:, :, None] + offs_d[None, None, :], z, mask=ok)
             pos = stop_pos
             b += 1
 
     @triton.jit(do_not_specialize=["B", "P"])
     def combine_kernel(
         out, part, part_lse, kv_end, kv_start, B, T, P, o_b, o_t, o_l, o_h,
-        L: tl.constexpr, H: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, UNIT: tl.constexpr,
+        L: tl.constexpr, H: tl.constexpr, R: tl.constexpr, BD: tl.constexpr, UNIT: tl.constexpr,
         MIN_UNITS: tl.constexpr, BLOCK_B: tl.constexpr, SPLITS: tl.constexpr, HAS_START: tl.constexpr,
         BIG: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        """Reduce the partial results of one query row (program 0) of one sequence (program 1); whole ones are done."""
-        b = tl.program_id(1)
+        """Reduce the partial results of one query row of one sequence (BD columns of it); whole ones are done."""
+        b = tl.program_id(2)
         M = T * H
-        l = tl.program_id(0) // M  # noqa: E741
-        m = tl.program_id(0) % M
+        l = tl.program_id(1) // M  # noqa: E741
+        m = tl.program_id(1) % M
+        offs_d = tl.program_id(0) * BD + tl.arange(0, BD)
+        ok_d = offs_d < R
         offs_b = tl.arange(0, BLOCK_B)
         starts, ends, units = _lengths(kv_start, kv_end, offs_b, B, UNIT, HAS_START)
         total = tl.sum(units, 0)
@@ -246,19 +292,18 @@ if triton is not None:
         shares = _shares(total, P, MIN_UNITS)
         p_first = _share_of(first, total, shares, BIG)
         p_last = _share_of(last, total, shares, BIG)
+        _program_release(PDL)
         _program_wait(PDL)
         if p_first == p_last:
             return
-        offs_d = tl.arange(0, RP)
-        ok_d = offs_d < R
-        acc = tl.zeros([RP], tl.float32)
+        first_slot = 2 * p_first + (_share_start(p_first, total, shares, BIG) < first).to(tl.int32)
+        acc = tl.zeros([BD], tl.float32)
         top = float("-inf")
         norm = 0.0
         for p0 in tl.range(p_first, p_last + 1, SPLITS):
             ps = p0 + tl.arange(0, SPLITS)
             ok = ps <= p_last
-            slots = 2 * ps + (_share_start(ps, total, shares, BIG) < first).to(tl.int32)
-            rows = (slots * L + l).to(tl.int64) * M + m
+            rows = (tl.where(ps == p_first, first_slot, 2 * ps) * L + l).to(tl.int64) * M + m
             lse = tl.load(part_lse + rows, mask=ok, other=float("-inf"))
             z = tl.load(part + rows[:, None] * R + offs_d[None, :], mask=ok[:, None] & ok_d[None, :], other=0.0)
             new_top = tl.maximum(top, tl.max(lse, 0))
@@ -300,15 +345,16 @@ def decode_plan(rows: int, num_latents: int, groups: int, width: int, rope_width
     """Block sizes for M = `rows` query rows per latent; see evals/results/decode_notes.md for what was measured."""
     padded = max(16, triton.next_power_of_2(width))
     rope_padded = max(16, triton.next_power_of_2(rope_width))
-    swap = rows <= 32
-    block_m = max(16, triton.next_power_of_2(rows)) if swap else 64
-    per_row = (padded + rope_padded) * itemsize
-    block_n = 128 if per_row <= 384 else 64 if per_row <= 768 else 32
-    return {
-        "RP": padded, "EP": rope_padded, "NL": 1, "BM": block_m, "BN": block_n, "UNIT": 32, "MIN_UNITS": 1,
-        "SWAP": swap, "num_warps": 4 if block_m * padded <= 64 * 256 else 8, "num_stages": 3 if itemsize == 2 else 2,
-        "programs_per_sm": 1,
-    }  # fmt: skip
+    branches = num_latents // groups
+    plan = {"RP": padded, "EP": rope_padded, "UNIT": 32, "MIN_UNITS": 1, "programs_per_sm": 1, "num_stages": 3}
+    if rows <= 32 and padded <= 128 and branches & (branches - 1) == 0:
+        latents = min(branches, 8)
+        plan |= {"NL": latents, "GW": 8 // latents, "BM": 16 if rows <= 16 else 32, "BN": 16, "num_warps": 8}
+    else:
+        per_row = (padded + rope_padded) * itemsize
+        plan |= {"NL": 1, "GW": 0, "BM": 64 if rows > 16 else 16, "BN": 64 if per_row <= 768 else 32}
+        plan["num_warps"] = 4 if padded <= 256 else 8
+    return plan
 
 
 def triton_latent_attention(
@@ -325,20 +371,22 @@ def triton_latent_attention(
     out = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=device)
     rows = length * heads
     plan = decode_plan(rows, num_latents, groups, width, rope_width, latents.element_size()) | tuning
-    meta = {k: plan[k] for k in ("UNIT", "MIN_UNITS", "RP")}
     multiprocessors, early = _device_facts(device.index if device.type == "cuda" else None)
     early = early and plan.get("PDL", True)
     lanes = (num_latents // plan["NL"]) * triton.cdiv(rows, plan["BM"])
     programs = max(1, multiprocessors * plan["programs_per_sm"] // lanes)
-    meta["BLOCK_B"] = triton.next_power_of_2(batch)
     if block_table is None:
         capacity, c_strides, k_strides = latents.shape[1], latents.stride(), k_rope.stride()
     else:
         capacity = block_table.shape[1] * page_size
         c_strides, k_strides = (0, *latents.stride()), (0, *k_rope.stride())
-    total = batch * (triton.cdiv(capacity, plan["UNIT"]) + 1)
-    meta |= {"L": num_latents, "H": heads, "R": width, "HAS_START": kv_start is not None}
-    meta |= {"BIG": (total + 1) * (programs + 1) >= 2**31, "PDL": early}
+    most_units = batch * (triton.cdiv(capacity, plan["UNIT"]) + 1)
+    programs = min(programs, triton.cdiv(most_units, plan["MIN_UNITS"]))
+    meta = {
+        "L": num_latents, "H": heads, "R": width, "UNIT": plan["UNIT"], "MIN_UNITS": plan["MIN_UNITS"],
+        "BLOCK_B": triton.next_power_of_2(batch), "HAS_START": kv_start is not None, "PDL": early,
+        "BIG": (most_units + 1) * (programs + 1) >= 2**31,
+    }  # fmt: skip
     part = torch.empty((2 * programs, num_latents, rows, width), dtype=torch.float32, device=device)
     part_lse = torch.empty((2 * programs, num_latents, rows), dtype=torch.float32, device=device)
     launch = {"launch_pdl": True} if early else {}
@@ -350,15 +398,15 @@ def triton_latent_attention(
         batch, length, programs, scaling * math.log2(math.e),
         *q_latent.stride()[:4], *q_rope.stride()[:4], *c_strides[:3], *k_strides[:2], *out.stride()[:4],
         0 if key_mask is None else key_mask.stride(0), 0 if block_table is None else block_table.stride(0),
-        GROUPS=groups, E=rope_width, EP=plan["EP"], NL=plan["NL"], BM=plan["BM"], BN=plan["BN"], SWAP=plan["SWAP"],
-        HAS_MASK=key_mask is not None, PAGE=page_size if block_table is not None else 0, CAUSAL=length > 1,
-        num_warps=plan["num_warps"], num_stages=plan["num_stages"], **meta, **launch,
+        GROUPS=groups, E=rope_width, HAS_MASK=key_mask is not None, PAGE=page_size if block_table is not None else 0,
+        CAUSAL=length > 1, **{k: plan[k] for k in ("RP", "EP", "NL", "GW", "BM", "BN", "num_warps", "num_stages")},
+        **meta, **launch,
     )  # fmt: skip
     if programs > 1:
-        most_splits = min(programs, triton.cdiv(total // batch, plan["MIN_UNITS"]))
-        typical = max(2, min(64, triton.next_power_of_2(triton.cdiv(most_splits, batch) + 1)))
-        combine_kernel[(num_latents * rows, batch)](
+        splits = min(256, triton.next_power_of_2(triton.cdiv(programs, batch) + 1))
+        columns = min(plan["RP"], max(16, 4096 // splits))
+        combine_kernel[(triton.cdiv(width, columns), num_latents * rows, batch)](
             out, part, part_lse, kv_end, kv_start, batch, length, programs, *out.stride()[:4],
-            SPLITS=typical, num_warps=4 if typical > 8 else 1, **meta, **launch,
+            BD=columns, SPLITS=splits, num_warps=4 if splits > 8 else 1, **meta, **launch,
         )  # fmt: skip
     return out
