@@ -1,6 +1,7 @@
 """What the command-line programs share: one clear line and a fixed exit code instead of a traceback."""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -27,6 +28,9 @@ def run(body: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
     previous = signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     try:
         body(args)
+    except BrokenPipeError:  # whoever read our output is gone; nor must Python's own flush at exit complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (UserError, OSError) as error:
         return fail(error)
     except KeyboardInterrupt:

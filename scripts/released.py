@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from modeling_mlra import MLRAConfig
@@ -180,7 +181,7 @@ def released_config(released: dict, variant: str, latent_scaling: bool) -> MLRAC
             eos_token_id=end_of_text,
             pad_token_id=end_of_text,
         )
-    except ValueError as error:
+    except (ValueError, StrictDataclassError) as error:
         raise UserError(f"config.json describes no possible {variant}: {error}") from error
 
 

@@ -1,0 +1,162 @@
+"""Continue a prompt with an MLRA model folder, streamed to stdout; or many prompts from a file, as JSON lines.
+
+    python -m scripts.generate --model build/mlra_4 --prompt "The capital of France is"
+    python -m scripts.generate --model build/mlra_4 --prompt "Once upon" --temperature 0.8 --top-p 0.95 --seed 1
+    python -m scripts.generate --model build/mlra_4 --batch-file prompts.txt > completions.jsonl
+
+Greedy unless --temperature is above 0. Runs in bfloat16 on a CUDA device, in float32 on the CPU.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer, set_seed
+
+from modeling_mlra import MLRAForCausalLM
+from scripts.cli import UserError, run
+from scripts.export import DTYPES
+from scripts.released import read_json
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UserError unless `folder` can be loaded as an MLRA model with its tokenizer."""
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}: give one that scripts.convert_checkpoint wrote")
+    for name in ("config.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} has no {name}: give a folder that scripts.convert_checkpoint wrote")
+    model_type = read_json(folder / "config.json").get("model_type")
+    if model_type != "mlra":
+        raise UserError(
+            f"{folder} holds a model of type {model_type}, not mlra: "
+            "convert a released checkpoint with scripts.convert_checkpoint first"
+        )
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The named device, or a CUDA device if there is one, else the CPU."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # unknown name; or a build without that backend
+        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The named dtype, or bfloat16 on CUDA devices that have it, else float32."""
+    if name is not None:
+        return DTYPES[name]
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> MLRAForCausalLM:
+    """The model of `folder`, ready to generate."""
+    try:
+        return MLRAForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    except (ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be loaded: {error}") from error
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """The prompt, or the lines of the batch file that are not empty."""
+    if args.prompt is not None:
+        if not args.prompt:
+            raise UserError("--prompt is empty: give some text, or '<|endoftext|>' to begin a new document")
+        return [args.prompt]
+    try:
+        prompts = [line for line in args.batch_file.read_text(encoding="utf-8").splitlines() if line]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{args.batch_file} is not UTF-8 text: {error}") from error
+    if not prompts:
+        raise UserError(f"{args.batch_file} holds no prompt: write one per line")
+    return prompts
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[str], model: MLRAForCausalLM, max_new_tokens: int
+) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` [B, T], padded on the left; warns about sequences beyond the context."""
+    batch = tokenizer(prompts, padding=True, return_tensors="pt", verbose=False).to(model.device)
+    length, context = batch["input_ids"].shape[1], model.config.max_position_embeddings
+    if length + max_new_tokens > context:
+        print(
+            f"warning: {length} prompt tokens and {max_new_tokens} new ones exceed the context of {context} the model "
+            "was trained with; rotary positions extrapolate badly beyond it",
+            file=sys.stderr,
+        )
+    return batch
+
+
+def generate(args: argparse.Namespace) -> None:
+    check_folder(args.model)
+    prompts = read_prompts(args)
+    device = choose_device(args.device)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = load_model(args.model, device, choose_dtype(args.dtype, device))
+    if args.seed is not None:
+        set_seed(args.seed)
+    options = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
+    if options["do_sample"]:
+        options |= {"temperature": args.temperature, "top_k": args.top_k or 0, "top_p": args.top_p or 1.0}
+
+    if args.prompt is not None:
+        streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+        model.generate(**encode(tokenizer, prompts, model, args.max_new_tokens), **options, streamer=streamer)
+        return
+    for start in range(0, len(prompts), args.batch_size):
+        chunk = prompts[start : start + args.batch_size]
+        batch = encode(tokenizer, chunk, model, args.max_new_tokens)
+        new_ids = model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
+        for prompt, completion in zip(chunk, tokenizer.batch_decode(new_ids, skip_special_tokens=True), strict=True):
+            print(json.dumps({"prompt": prompt, "completion": completion}, ensure_ascii=False), flush=True)
+
+
+def positive_int(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return value
+
+
+def probability(text: str) -> float:
+    if not 0 < (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} must lie in (0, 1]")
+    return value
+
+
+def temperature(text: str) -> float:
+    if not 0 <= (value := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be 0 or positive")
+    return value
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m scripts.generate", description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", type=Path, required=True, help="model folder")
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", help="text to continue")
+    prompts.add_argument("--batch-file", type=Path, help="file with one prompt per line; prints JSON lines")
+    parser.add_argument("--batch-size", type=positive_int, default=8, help="prompts of --batch-file at a time")
+    parser.add_argument("--max-new-tokens", type=positive_int, default=128, help="tokens to generate at most")
+    parser.add_argument("--temperature", type=temperature, default=0.0, help="0 (default) is greedy decoding")
+    parser.add_argument("--top-k", type=positive_int, help="sample among the k likeliest tokens")
+    parser.add_argument(
+        "--top-p", type=probability, help="sample among the likeliest tokens of this total probability"
+    )
+    parser.add_argument("--seed", type=int, help="makes sampling repeatable")
+    parser.add_argument("--device", help="e.g. cuda, cuda:1, cpu (default: cuda if there is one)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, else float32")
+    args = parser.parse_args(argv)
+    if args.temperature == 0 and (args.top_k or args.top_p):
+        parser.error("--top-k and --top-p need --temperature above 0")
+    return run(generate, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

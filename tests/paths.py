@@ -1,0 +1,7 @@
+"""Where the tests' data lies."""
+
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+GOLDEN = REPOSITORY / "tests" / "golden"
+GOLDEN_NAMES = sorted(folder.name for folder in GOLDEN.iterdir() if folder.is_dir())
