@@ -1,0 +1,1 @@
+"""Evaluations, run from the repository root as `python -m evals.NAME`; results go to `evals/results`."""

@@ -1,0 +1,201 @@
+"""What the evaluations share: the paper's numbers, loading a model, results files that can be resumed, and tables."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+import modeling_mlra  # noqa: F401  registers the model with the Auto classes, so that no remote code has to be trusted
+from scripts.cli import UserError
+
+FOLDER = Path(__file__).resolve().parent
+CONFIGURATIONS = FOLDER.parent / "configuration"
+PUBLISHED = json.loads((FOLDER / "published.json").read_text(encoding="utf-8"))
+ARCHITECTURE_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_latent_heads",
+    "num_branches",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "attn_output_gate",
+    "latent_scaling",
+)
+PUBLISHED_NUMERICS = "float32 weights, bfloat16 autocast"
+SAMPLE_BYTES = 2**20
+
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a model folder.
+
+    Raises:
+        UserError: when there is no such folder, or it holds no model that can be loaded.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}: give one that scripts.convert_checkpoint or save_pretrained wrote")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json: give a folder that scripts.convert_checkpoint wrote")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{folder / 'config.json'} cannot be used: {first_line(error)}") from error
+
+
+def load_model(folder: Path, published: bool, **kwargs: Any) -> PreTrainedModel:
+    """The model of `folder`, ready to evaluate: in float32 for the published numerics, else as it is stored.
+
+    Raises:
+        UserError: as `load_config`, and for weights that do not fit.
+    """
+    load_config(folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32 if published else "auto", trust_remote_code=False, **kwargs
+        )
+    except (ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be loaded: {first_line(error)}") from error
+    return model.eval()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def paper_row(config: PreTrainedConfig, choice: str, rows: Iterable[str]) -> str | None:
+    """Name of the row of a published table to print beside a model's numbers.
+
+    Args:
+        config: the model's configuration.
+        choice: a row's name; "none"; or "auto" for the row of this very architecture, if the paper has one.
+        rows: names of the table's rows.
+
+    Raises:
+        UserError: for a name that is no row.
+    """
+    rows = list(rows)
+    if choice == "none":
+        return None
+    if choice != "auto":
+        if choice not in rows:
+            raise UserError(f"--paper-row {choice}: the paper's rows are {', '.join(rows)}, or auto or none")
+        return choice
+    for name, file in PUBLISHED["architectures"].items():
+        released = AutoConfig.from_pretrained(CONFIGURATIONS / f"{file}.json")
+        if name in rows and all(
+            getattr(config, field, None) == getattr(released, field) for field in ARCHITECTURE_FIELDS
+        ):
+            return name
+    return None
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """A short digest of files by name, size and their first and last MiB: a change of weights or data changes it."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(SAMPLE_BYTES))
+            stream.seek(max(size - SAMPLE_BYTES, 0))
+            digest.update(stream.read())
+    return digest.hexdigest()[:16]
+
+
+def model_fingerprint(folder: Path) -> str:
+    """`fingerprint` of a model folder's configuration and weights."""
+    return fingerprint(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".json"))
+
+
+def environment() -> dict[str, str]:
+    """Versions and device that a result was obtained with."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "device": device}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: object) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+class Results:
+    """Results by name, kept in a JSON file from one finished entry to the next, so that a rerun goes on from there.
+
+    Args:
+        path: the file, or None to keep results in memory only.
+        settings: everything that the numbers depend on. A file written with other settings is never mixed with these.
+        overwrite: start over instead of going on.
+
+    Raises:
+        UserError: when the file holds results of other settings, or is no results file.
+    """
+
+    def __init__(self, path: Path | None, settings: dict, overwrite: bool = False):
+        self.path, self.settings = path, settings
+        self.entries: dict[str, dict] = {}
+        if path is None:
+            return
+        if path.suffix != ".json":
+            raise UserError(f"--output {path} must end in .json (the table is written beside it, as .md)")
+        if overwrite or not path.exists():
+            return
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            self.entries, found = stored["results"], stored["settings"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is no results file of this command: choose another --output") from error
+        for name in settings | found:
+            if settings.get(name) != found.get(name):
+                raise UserError(
+                    f"{path} holds results with {name} = {found.get(name)}, this run has {settings.get(name)}: "
+                    "choose another --output, or --overwrite"
+                )
+
+    def add(self, name: str, entry: dict) -> None:
+        """Keep one finished entry, at once."""
+        self.entries[name] = entry
+        if self.path is not None:
+            write_json(self.path, {"settings": self.settings, "environment": environment(), "results": self.entries})
+
+
+def markdown_table(header: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers, already formatted."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+
+    def line(row: list[str]) -> str:
+        padded = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "-" * (widths[0] + 2) + "|" + "".join("-" * (width + 1) + ":|" for width in widths[1:])
+    return "\n".join([line(cells[0]), rule, *map(line, cells[1:])]) + "\n"
+
+
+def publish_table(path: Path | None, title: str, table: str, notes: str) -> None:
+    """Print a table, and write it beside the results file `path` as .md."""
+    print(table, end="")
+    if path is not None:
+        write_text(path.with_suffix(".md"), f"# {title}\n\n{table}\n{notes}\n")
