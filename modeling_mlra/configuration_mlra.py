@@ -58,6 +58,13 @@ class MLRAConfig(PreTrainedConfig):
 
     model_type = "mlra"
     keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_tp_plan = {
+        "embed_tokens": "embedding_rowwise",
+        "layers.*.self_attn": "mlra_attention",  # latents, their cache rows and heads (`tensor_parallel_mlra`)
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),

@@ -31,6 +31,9 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_mlra import MAX_ABSORBED_QUERIES, CacheRows, absorbed_attention, expanded_attention
 from .cache_mlra import MLRACache
 from .configuration_mlra import MLRAConfig
+from .tensor_parallel_mlra import register_parallel_styles
+
+register_parallel_styles()
 
 try:
     from transformers.modeling_utils import slice_logits_to_keep
