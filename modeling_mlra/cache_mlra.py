@@ -8,7 +8,7 @@ Shapes: B batch, S cached tokens, T new tokens, L latents (of this device), R la
 """
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache, StaticLayer
 from transformers.configuration_utils import PreTrainedConfig
 
 
@@ -185,6 +185,8 @@ class MLRAStaticLayer(StaticLayer):
 class MLRACache(Cache):
     """Latent cache of a whole model; what `generate()` uses unless told otherwise.
 
+    Every instance is also an instance of the library's cache of its kind, `DynamicCache` or `StaticCache`.
+
     Args:
         config: the model's configuration.
         max_cache_len: tokens to hold. Given, the cache is static: allocated once at the first token, with addresses
@@ -200,6 +202,13 @@ class MLRACache(Cache):
         >>> cache.get_seq_length(), cache.bytes_per_token(), cache.nbytes
     """
 
+    def __new__(
+        cls, config: PreTrainedConfig | None = None, max_cache_len: int | None = None, offloading: bool = False
+    ):
+        if cls is MLRACache:
+            cls = MLRADynamicCache if max_cache_len is None else MLRAStaticCache
+        return super().__new__(cls)
+
     def __init__(self, config: PreTrainedConfig, max_cache_len: int | None = None, offloading: bool = False):
         if max_cache_len is not None and max_cache_len < 1:
             raise ValueError(f"max_cache_len={max_cache_len} must be at least 1, or None to grow as needed")
@@ -208,7 +217,7 @@ class MLRACache(Cache):
             MLRADynamicLayer() if max_cache_len is None else MLRAStaticLayer(max_cache_len)
             for _ in range(config.num_hidden_layers)
         ]
-        super().__init__(layers=layers, offloading=offloading, offload_only_non_sliding=False)
+        Cache.__init__(self, layers=layers, offloading=offloading, offload_only_non_sliding=False)
         self._row_dim = config.cache_row_dim
         self._dtype = config.dtype or torch.get_default_dtype()
 
@@ -225,10 +234,23 @@ class MLRACache(Cache):
             for layer in self.layers
         )
 
+    def set_seq_length(self, length: int) -> None:
+        """Declare the first `length` rows of a static cache to be the ones in use, whoever wrote them."""
+        for layer in self.layers:
+            layer.cumulative_length.fill_(length)
+
     @property
     def nbytes(self) -> int:
         """Bytes allocated now, room for growth included."""
         return sum(layer.rows.nbytes for layer in self.layers if layer.is_initialized)
 
 
-__all__ = ["MLRACache", "MLRADynamicLayer", "MLRAStaticLayer"]
+class MLRADynamicCache(MLRACache, DynamicCache):
+    """The `MLRACache` that grows."""
+
+
+class MLRAStaticCache(MLRACache, StaticCache):
+    """The `MLRACache` of fixed length."""
+
+
+__all__ = ["MLRACache", "MLRADynamicCache", "MLRADynamicLayer", "MLRAStaticCache", "MLRAStaticLayer"]

@@ -5,6 +5,7 @@ on the latent cache (`attention_mlra`). Both use the same parameters.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -31,6 +32,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_mlra import MAX_ABSORBED_QUERIES, CacheRows, absorbed_attention, expanded_attention
 from .cache_mlra import MLRACache
 from .configuration_mlra import MLRAConfig
+from .generation_mlra import can_capture, captured_decode
 from .tensor_parallel_mlra import register_parallel_styles
 
 register_parallel_styles()
@@ -100,11 +102,11 @@ class MLRARotaryEmbedding(nn.Module):
         # The library's RoPE functions rotate all of `head_dim`; here that is the rotary part of a head.
         self.config = PreTrainedConfig(
             head_dim=config.qk_rope_head_dim,
-            rope_parameters=config.rope_parameters,
             max_position_embeddings=config.max_position_embeddings,
             hidden_size=config.hidden_size,
             num_attention_heads=config.num_attention_heads,
         )
+        self.config.rope_parameters = config.rope_parameters
         self.rope_type = config.rope_parameters["rope_type"]
         rope_init_fn: Callable = self.compute_default_rope_parameters
         if self.rope_type != "default":
@@ -523,6 +525,13 @@ class MLRAForCausalLM(MLRAPreTrainedModel, GenerationMixin):
                 offloading=chosen.offloading,
             )
         return result
+
+    def _sample(self, input_ids, *args, generation_config, synced_gpus=False, **kwargs):
+        """Greedy decoding and sampling: the captured loop where it can run, else the library's."""
+        decode = super()._sample
+        if can_capture(self, generation_config, kwargs, synced_gpus):
+            decode = partial(captured_decode, self)
+        return decode(input_ids, *args, generation_config=generation_config, synced_gpus=synced_gpus, **kwargs)
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None, past_key_values: Cache, **kwargs):

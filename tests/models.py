@@ -34,7 +34,9 @@ def tiny_config(variant: str = "mlra_4", **overrides) -> MLRAConfig:
     return MLRAConfig(**{**settings, **overrides})
 
 
-def tiny_model(variant: str = "mlra_4", *, dtype=torch.float32, seed: int = 0, model_class=MLRAForCausalLM, **overrides):
+def tiny_model(
+    variant: str = "mlra_4", *, dtype=torch.float32, seed: int = 0, model_class=MLRAForCausalLM, **overrides
+):
     """A model in eval mode; weights N(0, 0.5): with the usual 0.02 attention would not reach the logits."""
     torch.manual_seed(seed)
     model = model_class(tiny_config(variant, **overrides)).to(dtype).eval()

@@ -1,10 +1,14 @@
 """generate(): every way of decoding gives the tokens of repeated full forwards of each row alone."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
+import modeling_mlra.modeling_mlra
 from modeling_mlra import MLRACache
+from modeling_mlra.generation_mlra import captured_decode, captured_decodes
 from modeling_mlra.kernels_mlra import decode_calls
 from tests.models import VARIANTS, random_ids, tiny_model
 
@@ -82,3 +86,75 @@ def test_padded_vocabulary_is_never_generated():
     assert (model.generate(random_ids(2, 5), max_new_tokens=20, do_sample=False)[:, 5:] < 40).all()
     torch.manual_seed(0)
     assert (model.generate(random_ids(2, 5), max_new_tokens=20, do_sample=True)[:, 5:] < 40).all()
+
+
+def captured(model, ids, **settings):
+    settings = {"max_new_tokens": NEW_TOKENS, "cache_implementation": "static", **settings}
+    return model.generate(ids, custom_generate=captured_decode, return_dict_in_generate=True, **settings)
+
+
+@pytest.mark.parametrize("lag", [0, 3])
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_captured_loop_equals_the_library_loop(do_sample, lag, monkeypatch):
+    """Tokens, scores, streamed tokens, cache length and random state, with rows that end early and late."""
+
+    class Recorder:
+        def __init__(self):
+            self.seen = []
+
+        def put(self, tokens):
+            self.seen.append(tokens.flatten().tolist())
+
+        def end(self):
+            self.seen.append("end")
+
+    model = tiny_model("mlra_4")
+    ids, mask, _ = padded_batch(model)
+    settings = {"do_sample": do_sample, "attention_mask": mask, "repetition_penalty": 1.3, "pad_token_id": 0}
+    settings |= {"output_scores": True, "max_new_tokens": NEW_TOKENS, "temperature": 0.7 if do_sample else None}
+    for row, eos in ((slice(0, 3), None), (slice(2, 3), "fourth"), (slice(0, 3), "several")):
+        part, settings["attention_mask"] = ids[row], mask[row]
+        torch.manual_seed(0)
+        free = model.generate(part, cache_implementation="static", return_dict_in_generate=True, **settings)
+        if eos == "fourth":
+            eos = free.sequences[0, part.shape[1] + 3].item()
+        elif eos == "several":
+            eos = free.sequences[:, part.shape[1] + 3].tolist()
+        results = []
+        for takes_over in (False, True):  # on a GPU it takes over by itself
+            monkeypatch.setattr(modeling_mlra.modeling_mlra, "can_capture", lambda *_, takes=takes_over: takes)
+            monkeypatch.setattr(modeling_mlra.modeling_mlra, "captured_decode", partial(captured_decode, lag=lag))
+            before = captured_decodes["modules"]
+            torch.manual_seed(0)
+            streamer = Recorder() if part.shape[0] == 1 else None
+            out = model.generate(
+                part, cache_implementation="static", return_dict_in_generate=True, eos_token_id=eos,
+                streamer=streamer, **settings,
+            )  # fmt: skip
+            assert captured_decodes["modules"] - before == takes_over
+            results.append((out, streamer and streamer.seen, torch.rand(1)))
+        (library, library_stream, library_random), (ours, our_stream, our_random) = results
+        assert torch.equal(ours.sequences, library.sequences)
+        assert our_stream == library_stream
+        assert torch.equal(our_random, library_random), "the random state is that of the tokens kept"
+        assert int(ours.past_key_values.get_seq_length()) == int(library.past_key_values.get_seq_length())
+        for our_scores, library_scores in zip(ours.scores, library.scores, strict=True):
+            torch.testing.assert_close(our_scores, library_scores, rtol=1e-4, atol=1e-4)
+
+
+def test_captured_loop_continues_from_its_cache():
+    model = tiny_model("gla_2")
+    ids, _, expected = padded_batch(model)
+    cache = MLRACache(model.config, max_cache_len=40)
+    first = captured(model, ids[2:], do_sample=False, max_new_tokens=5, past_key_values=cache, cache_implementation=None)
+    second = captured(
+        model, first.sequences, do_sample=False, max_new_tokens=NEW_TOKENS - 5, past_key_values=cache,
+        cache_implementation=None,
+    )  # fmt: skip
+    assert torch.equal(second.sequences[0, 9:], expected[2])
+
+
+def test_captured_loop_says_what_it_needs():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="cache_implementation='static'"):
+        captured(model, random_ids(1, 4), cache_implementation=None)

@@ -17,3 +17,12 @@ KERNEL_BF16_RATIO = 5e-3
 
 QUANTIZED_CACHE_RATIO = 0.2
 """4-bit cache against the exact one, RMS ratio of logits."""
+
+FUSED_FLOAT32_RATIO = 1e-5
+"""float32: the fused decoding step against the modules, RMS ratio."""
+
+PARALLEL_LOGITS_ATOL = 1e-5
+"""float32: largest logit difference, several ranks against one process (logits of order 1)."""
+
+PARALLEL_GRADIENT_RTOL = 1e-4
+"""float32: norm of a gradient's difference over its norm, several ranks against one process."""

@@ -1,0 +1,321 @@
+"""One decoding step of the whole model in eight kernels per layer, for a few sequences at a time.
+
+Decoding reads every weight once per step and computes almost nothing, so its time is weight bytes over bandwidth plus
+what is lost between kernels. Here each program holds its tile of weights in registers before it waits for the kernel
+in front of it (programmatic dependent launch), so the memory stays busy across kernels; norms, rotations, the cache
+append, gates and residuals ride along. The parameters are the model's own; intermediate results are rounded where the
+modules round them.
+
+    1  [q_a | kv_a | k_rope | gate] = norm(x) W        5  o = alpha_attn * sum over branches of z W_uv, gated
+    2  q = norm(q_a) W_qb                              6  x += o W_o
+    3  q_latent = q_nope W_uk; RoPE; append the row    7  m = silu(norm(x) W_gate) * (norm(x) W_up)
+    4  z = latent_attention(...)                       8  x += m W_down
+
+Legend: M sequences, K and N widths of a linear map, G groups, C branches, L = G * C latents, H heads per group,
+R latent, D_N / E / V positionless key, RoPE and value widths.
+"""
+
+import torch
+from torch import nn
+
+from .kernels_mlra import latent_attention
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+
+MAX_SEQUENCES = 4  # beyond, the products are no longer free and cuBLAS reads the weights as fast
+TILE = 16384  # weights that a program of 8 warps holds in registers
+
+if triton is not None:
+
+    @triton.jit
+    def _wait(PDL: tl.constexpr):
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
+
+    @triton.jit
+    def _normed(x, gamma, scale, eps, K):
+        """RMSNorm of one row, rounded as the module rounds it: after the norm, the weight and the scale."""
+        dtype = gamma.dtype
+        inverse = tl.rsqrt(tl.sum(x * x) / K + eps)
+        normed = (x * inverse).to(dtype).to(tl.float32)
+        normed = (normed * gamma.to(tl.float32)).to(dtype).to(tl.float32)
+        return (normed * scale).to(dtype).to(tl.float32)
+
+    @triton.jit
+    def _linear_kernel(
+        x, x_stride, gamma, scale, eps, residual, out, out_stride,
+        w0, w1, w2, w3, n0, n1, n2, n3, K,
+        M: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+        NORM: tl.constexpr, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
+    ):  # fmt: skip
+        """out[m] = [w0; w1; w2; w3] x[m] for row blocks of up to four weights, or silu(w0 x) * (w1 x)."""
+        block = tl.program_id(0)
+        w, n, first = w0, n0, 0
+        if not SWIGLU:
+            blocks = tl.cdiv(n0, ROWS)
+            if block >= blocks:
+                block -= blocks
+                w, n, first = w1, n1, n0
+                blocks = tl.cdiv(n1, ROWS)
+                if block >= blocks:
+                    block -= blocks
+                    w, n, first = w2, n2, n0 + n1
+                    blocks = tl.cdiv(n2, ROWS)
+                    if block >= blocks:
+                        block -= blocks
+                        w, n, first = w3, n3, n0 + n1 + n2
+        rows = block * ROWS + tl.arange(0, ROWS)
+        columns = tl.arange(0, WIDTH)
+        offsets = rows.to(tl.int64)[:, None] * K + columns[None, :]
+        mask = (rows < n)[:, None] & (columns < K)[None, :]
+        weight = tl.load(w + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
+        if SWIGLU:
+            weight_up = tl.load(w1 + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
+        if NORM:
+            norm_weight = tl.load(gamma + columns, mask=columns < K, other=0.0)
+        _wait(PDL)
+        for m in tl.static_range(M):
+            row = tl.load(x + m * x_stride + columns, mask=columns < K, other=0.0).to(tl.float32)
+            if NORM:
+                row = _normed(row, norm_weight, scale, eps, K)
+            y = tl.sum(weight.to(tl.float32) * row[None, :], axis=1)
+            if SWIGLU:
+                gate = y.to(weight.dtype).to(tl.float32)
+                up = tl.sum(weight_up.to(tl.float32) * row[None, :], axis=1).to(weight.dtype).to(tl.float32)
+                y = (gate * tl.sigmoid(gate)).to(weight.dtype).to(tl.float32) * up
+            target = m * out_stride + first + rows
+            if RESIDUAL:
+                y = y.to(weight.dtype).to(tl.float32)
+                y += tl.load(residual + target, mask=rows < n, other=0.0).to(tl.float32)
+            tl.store(out + target, y.to(weight.dtype), mask=rows < n)
+
+    @triton.jit
+    def _rotate(source, target, inv_freq, position, rope_scale, E: tl.constexpr, EP: tl.constexpr):
+        """RoPE of one vector of E numbers, rounded as the module rounds it."""
+        half = tl.arange(0, EP)
+        ok = half < E // 2
+        dtype = source.dtype.element_ty
+        angle = position.to(tl.float32) * tl.load(inv_freq + half, mask=ok, other=0.0)
+        cos = (tl.cos(angle) * rope_scale).to(dtype).to(tl.float32)
+        sin = (tl.sin(angle) * rope_scale).to(dtype).to(tl.float32)
+        x1 = tl.load(source + half, mask=ok, other=0.0).to(tl.float32)
+        x2 = tl.load(source + E // 2 + half, mask=ok, other=0.0).to(tl.float32)
+        y1 = (x1 * cos).to(dtype).to(tl.float32) - (x2 * sin).to(dtype).to(tl.float32)
+        y2 = (x2 * cos).to(dtype).to(tl.float32) + (x1 * sin).to(dtype).to(tl.float32)
+        tl.store(target + half, y1.to(dtype), mask=ok)
+        tl.store(target + E // 2 + half, y2.to(dtype), mask=ok)
+
+    @triton.jit
+    def _absorb_kernel(
+        q, a, a_stride, kv_first, kv_b, latent_gamma, inv_freq, counters, q_latent, q_rope, cache, cache_b, cache_s,
+        alpha_kv, eps, rope_scale,
+        M: tl.constexpr, L: tl.constexpr, C: tl.constexpr, H: tl.constexpr, R: tl.constexpr, DN: tl.constexpr,
+        E: tl.constexpr, V: tl.constexpr, DNP: tl.constexpr, RP: tl.constexpr, RB: tl.constexpr, EP: tl.constexpr,
+        PDL: tl.constexpr,
+    ):  # fmt: skip
+        """q_latent[m, l, h] = W_uk[l, h]^T q_nope[m]; on the side RoPE of the queries and this token's cache row.
+
+        `counters` holds [row, position of each sequence, ...]; `a` the outputs of kernel 1.
+        """
+        latent, head = tl.program_id(0) // H, tl.program_id(0) % H
+        query_head = (latent // C) * H + head
+        depth, columns = tl.arange(0, DNP), tl.program_id(1) * RB + tl.arange(0, RB)
+        base = kv_b + (latent * H + head).to(tl.int64) * (DN + V) * R
+        mask = (depth < DN)[:, None] & (columns < R)[None, :]
+        weight = tl.load(base + depth[:, None] * R + columns[None, :], mask=mask, other=0.0)
+        _wait(PDL)
+        for m in tl.static_range(M):
+            query = q + (m * (L // C) * H + query_head) * (DN + E)
+            nope = tl.load(query + depth, mask=depth < DN, other=0.0).to(tl.float32)
+            z = tl.sum(weight.to(tl.float32) * nope[:, None], axis=0)
+            tl.store(q_latent + ((m * L + latent) * H + head) * R + columns, z.to(weight.dtype), mask=columns < R)
+            if tl.program_id(1) == 0:
+                position = tl.load(counters + 1 + m)
+                if latent % C == 0:
+                    target = q_rope + (m * (L // C) * H + query_head) * E
+                    _rotate(query + DN, target, inv_freq, position, rope_scale, E, EP)
+                if head == 0:
+                    row = cache + m * cache_b + tl.load(counters).to(tl.int64) * cache_s
+                    index = tl.arange(0, RP)
+                    c = tl.load(a + m * a_stride + kv_first + latent * R + index, mask=index < R, other=0.0)
+                    gamma = tl.load(latent_gamma + latent * R + index, mask=index < R, other=0.0)
+                    c = _normed(c.to(tl.float32), gamma, alpha_kv, eps, R)
+                    tl.store(row + latent * R + index, c.to(weight.dtype), mask=index < R)
+                    if latent == 0:
+                        source = a + m * a_stride + kv_first + L * R
+                        _rotate(source, row + L * R, inv_freq, position, rope_scale, E, EP)
+
+    @triton.jit
+    def _value_kernel(
+        z, kv_b, gate, gate_stride, out, alpha,
+        M: tl.constexpr, L: tl.constexpr, C: tl.constexpr, H: tl.constexpr, R: tl.constexpr, DN: tl.constexpr,
+        V: tl.constexpr, CP: tl.constexpr, RP: tl.constexpr, VB: tl.constexpr, GATE: tl.constexpr, PDL: tl.constexpr,
+    ):  # fmt: skip
+        """out[m, i] = alpha * sum over branches of W_uv[l, i] z[m, l, i], times sigmoid(gate)."""
+        query_head = tl.program_id(0)
+        branch, rank = tl.arange(0, CP), tl.arange(0, RP)
+        values = tl.program_id(1) * VB + tl.arange(0, VB)
+        latent_head = ((query_head // H) * C + branch) * H + query_head % H  # [C]
+        rows = latent_head[:, None] * (DN + V) + DN + values[None, :]  # [C, VB]
+        mask = (branch < C)[:, None] & (values < V)[None, :]
+        weight = tl.load(
+            kv_b + rows.to(tl.int64)[:, :, None] * R + rank[None, None, :],
+            mask=mask[:, :, None] & (rank < R)[None, None, :],
+            other=0.0,
+        )
+        _wait(PDL)
+        for m in tl.static_range(M):
+            source = z + (m * L * H + latent_head)[:, None] * R + rank[None, :]
+            latents = tl.load(source, mask=(branch < C)[:, None] & (rank < R)[None, :], other=0.0).to(tl.float32)
+            branches = tl.sum(weight.to(tl.float32) * latents[:, None, :], axis=2).to(weight.dtype)
+            total = tl.sum(branches.to(tl.float32), axis=0).to(weight.dtype).to(tl.float32)
+            total = (total * alpha).to(weight.dtype).to(tl.float32)
+            column = query_head * V + values
+            if GATE:
+                g = tl.load(gate + m * gate_stride + column, mask=values < V, other=0.0).to(tl.float32)
+                total = tl.sigmoid(g).to(weight.dtype).to(tl.float32) * total
+            tl.store(out + m * (L // C) * H * V + column, total.to(weight.dtype), mask=values < V)
+
+
+def obstacle(model: nn.Module, num_sequences: int) -> str | None:
+    """Why the fused step cannot run this model, or None if it can."""
+    config = model.config
+    if triton is None:
+        return "module triton is not installed"
+    if model.dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 or float16 weights, not {model.dtype}"
+    if num_sequences > MAX_SEQUENCES:
+        return f"it takes up to {MAX_SEQUENCES} sequences, not {num_sequences}"
+    if config.hidden_act != "silu":
+        return f"it computes the activation 'silu', not {config.hidden_act!r}"
+    if model.model.rotary_emb.rope_type in ("dynamic", "longrope"):
+        return f"rope_type {model.model.rotary_emb.rope_type!r} changes its frequencies as the sequence grows"
+    if config.decode_implementation not in ("auto", "triton"):
+        return f"decode_implementation={config.decode_implementation!r} was asked for"
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return f"module {name!r} has hooks or a replaced forward (tensor parallelism, offloading)"
+        if name.endswith(("_proj", "lm_head")) and type(module) is not nn.Linear and not hasattr(module, "weight"):
+            return f"module {name!r} is a {type(module).__name__}, no plain linear layer"
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    if len(dtypes) > 1 or any(isinstance(module, nn.Linear) and module.bias is not None for module in model.modules()):
+        return "its weights are not all of one dtype and without bias"
+    return None
+
+
+class FusedStep:
+    """The kernels of one decoding step, bound to a model, a static cache and buffers for `num_sequences` sequences.
+
+    Args:
+        model: an `MLRAForCausalLM` that has no `obstacle`.
+        cache: a static `MLRACache` that holds the prompt.
+        counters: int32 `[1 + 2 * M]`: the cache row to write, then each sequence's RoPE position, then each one's
+            number of rows in use, this token's included.
+        kv_start, key_mask: as in `latent_attention`.
+    """
+
+    def __init__(self, model: nn.Module, cache, counters: torch.Tensor, kv_start=None, key_mask=None):
+        config = model.config
+        self.model, self.cache, self.counters = model, cache, counters
+        self.kv_start, self.key_mask = kv_start, key_mask
+        self.num_sequences = (counters.numel() - 1) // 2
+        heads = config.num_attention_heads
+        self.widths_a = [config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim]
+        if config.attn_output_gate:
+            self.widths_a.append(heads * config.v_head_dim)
+
+        def buffer(width):
+            return torch.empty(self.num_sequences, width, dtype=model.dtype, device=counters.device)
+
+        self.hidden, self.a = buffer(config.hidden_size), buffer(sum(self.widths_a))
+        self.q, self.q_rope = buffer(heads * config.qk_head_dim), buffer(heads * config.qk_rope_head_dim)
+        self.q_latent = buffer(heads * config.num_branches * config.latent_head_dim)
+        self.heads, self.mlp = buffer(heads * config.v_head_dim), buffer(config.intermediate_size)
+        self.logits = buffer(config.vocab_size)
+        self.early = counters.device.type == "cuda" and torch.cuda.get_device_capability(counters.device)[0] >= 9
+
+    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Logits `[M, vocab_size]` after `token_ids` `[M]`; appends their rows to the cache and counts them."""
+        base = self.model.model
+        torch.index_select(base.embed_tokens.weight, 0, token_ids, out=self.hidden)
+        for layer, cache_layer in zip(base.layers, self.cache.layers, strict=True):
+            self._attention(layer.self_attn, layer.input_layernorm, cache_layer.rows)
+            mlp = layer.mlp
+            self._linear(
+                self.hidden, [mlp.gate_proj, mlp.up_proj], self.mlp, norm=layer.post_attention_layernorm, swiglu=True
+            )
+            self._linear(self.mlp, [mlp.down_proj], self.hidden, residual=self.hidden)
+        self._linear(self.hidden, [self.model.lm_head], self.logits, norm=base.norm)
+        self.counters.add_(1)
+        return self.logits
+
+    def _linear(self, x, layers, out, norm=None, scale=1.0, swiglu=False, residual=None):
+        inner = layers[0].weight.shape[1]
+        width = triton.next_power_of_2(inner)
+        rows = max(1, TILE // width // (2 if swiglu else 1))
+        sizes = [layer.weight.shape[0] for layer in layers]
+        blocks = triton.cdiv(sizes[0], rows) if swiglu else sum(triton.cdiv(size, rows) for size in sizes)
+        weights = [layer.weight for layer in layers]
+        weights += [weights[-1]] * (4 - len(weights))
+        sizes += [0] * (4 - len(sizes))
+        _linear_kernel[(blocks,)](
+            x, x.stride(0), x if norm is None else norm.weight, scale, 0.0 if norm is None else norm.variance_epsilon,
+            out if residual is None else residual, out, out.stride(0), *weights, *sizes, inner,
+            M=self.num_sequences, ROWS=rows, WIDTH=width, NORM=norm is not None, SWIGLU=swiglu,
+            RESIDUAL=residual is not None, PDL=self.early, num_warps=8, **self._launch(),
+        )  # fmt: skip
+
+    def _launch(self) -> dict:
+        return {"launch_pdl": True} if self.early else {}
+
+    def _attention(self, attention, norm, rows):
+        config, batch = attention.config, self.num_sequences
+        latents, branches, rank = config.num_latent_heads, config.num_branches, config.latent_head_dim
+        groups, rope = config.num_head_groups, config.qk_rope_head_dim
+        heads = config.num_attention_heads // groups
+        nope, value = config.qk_nope_head_dim, config.v_head_dim
+        first = [attention.q_a_proj, attention.kv_a_proj, attention.k_rope_proj]
+        if config.attn_output_gate:
+            first.append(attention.g_proj)
+        self._linear(self.hidden, first, self.a, norm=norm)
+        self._linear(
+            self.a[:, : config.q_lora_rank], [attention.q_b_proj], self.q,
+            norm=attention.q_a_layernorm, scale=attention.alpha_q,
+        )  # fmt: skip
+        padded_rank, padded_nope = triton.next_power_of_2(rank), triton.next_power_of_2(nope)
+        columns = min(padded_rank, max(16, 8192 // padded_nope))
+        rotary = self.model.model.rotary_emb
+        _absorb_kernel[(latents * heads, triton.cdiv(rank, columns))](
+            self.q, self.a, self.a.stride(0), config.q_lora_rank, attention.kv_b_proj.weight,
+            attention.kv_a_layernorm.weight, rotary.inv_freq, self.counters, self.q_latent, self.q_rope,
+            rows, rows.stride(0), rows.stride(2), attention.alpha_kv, attention.kv_a_layernorm.variance_epsilon,
+            rotary.attention_scaling, M=batch, L=latents, C=branches, H=heads, R=rank, DN=nope, E=rope, V=value,
+            DNP=padded_nope, RP=padded_rank, RB=columns, EP=triton.next_power_of_2(rope // 2), PDL=self.early,
+            num_warps=4, **self._launch(),
+        )  # fmt: skip
+        cached = rows.squeeze(1)
+        z = latent_attention(
+            self.q_latent.view(batch, 1, latents, heads, rank),
+            self.q_rope.view(batch, 1, groups, heads, rope),
+            cached[..., : latents * rank].unflatten(-1, (latents, rank)),
+            cached[..., latents * rank :],
+            kv_end=self.counters[1 + batch :],
+            kv_start=self.kv_start,
+            key_mask=self.key_mask,
+            scaling=attention.scaling,
+            implementation="triton",
+        )
+        padded_branches = triton.next_power_of_2(branches)
+        block = min(triton.next_power_of_2(value), max(4, 16384 // (padded_branches * padded_rank)))
+        _value_kernel[(groups * heads, triton.cdiv(value, block))](
+            z, attention.kv_b_proj.weight, self.a[:, sum(self.widths_a[:3]) :], self.a.stride(0), self.heads,
+            attention.alpha_attn, M=batch, L=latents, C=branches, H=heads, R=rank, DN=nope, V=value,
+            CP=padded_branches, RP=padded_rank, VB=block, GATE=config.attn_output_gate, PDL=self.early,
+            num_warps=4, **self._launch(),
+        )  # fmt: skip
+        self._linear(self.heads, [attention.o_proj], self.hidden, residual=self.hidden)

@@ -1,0 +1,233 @@
+"""The decoding loop for a static latent cache: a captured step, and a host that never waits for the device.
+
+The library's loop reads a flag from the device at every token and prepares each call in Python, which at this model's
+size takes longer than the step itself. This one replays a CUDA graph, keeps inputs in fixed buffers and looks at the
+stop flag a few tokens later; whatever was decoded past the end is undone, random state included, so that tokens,
+cache and following calls are those of the library's loop. It has the signature of a `custom_generate` function.
+"""
+
+from collections import Counter, deque
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from .cache_mlra import MLRACache
+from .fused_mlra import FusedStep
+from .fused_mlra import obstacle as fused_obstacle
+
+captured_decodes: Counter[str] = Counter()  # how often each kind of step was set up: "fused" or "modules"
+
+
+def can_capture(model: nn.Module, generation_config, model_kwargs: dict, synced_gpus: bool) -> bool:
+    """Whether `generate()` takes this loop by itself: one CUDA device, a static latent cache, nothing recorded."""
+    cache = model_kwargs.get("past_key_values")
+    return (
+        model.device.type == "cuda"
+        and isinstance(cache, MLRACache)
+        and cache.is_compileable
+        and not cache.offloading
+        and len(set(getattr(model, "hf_device_map", {"": 0}).values())) == 1
+        and model.config._attn_implementation != "eager"
+        and model.model.rotary_emb.rope_type not in ("dynamic", "longrope")
+        and not generation_config.disable_compile
+        and generation_config.compile_config is None
+        and not generation_config.is_assistant
+        and not generation_config.output_attentions
+        and not generation_config.output_hidden_states
+        and not synced_gpus
+    )
+
+
+class CapturedStep:
+    """Token ids `[M]` to next-token logits `[M, vocab_size]`, as a CUDA graph from the second call on.
+
+    Args:
+        model: an `MLRAForCausalLM`.
+        cache: its static cache, holding the prompt.
+        positions: int64 `[M]`, RoPE positions of the next tokens.
+        attention_mask: `[M, S]` mask of the S rows held, or None.
+    """
+
+    def __init__(self, model: nn.Module, cache: MLRACache, positions: torch.Tensor, attention_mask=None):
+        batch, device = positions.shape[0], positions.device
+        rows = int(cache.get_seq_length())
+        self.token_ids = torch.zeros(batch, dtype=torch.long, device=device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.logits: torch.Tensor | None = None
+        self.num_calls = 0
+        key_mask = kv_start = None
+        if attention_mask is not None:
+            missing = cache.get_max_length() - attention_mask.shape[-1]
+            key_mask = nn.functional.pad(attention_mask, (0, missing), value=1).bool()
+            kv_start = key_mask.int().argmax(dim=-1).to(torch.int32)
+        self.step: Callable[[torch.Tensor], torch.Tensor]
+        if device.type == "cuda" and fused_obstacle(model, batch) is None:
+            captured_decodes["fused"] += 1
+            in_use = torch.full_like(positions, rows + 1)
+            counters = torch.cat([in_use[:1] - 1, positions, in_use]).to(torch.int32)
+            self.step = FusedStep(model, cache, counters, kv_start, key_mask)
+        else:
+            captured_decodes["modules"] += 1
+            position_ids = positions[:, None].clone()
+
+            def step(token_ids: torch.Tensor) -> torch.Tensor:
+                logits = model(
+                    token_ids[:, None],
+                    attention_mask=key_mask,
+                    position_ids=position_ids,
+                    past_key_values=cache,
+                    use_cache=True,
+                ).logits
+                position_ids.add_(1)
+                return logits[:, -1]
+
+            self.step = step
+
+    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
+        self.token_ids.copy_(token_ids)
+        self.num_calls += 1
+        if self.num_calls == 1 or token_ids.device.type != "cuda":  # compiles kernels, fills libraries' workspaces
+            return self.step(self.token_ids)
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self.step(self.token_ids)
+        self.graph.replay()
+        return self.logits
+
+
+class LaggedFlags:
+    """Stop flags and tokens on their way to the host, read `lag` steps after they were made."""
+
+    def __init__(self, lag: int, streamer=None):
+        self.lag, self.streamer = lag, streamer
+        self.pending: deque = deque()
+        self.num_after_stop: int | None = None
+
+    def add(self, finished: torch.Tensor, tokens: torch.Tensor, undo_state) -> None:
+        on_device = finished.device.type == "cuda"
+        event = torch.cuda.Event() if on_device else None
+        tokens = None if self.streamer is None else tokens.to("cpu", non_blocking=on_device)
+        self.pending.append((finished.to("cpu", non_blocking=on_device), tokens, event, undo_state))
+        if event is not None:
+            event.record()
+
+    def read(self, drain: bool = False) -> bool:
+        """Read what is old enough (or all); True once a step had finished every sequence."""
+        while self.pending and (drain or len(self.pending) > self.lag):
+            finished, tokens, event, undo_state = self.pending.popleft()
+            if event is not None:
+                event.synchronize()
+            if self.streamer is not None:
+                self.streamer.put(tokens)
+            if bool(finished):
+                self.num_after_stop, self.undo_state = len(self.pending), undo_state
+                self.pending.clear()
+                return True
+        return False
+
+
+def _random_state(device: torch.device):
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index or 0].get_offset()
+    return torch.get_rng_state()
+
+
+def _restore_random_state(device: torch.device, state) -> None:
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].set_offset(state)
+    else:
+        torch.set_rng_state(state)
+
+
+@torch.no_grad()
+def captured_decode(
+    model: nn.Module,
+    input_ids: torch.LongTensor,
+    logits_processor,
+    stopping_criteria,
+    generation_config,
+    synced_gpus: bool = False,
+    streamer=None,
+    lag: int = 3,
+    **model_kwargs,
+):
+    """Greedy decoding or sampling as the library's own loop does it, without waiting for the device.
+
+    Args:
+        model: an `MLRAForCausalLM`; `model_kwargs["past_key_values"]` is a static `MLRACache`.
+        input_ids: `[B, T]` prompt.
+        logits_processor, stopping_criteria, generation_config, streamer: as prepared by `generate()`.
+        lag: tokens decoded before a stop flag is looked at.
+
+    Returns:
+        `[B, T + new]` token ids, or a `GenerateDecoderOnlyOutput`.
+
+    Raises:
+        ValueError: without a static latent cache, or without a length limit.
+    """
+    cache = model_kwargs.get("past_key_values")
+    if not isinstance(cache, MLRACache) or not cache.is_compileable:
+        raise ValueError("captured decoding needs a static latent cache: pass cache_implementation='static'")
+    max_length = stopping_criteria.max_length
+    if max_length is None:
+        raise ValueError("captured decoding needs a length limit: pass max_new_tokens or max_length")
+    device, (batch, length) = input_ids.device, input_ids.shape
+    record = generation_config.return_dict_in_generate
+    scores: list | None = [] if record and generation_config.output_scores else None
+    raw_logits: list | None = [] if record and generation_config.output_logits else None
+    has_eos = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    pad = generation_config._pad_token_tensor
+    unfinished = torch.ones(batch, dtype=torch.long, device=device)
+    sequences = torch.cat([input_ids, input_ids.new_zeros(batch, max(max_length - length, 1))], dim=1)
+    flags = LaggedFlags(lag, streamer)
+
+    outputs = model._prefill(input_ids, generation_config, model_kwargs)
+    logits = outputs.logits[:, -1]
+    del outputs
+    prompt_rows = int(cache.get_seq_length())
+    position_ids = model_kwargs.get("position_ids")
+    if position_ids is None:
+        positions = torch.full((batch,), prompt_rows, device=device)
+    else:
+        positions = (position_ids[:, -1] + 1).expand(batch)
+    step = CapturedStep(model, cache, positions, model_kwargs.get("attention_mask"))
+    while True:
+        next_logits = logits.to(copy=True, dtype=torch.float32)
+        next_scores = logits_processor(sequences[:, :length], next_logits)
+        if scores is not None:
+            scores.append(next_scores)
+        if raw_logits is not None:
+            raw_logits.append(next_logits)
+        if generation_config.do_sample:
+            tokens = torch.multinomial(nn.functional.softmax(next_scores, dim=-1), num_samples=1).squeeze(1)
+        else:
+            tokens = torch.argmax(next_scores, dim=-1)
+        if has_eos:
+            tokens = tokens * unfinished + pad * (1 - unfinished)
+        sequences[:, length] = tokens
+        length += 1
+        unfinished = unfinished & ~stopping_criteria(sequences[:, :length], None)
+        flags.add(unfinished.max() == 0, tokens, _random_state(device))
+        if flags.read(drain=length >= max_length) or length >= max_length:
+            break
+        logits = step(tokens)
+
+    if flags.num_after_stop:
+        length -= flags.num_after_stop
+        _restore_random_state(device, flags.undo_state)
+    cache.set_seq_length(prompt_rows + length - input_ids.shape[1] - 1)
+    if streamer is not None:
+        streamer.end()
+    sequences = sequences[:, :length]
+    if not record:
+        return sequences
+    num_new = length - input_ids.shape[1]
+    return GenerateDecoderOnlyOutput(
+        sequences=sequences,
+        scores=None if scores is None else tuple(scores[:num_new]),
+        logits=None if raw_logits is None else tuple(raw_logits[:num_new]),
+        past_key_values=cache,
+    )

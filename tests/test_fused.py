@@ -1,0 +1,71 @@
+"""The fused decoding step: its kernels in Triton's interpreter, and on a GPU the whole of generate()."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from modeling_mlra.fused_mlra import obstacle
+from modeling_mlra.generation_mlra import captured_decodes
+from tests.models import VARIANTS, random_ids, tiny_model
+from tests.tolerances import FUSED_FLOAT32_RATIO
+
+
+def check_results(environment):
+    output = subprocess.run(
+        [sys.executable, "-m", "tests.fused_checks"],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert output.returncode == 0, output.stderr
+    results = json.loads(output.stdout.splitlines()[-1])
+    assert len(results) == 2 * len(VARIANTS)
+    for name, result in results.items():
+        assert result["counters"], name
+        assert result["logits"] < FUSED_FLOAT32_RATIO, (name, result)
+        assert result["rows"] < FUSED_FLOAT32_RATIO, (name, result)
+
+
+def test_fused_step_equals_the_modules_interpreted():
+    check_results({"TRITON_INTERPRET": "1"})
+
+
+@pytest.mark.gpu
+def test_fused_step_equals_the_modules():
+    check_results({})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_generate_takes_the_captured_loop_and_gives_the_same_tokens(dtype):
+    """float32 runs the modules in the graph and must give the tokens of the plain loop; bfloat16 runs fused."""
+    model = tiny_model("mlra_4", dtype=dtype).to("cuda")
+    ids = random_ids(2, 9).to("cuda")
+    before = dict(captured_decodes)
+    tokens = model.generate(ids, max_new_tokens=24, do_sample=False, cache_implementation="static")
+    kind = "fused" if dtype == torch.bfloat16 else "modules"
+    assert captured_decodes[kind] == before.get(kind, 0) + 1
+    if dtype == torch.float32:
+        assert torch.equal(tokens, model.generate(ids, max_new_tokens=24, do_sample=False))
+
+
+def test_obstacles_name_what_is_in_the_way():
+    assert "float32" in obstacle(tiny_model(dtype=torch.float32), 1)
+    model = tiny_model(dtype=torch.bfloat16)
+    assert obstacle(model, 1) is None
+    assert "sequences, not 99" in obstacle(model, 99)
+    handle = model.model.layers[0].register_forward_hook(lambda *_: None)
+    assert "hooks" in obstacle(model, 1)
+    handle.remove()
+    model.model.layers[0].self_attn.o_proj = nn.Sequential(model.model.layers[0].self_attn.o_proj)
+    assert "o_proj" in obstacle(model, 1)
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    assert "'dynamic'" in obstacle(tiny_model(dtype=torch.bfloat16, rope_parameters=dynamic), 1)
