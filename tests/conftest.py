@@ -57,7 +57,7 @@ else:
     folder = tmp_path_factory.mktemp("isolated")
 
     def run(code: str, *args: object) -> str:
-        command = [sys.executable, "-I", "-c", guard + code, *map(str, args)]
+        command = [sys.executable, "-P", "-c", guard + code, *map(str, args)]
         result = subprocess.run(
             command, cwd=folder, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL
         )
