@@ -78,9 +78,7 @@ def tensor_parallel_sizes(config) -> list[int]:
     return [
         size
         for size in range(1, most + 1)
-        if tensor_parallel_layout(config, size)
-        and config.intermediate_size % size == 0
-        and config.vocab_size % size == 0
+        if tensor_parallel_layout(config, size) and config.intermediate_size % size == 0
     ]
 
 
@@ -91,8 +89,9 @@ def check_tensor_parallel_size(config, size: int) -> TensorParallelLayout:
         ValueError: naming what does not divide and the sizes that work.
     """
     layout = tensor_parallel_layout(config, size)
-    reasons = [f"{name}={getattr(config, name)}" for name in ("intermediate_size", "vocab_size")]
-    reasons = [reason for reason in reasons if int(reason.split("=")[1]) % size]
+    reasons = []
+    if config.intermediate_size % size:
+        reasons.append(f"intermediate_size={config.intermediate_size}")
     if layout is None:
         heads = config.num_attention_heads // config.num_head_groups
         reasons.insert(0, f"{config.num_head_groups} x {config.num_branches} latents of {heads} heads")
