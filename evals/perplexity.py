@@ -139,7 +139,7 @@ def total_loss(
             progress.set_postfix(perplexity=f"{math.exp(min(total.item() / done, LARGEST_LOSS)):.3f}", refresh=False)
     sums = torch.tensor([total.item(), done], dtype=torch.float64, device=state.device)
     if state.num_processes > 1:
-        sums = reduce(sums)
+        sums = reduce(sums, reduction="sum")
     return sums[0].item(), int(sums[1].item())
 
 
@@ -156,6 +156,8 @@ def evaluate(args: argparse.Namespace) -> None:
     for corpus in corpora.values():
         if corpus.is_token_file:
             read_blocks(corpus, args, config)
+        elif next(corpus.documents(), None) is None:
+            raise UserError(f"{corpus.source} has no text")
 
     settings = {
         "model": args.model.resolve().name,
@@ -165,7 +167,7 @@ def evaluate(args: argparse.Namespace) -> None:
         "max_tokens": args.max_tokens,
     }
     results = Results(args.output, settings, args.overwrite)
-    state = PartialState()
+    state = PartialState(cpu=not torch.accelerator.is_available())
     todo = [[name for name in corpora if name not in results.entries]]
     if state.num_processes > 1:
         broadcast_object_list(todo)
