@@ -11,16 +11,33 @@ with k_nope_{l,i} = W_uk[l,i] c_l and v_{l,i} = W_uv[l,i] c_l.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .kernels_mlra import latent_attention
 
 # A continuation of up to this many tokens runs absorbed. Expanding S cached rows costs S*R*(N+V) per head and latent,
 # absorbing costs T*S*(2R - N - V) more in the scores: at R=512, N=V=128 the two are equal at T=170.
 MAX_ABSORBED_QUERIES = 64
+
+# Keys and values of the prefix expanded at one time in inference; a longer prompt runs a few heads after another.
+MAX_EXPANDED_BYTES = 2 * 2**30
+
+
+def fastest_sdpa(query: torch.Tensor, attention_mask: torch.Tensor | None) -> AbstractContextManager:
+    """The backend order of torch's scaled_dot_product_attention for keys wider than values, without a mask.
+
+    Its FlashAttention takes equal widths only, and the order it would choose falls to a kernel a third as fast as
+    cuDNN's on a Hopper GPU (measured: evals/results/generate_h200.json, "prefill_backends").
+    """
+    if query.device.type != "cuda" or attention_mask is not None:
+        return nullcontext()
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True)
 
 
 class CacheRows(NamedTuple):
@@ -30,11 +47,13 @@ class CacheRows(NamedTuple):
         kv_end: `[B]` int32, rows in use, those of the T queries included.
         kv_start: `[B]` int32, first row that is no padding, or None for 0.
         key_mask: `[B, >= kv_end]` bool, rows that may be attended to, or None for all.
+        row_table: `[B, >= kv_end]` int32, where each row lies if the sequences share one pool of rows, else None.
     """
 
     kv_end: torch.Tensor
     kv_start: torch.Tensor | None = None
     key_mask: torch.Tensor | None = None
+    row_table: torch.Tensor | None = None
 
 
 def up_projections(kv_b_weight: torch.Tensor, num_latents: int, nope_dim: int, v_dim: int):
@@ -82,20 +101,45 @@ def expanded_attention(
     num_keys, num_latents, rank = latents.shape[1:]
     heads = kv_b_weight.shape[0] // (num_latents * (nope_dim + v_dim))
     num_groups = query.shape[2] // heads
-    weight = kv_b_weight.view(num_latents, heads * (nope_dim + v_dim), rank)
-    # One batched product over latents: [L, B*S, R] x [L, R, H*(N+V)]
-    expanded = torch.bmm(latents.flatten(0, 1).transpose(0, 1), weight.transpose(1, 2))
-    expanded = expanded.view(num_latents, batch, num_keys, heads, nope_dim + v_dim).permute(1, 0, 3, 2, 4)
-    k_nope, value = expanded.split([nope_dim, v_dim], dim=-1)  # [B, L, H, S, N], [B, L, H, S, V]
-    key = torch.cat([k_nope, k_rope[:, None, None].expand(*k_nope.shape[:-1], -1)], dim=-1).flatten(1, 2)
-    value = value.flatten(1, 2)
-    # Every branch of a group sees the same queries: [B, T, G*H, D] -> [B, G, C, H, T, D]
+    weight = kv_b_weight.view(num_latents, heads, nope_dim + v_dim, rank)
+    # Every branch of a group sees the same queries: [B, T, G*H, D] -> [B, G, C, H, T, D] -> [B, L, H, T, D]
     query = query.view(batch, queries, num_groups, 1, heads, -1).permute(0, 2, 3, 4, 1, 5)
-    query = query.expand(-1, -1, num_latents // num_groups, -1, -1, -1).reshape(batch, num_latents * heads, queries, -1)
+    query = query.expand(-1, -1, num_latents // num_groups, -1, -1, -1).flatten(1, 2)
 
-    output, weights = attention_interface(
-        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-    )  # [B, T, L*H, V]
+    def attend(some_latents: slice, some_heads: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+        part = weight[some_latents, some_heads]  # [l, h, N + V, R]
+        # One batched product over latents: [l, B*S, R] x [l, R, h*(N+V)]
+        c = latents[:, :, some_latents].flatten(0, 1).transpose(0, 1)
+        expanded = torch.bmm(c, part.flatten(1, 2).transpose(1, 2))
+        expanded = expanded.view(part.shape[0], batch, num_keys, *part.shape[1:3]).permute(1, 0, 3, 2, 4)
+        k_nope, value = expanded.split([nope_dim, v_dim], dim=-1)  # [B, l, h, S, N], [B, l, h, S, V]
+        key = torch.cat([k_nope, k_rope[:, None, None].expand(*k_nope.shape[:-1], -1)], dim=-1)
+        return attention_interface(
+            module,
+            query[:, some_latents, some_heads].flatten(1, 2),
+            key.flatten(1, 2),
+            value.flatten(1, 2),
+            attention_mask,
+            scaling=scaling,
+            dropout=dropout,
+            **kwargs,
+        )  # [B, T, l*h, V], [B, l*h, T, S]
+
+    with fastest_sdpa(query, attention_mask):
+        bytes_per_head = batch * num_keys * (query.shape[-1] + v_dim) * query.element_size()
+        at_once = MAX_EXPANDED_BYTES // bytes_per_head
+        if at_once >= num_latents * heads or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            output, weights = attend(slice(None), slice(None))
+        else:
+            step = min(max(at_once, 1), heads)
+            slices = [
+                (slice(latent, latent + 1), slice(head, head + step))
+                for latent in range(num_latents)
+                for head in range(0, heads, step)
+            ]
+            parts = [attend(*part) for part in slices]
+            output = torch.cat([part[0] for part in parts], dim=2)
+            weights = None if parts[0][1] is None else torch.cat([part[1] for part in parts], dim=1)
     return branch_sum(output.view(batch, queries, num_latents, heads, v_dim), num_groups, alpha), weights
 
 
@@ -120,8 +164,8 @@ def absorbed_attention(
 
     Args:
         query: `[B, T, G*H, N + E]`, RoPE applied.
-        latents: `[B, S, L, R]`; may hold more rows than are in use.
-        k_rope: `[B, S, E]`, RoPE applied.
+        latents: `[B, S, L, R]`; may hold more rows than are in use. `[S, L, R]` with a row table.
+        k_rope: `[B, S, E]`, RoPE applied. `[S, E]` with a row table.
         kv_b_weight: `[L*H*(N+V), R]`.
         rows: the rows to read, or an additive mask `[B, 1, T, S]` (or None), which runs `eager_attention`.
 
@@ -129,7 +173,7 @@ def absorbed_attention(
         Head outputs `[B, T, G*H, V]` and, with an additive mask, attention weights `[B, L*H, T, S]`.
     """
     batch, queries = query.shape[:2]
-    num_latents, rank = latents.shape[2:]
+    num_latents, rank = latents.shape[-2:]
     heads = kv_b_weight.shape[0] // (num_latents * (nope_dim + v_dim))
     num_groups = query.shape[2] // heads
     branches = num_latents // num_groups
@@ -155,6 +199,8 @@ def absorbed_attention(
             key_mask=rows.key_mask,
             scaling=scaling,
             implementation=implementation,
+            block_table=rows.row_table,
+            page_size=1 if rows.row_table is not None else 0,
         )
     else:
         # Heads become query rows of their latent's multi-query attention: [B, L, H*T, R + E] against [B, L, S, R + E]

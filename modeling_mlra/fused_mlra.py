@@ -3,8 +3,7 @@
 Decoding reads every weight once per step and computes almost nothing, so its time is weight bytes over bandwidth plus
 what is lost between kernels. Here each program holds its tile of weights in registers before it waits for the kernel
 in front of it (programmatic dependent launch), so the memory stays busy across kernels; norms, rotations, the cache
-append, gates and residuals ride along. The parameters are the model's own; intermediate results are rounded where the
-modules round them.
+append, gates and residuals ride along, in float32. The parameters are the model's own.
 
     1  [q_a | kv_a | k_rope | gate] = norm(x) W        5  o = alpha_attn * sum over branches of z W_uv, gated
     2  q = norm(q_a) W_qb                              6  x += o W_o
@@ -27,33 +26,45 @@ except ImportError:
     triton = tl = None
 
 MAX_SEQUENCES = 4  # beyond, the products are no longer free and cuBLAS reads the weights as fast
-TILE = 16384  # weights that a program of 8 warps holds in registers
+TILE, WARPS = 16384, 8  # weights that a program holds in registers, and its warps
 
 if triton is not None:
 
     @triton.jit
     def _wait(PDL: tl.constexpr):
+        """Wait for the kernel in front, then let the one behind load its weights."""
         if PDL:
-            tl.extra.cuda.gdc_launch_dependents()
             tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
 
     @triton.jit
-    def _normed(x, gamma, scale, eps, K):
-        """RMSNorm of one row, rounded as the module rounds it: after the norm, the weight and the scale."""
-        dtype = gamma.dtype
-        inverse = tl.rsqrt(tl.sum(x * x) / K + eps)
-        normed = (x * inverse).to(dtype).to(tl.float32)
-        normed = (normed * gamma.to(tl.float32)).to(dtype).to(tl.float32)
-        return (normed * scale).to(dtype).to(tl.float32)
+    def _tile(w, rows, n, K: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+        """Columns FIRST … FIRST + WIDTH of some rows of a weight [n, K]."""
+        columns = FIRST + tl.arange(0, WIDTH)
+        mask = (rows < n)[:, None] & (columns < K)[None, :]
+        offsets = rows.to(tl.int64)[:, None] * K + columns[None, :]
+        return tl.load(w + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
+
+    @triton.jit
+    def _columns(x, K: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+        columns = FIRST + tl.arange(0, WIDTH)
+        return tl.load(x + columns, mask=columns < K, other=0.0).to(tl.float32)
+
+    @triton.jit
+    def _dot(weight, x):
+        return tl.sum(weight.to(tl.float32) * x[None, :], axis=1)
 
     @triton.jit
     def _linear_kernel(
         x, x_stride, gamma, scale, eps, residual, out, out_stride,
-        w0, w1, w2, w3, n0, n1, n2, n3, K,
-        M: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+        w0, w1, w2, w3, n0, n1, n2, n3,
+        K: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
         NORM: tl.constexpr, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        """out[m] = [w0; w1; w2; w3] x[m] for row blocks of up to four weights, or silu(w0 x) * (w1 x)."""
+        """out[m] = [w0; w1; w2; w3] x[m] for row blocks of up to four weights, or silu(w0 x) * (w1 x).
+
+        A row of K weights is held as two tiles whose widths are powers of two, HEAD <= K and TAIL >= K - HEAD (or 0).
+        """
         block = tl.program_id(0)
         w, n, first = w0, n0, 0
         if not SWIGLU:
@@ -70,45 +81,52 @@ if triton is not None:
                         block -= blocks
                         w, n, first = w3, n3, n0 + n1 + n2
         rows = block * ROWS + tl.arange(0, ROWS)
-        columns = tl.arange(0, WIDTH)
-        offsets = rows.to(tl.int64)[:, None] * K + columns[None, :]
-        mask = (rows < n)[:, None] & (columns < K)[None, :]
-        weight = tl.load(w + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
+        head = _tile(w, rows, n, K, 0, HEAD)
+        if TAIL:
+            tail = _tile(w, rows, n, K, HEAD, TAIL)
         if SWIGLU:
-            weight_up = tl.load(w1 + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
+            up_head = _tile(w1, rows, n, K, 0, HEAD)
+            if TAIL:
+                up_tail = _tile(w1, rows, n, K, HEAD, TAIL)
         if NORM:
-            norm_weight = tl.load(gamma + columns, mask=columns < K, other=0.0)
+            gamma_head = _columns(gamma, K, 0, HEAD)
+            if TAIL:
+                gamma_tail = _columns(gamma, K, HEAD, TAIL)
         _wait(PDL)
         for m in tl.static_range(M):
-            row = tl.load(x + m * x_stride + columns, mask=columns < K, other=0.0).to(tl.float32)
-            if NORM:
-                row = _normed(row, norm_weight, scale, eps, K)
-            y = tl.sum(weight.to(tl.float32) * row[None, :], axis=1)
+            x_head = _columns(x + m * x_stride, K, 0, HEAD)
+            squares = tl.sum(x_head * x_head) if NORM else 0.0
+            x_head = x_head * gamma_head if NORM else x_head
+            y = _dot(head, x_head)
             if SWIGLU:
-                gate = y.to(weight.dtype).to(tl.float32)
-                up = tl.sum(weight_up.to(tl.float32) * row[None, :], axis=1).to(weight.dtype).to(tl.float32)
-                y = (gate * tl.sigmoid(gate)).to(weight.dtype).to(tl.float32) * up
+                up = _dot(up_head, x_head)
+            if TAIL:
+                x_tail = _columns(x + m * x_stride, K, HEAD, TAIL)
+                squares += tl.sum(x_tail * x_tail) if NORM else 0.0
+                x_tail = x_tail * gamma_tail if NORM else x_tail
+                y += _dot(tail, x_tail)
+                if SWIGLU:
+                    up += _dot(up_tail, x_tail)
+            factor = scale * tl.rsqrt(squares / K + eps) if NORM else scale
+            y *= factor
+            if SWIGLU:
+                y = y * tl.sigmoid(y) * (up * factor)
             target = m * out_stride + first + rows
             if RESIDUAL:
-                y = y.to(weight.dtype).to(tl.float32)
                 y += tl.load(residual + target, mask=rows < n, other=0.0).to(tl.float32)
-            tl.store(out + target, y.to(weight.dtype), mask=rows < n)
+            tl.store(out + target, y.to(out.dtype.element_ty), mask=rows < n)
 
     @triton.jit
     def _rotate(source, target, inv_freq, position, rope_scale, E: tl.constexpr, EP: tl.constexpr):
-        """RoPE of one vector of E numbers, rounded as the module rounds it."""
+        """RoPE of one vector of E numbers."""
         half = tl.arange(0, EP)
         ok = half < E // 2
-        dtype = source.dtype.element_ty
         angle = position.to(tl.float32) * tl.load(inv_freq + half, mask=ok, other=0.0)
-        cos = (tl.cos(angle) * rope_scale).to(dtype).to(tl.float32)
-        sin = (tl.sin(angle) * rope_scale).to(dtype).to(tl.float32)
+        cos, sin = tl.cos(angle) * rope_scale, tl.sin(angle) * rope_scale
         x1 = tl.load(source + half, mask=ok, other=0.0).to(tl.float32)
         x2 = tl.load(source + E // 2 + half, mask=ok, other=0.0).to(tl.float32)
-        y1 = (x1 * cos).to(dtype).to(tl.float32) - (x2 * sin).to(dtype).to(tl.float32)
-        y2 = (x2 * cos).to(dtype).to(tl.float32) + (x1 * sin).to(dtype).to(tl.float32)
-        tl.store(target + half, y1.to(dtype), mask=ok)
-        tl.store(target + E // 2 + half, y2.to(dtype), mask=ok)
+        tl.store(target + half, (x1 * cos - x2 * sin).to(target.dtype.element_ty), mask=ok)
+        tl.store(target + E // 2 + half, (x2 * cos + x1 * sin).to(target.dtype.element_ty), mask=ok)
 
     @triton.jit
     def _absorb_kernel(
@@ -144,7 +162,8 @@ if triton is not None:
                     index = tl.arange(0, RP)
                     c = tl.load(a + m * a_stride + kv_first + latent * R + index, mask=index < R, other=0.0)
                     gamma = tl.load(latent_gamma + latent * R + index, mask=index < R, other=0.0)
-                    c = _normed(c.to(tl.float32), gamma, alpha_kv, eps, R)
+                    c = c.to(tl.float32)
+                    c = c * gamma.to(tl.float32) * (alpha_kv * tl.rsqrt(tl.sum(c * c) / R + eps))
                     tl.store(row + latent * R + index, c.to(weight.dtype), mask=index < R)
                     if latent == 0:
                         source = a + m * a_stride + kv_first + L * R
@@ -172,13 +191,11 @@ if triton is not None:
         for m in tl.static_range(M):
             source = z + (m * L * H + latent_head)[:, None] * R + rank[None, :]
             latents = tl.load(source, mask=(branch < C)[:, None] & (rank < R)[None, :], other=0.0).to(tl.float32)
-            branches = tl.sum(weight.to(tl.float32) * latents[:, None, :], axis=2).to(weight.dtype)
-            total = tl.sum(branches.to(tl.float32), axis=0).to(weight.dtype).to(tl.float32)
-            total = (total * alpha).to(weight.dtype).to(tl.float32)
+            total = tl.sum(tl.sum(weight.to(tl.float32) * latents[:, None, :], axis=2), axis=0) * alpha
             column = query_head * V + values
             if GATE:
                 g = tl.load(gate + m * gate_stride + column, mask=values < V, other=0.0).to(tl.float32)
-                total = tl.sigmoid(g).to(weight.dtype).to(tl.float32) * total
+                total *= tl.sigmoid(g)
             tl.store(out + m * (L // C) * H * V + column, total.to(weight.dtype), mask=values < V)
 
 
@@ -256,8 +273,9 @@ class FusedStep:
 
     def _linear(self, x, layers, out, norm=None, scale=1.0, swiglu=False, residual=None):
         inner = layers[0].weight.shape[1]
-        width = triton.next_power_of_2(inner)
-        rows = max(1, TILE // width // (2 if swiglu else 1))
+        head = triton.next_power_of_2(inner + 1) // 2
+        tail = triton.next_power_of_2(inner - head) if inner > head else 0
+        rows = max(1, triton.next_power_of_2(TILE // inner // (2 if swiglu else 1) + 1) // 2)
         sizes = [layer.weight.shape[0] for layer in layers]
         blocks = triton.cdiv(sizes[0], rows) if swiglu else sum(triton.cdiv(size, rows) for size in sizes)
         weights = [layer.weight for layer in layers]
@@ -265,9 +283,9 @@ class FusedStep:
         sizes += [0] * (4 - len(sizes))
         _linear_kernel[(blocks,)](
             x, x.stride(0), x if norm is None else norm.weight, scale, 0.0 if norm is None else norm.variance_epsilon,
-            out if residual is None else residual, out, out.stride(0), *weights, *sizes, inner,
-            M=self.num_sequences, ROWS=rows, WIDTH=width, NORM=norm is not None, SWIGLU=swiglu,
-            RESIDUAL=residual is not None, PDL=self.early, num_warps=8, **self._launch(),
+            out if residual is None else residual, out, out.stride(0), *weights, *sizes,
+            K=inner, M=self.num_sequences, ROWS=rows, HEAD=head, TAIL=tail, NORM=norm is not None,
+            SWIGLU=swiglu, RESIDUAL=residual is not None, PDL=self.early, num_warps=WARPS, **self._launch(),
         )  # fmt: skip
 
     def _launch(self) -> dict:

@@ -147,6 +147,31 @@ def test_long_continuation_expands_the_cache():
             assert_close(torch.cat([first, second], dim=1), reference)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("bound", [1, 3000])
+def test_expanded_keys_and_values_stay_within_their_bound(bound, implementation, monkeypatch):
+    """A few heads after another give what all at once give, and no slice is wider than it may be."""
+    model = tiny_model("mlra_2", dtype=torch.float64, num_hidden_layers=1)
+    model.set_attn_implementation(implementation)
+    ids, seen = random_ids(2, 9), []
+    product = torch.bmm
+
+    def recording_product(a, b):
+        seen.append(a.shape[0] * b.shape[2] // (6 + 5))  # heads expanded at once
+        return product(a, b)
+
+    with torch.no_grad():
+        reference = model(ids, output_attentions=True)
+        monkeypatch.setattr("modeling_mlra.attention_mlra.MAX_EXPANDED_BYTES", bound)
+        monkeypatch.setattr(torch, "bmm", recording_product)
+        sliced = model(ids, output_attentions=True)
+    assert_close(sliced.logits, reference.logits)
+    per_head = 2 * 9 * (6 + 4 + 5) * 8
+    assert seen and max(seen) == max(1, bound // per_head)
+    if implementation == "eager":
+        assert_close(sliced.attentions[0], reference.attentions[0])
+
+
 def test_attentions_are_one_distribution_per_branch():
     model = tiny_model("mlra_2", dtype=torch.float64)
     model.set_attn_implementation("eager")
