@@ -1,0 +1,467 @@
+"""Tensor-parallel decoding measured on the GPUs of one machine: every size that its processes can form.
+
+    torchrun --nproc-per-node 2 -m scripts.bench_tp --output evals/results/tp_h200_x2.json
+    torchrun --nproc-per-node 4 -m scripts.bench_tp --models mlra_4 mlra_2 mla wide_mlra_4 wide_mla \\
+        --contexts 131072 524288 1048576 --output evals/results/tp_4gpu.json
+
+Weights are random and the same for every size; each rank creates its own share, no checkpoint is read. With T ranks of
+N the model runs N / T times side by side, so that no GPU idles. One decode step is one CUDA graph; times are medians
+over replays, of the slowest rank. The share of all-reduce is what the step gains when its all-reduces are left out.
+"""
+
+import argparse
+import datetime
+import inspect
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.integrations.tensor_parallel import apply_tensor_parallelism
+
+from modeling_mlra import MLRACache, MLRAConfig, MLRAForCausalLM
+from modeling_mlra.attention_mlra import CacheRows
+from modeling_mlra.fused_mlra import FusedStep
+from modeling_mlra.fused_mlra import obstacle as fused_obstacle
+from modeling_mlra.kernels_mlra import latent_attention
+from modeling_mlra.tensor_parallel_mlra import tensor_parallel_layout, tensor_parallel_sizes
+from scripts.cli import UserError, run
+
+try:
+    import matplotlib
+    from matplotlib import pyplot as plt
+except ImportError:
+    plt = None
+
+CONFIGURATION = Path(__file__).parent.parent / "configuration"
+WIDE = {"hidden_size": 8192, "intermediate_size": 24576, "num_hidden_layers": 4, "num_attention_heads": 64}
+TIMEOUT = datetime.timedelta(minutes=5)  # a rank that stops answering ends the others after this
+HEAD_WIDTH = 128  # d_h of the released models, the unit of the paper's table of cache sizes
+
+
+def read_config(name: str, layers: int | None) -> MLRAConfig:
+    """A released architecture, "wide_" before its name for a stack of four layers of 64 heads."""
+    file = CONFIGURATION / f"{name.removeprefix('wide_')}.json"
+    if not file.is_file():
+        raise UserError(f"--models {name}: there is no {file}")
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    if name.startswith("wide_"):
+        settings |= WIDE
+    if layers is not None:
+        settings["num_hidden_layers"] = layers
+    # random models end no sentence
+    return MLRAConfig(**{**settings, "eos_token_id": None, "bos_token_id": None, "pad_token_id": 0})
+
+
+def build(config: MLRAConfig, mesh, dtype: torch.dtype, device: torch.device) -> MLRAForCausalLM:
+    """The model with random weights, sharded over `mesh` (None: one rank), each rank creating its own share.
+
+    Every weight is drawn from a generator seeded by its name, whatever the number of ranks.
+    """
+    with torch.device("meta"):
+        model = MLRAForCausalLM(config).to(dtype).eval()
+    if mesh is not None:
+        model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))  # the library ties after sharding
+        if "tp_plan" in inspect.signature(apply_tensor_parallelism).parameters:
+            apply_tensor_parallelism(model, mesh, model._expand_parallel_plan(model.tp_plan))
+        else:
+            apply_tensor_parallelism(model, mesh)
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is None or (module is model.lm_head and config.tie_word_embeddings):
+                continue
+            module._parameters[key] = nn.Parameter(draw(f"{name}.{key}", parameter, device), requires_grad=False)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    return model
+
+
+def draw(name: str, parameter: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Ones for norms, N(0, 0.02) for the rest; of a DTensor this rank's share."""
+    if "norm" in name:
+        whole = torch.ones(parameter.shape, dtype=parameter.dtype, device=device)
+    else:
+        generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        whole.normal_(0, 0.02, generator=generator)
+    if not isinstance(parameter, DTensor):
+        return whole
+    share = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    local = share.to_local().clone(memory_format=torch.contiguous_format)
+    return DTensor.from_local(
+        local, share.device_mesh, share.placements, run_check=False, shape=share.shape, stride=share.stride()
+    )
+
+
+def random_cache(model: MLRAForCausalLM, context: int, capacity: int, device: torch.device) -> tuple[MLRACache, int]:
+    """A static cache with `context` random rows of this rank's share, and the bytes its allocation took."""
+    config = model.config
+    latents = model.model.layers[0].self_attn.kv_a_layernorm.weight
+    width = (latents.to_local() if isinstance(latents, DTensor) else latents).numel()
+    cache = MLRACache(config, max_cache_len=capacity)
+    before = allocated(device)
+    for layer in cache.layers:
+        one_row = torch.zeros(1, 1, 1, width, dtype=model.dtype, device=device)
+        layer.lazy_initialization(one_row, one_row[..., : config.qk_rope_head_dim])
+        layer._is_empty = False
+    taken = allocated(device) - before if device.type == "cuda" else cache.nbytes
+    for layer in cache.layers:
+        layer.rows[:, :, :context].normal_()
+    cache.set_seq_length(context)
+    return cache, taken
+
+
+def allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+@contextmanager
+def no_all_reduce() -> Iterator[None]:
+    """All-reduces do nothing: results are wrong, and the time that is gained is what they cost."""
+    real = distributed.all_reduce
+    distributed.all_reduce = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        distributed.all_reduce = real
+
+
+def median_time(function: Callable[[], object], device: torch.device, replays: int) -> float:
+    """Median microseconds of `function` as a CUDA graph (plain calls on the CPU); the slowest rank's."""
+    with torch.no_grad():
+        for _ in range(2):
+            function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                function()
+            for _ in range(3):
+                graph.replay()
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
+            for event in events:
+                event.record()
+                if event is not events[-1]:
+                    graph.replay()
+            torch.cuda.synchronize()
+            times = [1e3 * start.elapsed_time(end) for start, end in zip(events, events[1:], strict=False)]
+            del graph
+        else:
+            times = []
+            for _ in range(replays):
+                started = time.perf_counter()
+                function()
+                times.append(1e6 * (time.perf_counter() - started))
+    return slowest(statistics.median(times), device)
+
+
+def slowest(value: float, device: torch.device) -> float:
+    held = torch.tensor(value, dtype=torch.float64, device=device)
+    distributed.all_reduce(held, op=distributed.ReduceOp.MAX)
+    return held.item()
+
+
+def measure_decode(model: MLRAForCausalLM, context: int, replays: int, device: torch.device) -> dict:
+    """Time per token at `context`, what all-reduce takes of it, the attention's part, and the cache's bytes."""
+    config, layers = model.config, model.model.layers
+    cache, taken = random_cache(model, context, context + 64, device)
+    token = torch.zeros(1, 1, dtype=torch.long, device=device)
+    position = torch.full((1, 1), context, device=device)
+
+    def step():
+        logits = model(token, position_ids=position, past_key_values=cache, use_cache=True).logits
+        token.copy_(logits[:, -1:].argmax(-1))
+        cache.set_seq_length(context)
+
+    rows = CacheRows(torch.full((1,), context + 1, dtype=torch.int32, device=device))
+    hidden = torch.randn(1, 1, config.hidden_size, dtype=model.dtype, device=device)
+    tables = model.model.rotary_emb(hidden, position_ids=position)
+
+    def attention():
+        for layer in layers:
+            layer.self_attn(
+                hidden, position_embeddings=tables, attention_mask=rows, past_key_values=cache, absorbed=True
+            )
+        cache.set_seq_length(context)
+
+    latents, heads, groups = local_sizes(model)
+    width, rope = config.latent_head_dim, config.qk_rope_head_dim
+    q_latent = torch.randn(1, 1, latents, heads, width, dtype=model.dtype, device=device)
+    q_rope = torch.randn(1, 1, groups, heads, rope, dtype=model.dtype, device=device)
+
+    def kernels():
+        for layer in cache.layers:
+            held = layer.rows[:, 0]
+            latent_attention(
+                q_latent,
+                q_rope,
+                held[..., : latents * width].unflatten(-1, (latents, width)),
+                held[..., latents * width :],
+                kv_end=rows.kv_end,
+                scaling=config.qk_head_dim**-0.5,
+                implementation=config.decode_implementation,
+            )
+
+    result = {
+        "cache_bytes_allocated": taken,
+        "cache_bytes_expected": cache.bytes_per_token() * cache.get_max_length(),
+        "cache_head_widths": taken
+        / (cache.get_max_length() * len(cache.layers) * HEAD_WIDTH * cache.layers[0].rows.element_size()),
+        "token_us": median_time(step, device, replays),
+        "attention_us_per_layer": median_time(attention, device, replays) / len(layers),
+        "kernel_us_per_layer": median_time(kernels, device, replays) / len(layers),
+    }
+    if device.type == "cuda" and fused_obstacle(model, 1) is None:  # what generate() runs on one GPU
+        counters = torch.tensor([context, context, context + 1], dtype=torch.int32, device=device)
+        fused = FusedStep(model, cache, counters)
+
+        def fused_step():
+            token.copy_(fused(token[:, 0])[:, None].argmax(-1))
+            counters.sub_(1)
+
+        result["token_us_fused"] = median_time(fused_step, device, replays)
+    if isinstance(model.model.embed_tokens.weight, DTensor):
+        with no_all_reduce():
+            # `slowest` needs the real one, so the time is this rank's
+            result["token_us_without_all_reduce"] = median_time(step, device, replays)
+        result["all_reduce_share"] = 1 - result["token_us_without_all_reduce"] / result["token_us"]
+    return result
+
+
+def local_sizes(model: MLRAForCausalLM) -> tuple[int, int, int]:
+    """Latents, heads per latent and head groups that this rank keeps."""
+    config, attention = model.config, model.model.layers[0].self_attn
+    latents, rows, queries = (
+        (weight.to_local() if isinstance(weight, DTensor) else weight).shape[0]
+        for weight in (attention.kv_a_layernorm.weight, attention.kv_b_proj.weight, attention.q_b_proj.weight)
+    )
+    heads = rows // (latents * (config.qk_nope_head_dim + config.v_head_dim))
+    return latents, heads, queries // (config.qk_head_dim * heads)
+
+
+def measure_tokens(config: MLRAConfig, meshes: dict, new_tokens: int, device: torch.device) -> dict:
+    """Greedy tokens in float32 by every size and every way to decode, compared with one rank's."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, config.vocab_size, (2, 48), generator=generator).to(device)
+    mask = torch.ones_like(ids)
+    mask[1, :17] = 0
+    reference: dict[str, torch.Tensor] = {}
+    result: dict = {}
+    for size, mesh in meshes.items():
+        model = build(config, mesh, torch.float32, device)
+        options = {"max_new_tokens": new_tokens, "do_sample": False}
+        ways = {
+            "dynamic": {},
+            "static": {"cache_implementation": "static", "disable_compile": True},
+            "static, captured": {"cache_implementation": "static"},
+        }
+        with torch.no_grad():
+            logits = model(ids, attention_mask=mask).logits
+        reference.setdefault("logits", logits)
+        result[str(size)] = {"logits_difference": (logits - reference["logits"]).abs().max().item(), "same": {}}
+        for way, extra in ways.items():
+            tokens = model.generate(ids, attention_mask=mask, **options, **extra)
+            reference.setdefault("tokens", tokens)
+            result[str(size)]["same"][way] = torch.equal(tokens, reference["tokens"])
+        del model
+    return {"logits_std": reference["logits"].std().item(), "new_tokens": new_tokens, "sizes": result}
+
+
+def measure_compiled(config: MLRAConfig, mesh, new_tokens: int, device: torch.device) -> dict:
+    """Greedy tokens with the library's compiled decoding against plain calls, on this rank's share."""
+    model = build(config, mesh, torch.float32, device)
+    ids = torch.arange(1, 25, device=device)[None]
+    options = {"max_new_tokens": new_tokens, "do_sample": False, "cache_implementation": "static"}
+    expected = model.generate(ids, **options, disable_compile=True)
+    started = time.perf_counter()
+    compile_config = transformers.CompileConfig(fullgraph=True, mode="reduce-overhead")
+    compile_config._compile_all_devices = True
+    try:
+        compiled = model.generate(ids, **options, compile_config=compile_config)
+    except Exception as error:  # whatever the compiler raises is the result
+        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+    return {"same": torch.equal(compiled, expected), "seconds": time.perf_counter() - started}
+
+
+def measure_projection_forms(config: MLRAConfig, mesh, dtype: torch.dtype, replays: int, device: torch.device) -> dict:
+    """Query and output projections of ranks that keep branches: whole on every rank, or sharded and gathered.
+
+    Whole: q = c_q W_qb, y = all-reduce(o W_o). Sharded: q = all-gather(c_q W_qb[rank]),
+    y = all-reduce(reduce-scatter(o) W_o[rank]). Microseconds per layer, over different weights for every layer.
+    """
+    size, group, layers = mesh.size(), mesh.get_group(), config.num_hidden_layers
+    rows, values = config.num_attention_heads * config.qk_head_dim, config.num_attention_heads * config.v_head_dim
+
+    def weights(*shape):
+        return [torch.randn(shape, dtype=dtype, device=device).mul_(0.02) for _ in range(layers)]
+
+    def run_form(whole: bool, batch: int) -> float:
+        share = 1 if whole else size
+        query_weights = weights(rows // share, config.q_lora_rank)
+        output_weights = weights(config.hidden_size, values // share)
+        latent = torch.randn(batch, config.q_lora_rank, dtype=dtype, device=device)
+        partial = torch.randn(batch, values, dtype=dtype, device=device)
+
+        def call():
+            for query_weight, output_weight in zip(query_weights, output_weights, strict=True):
+                query = nn.functional.linear(latent, query_weight)
+                heads = partial
+                if not whole:
+                    gathered = query.new_empty(size * batch, query.shape[1])
+                    distributed.all_gather_into_tensor(gathered, query, group=group)
+                    query = gathered.view(size, batch, -1).transpose(0, 1).reshape(batch, -1)
+                    heads = partial.new_empty(batch, values // size)
+                    parts = partial.view(batch, size, -1).transpose(0, 1).contiguous()
+                    distributed.reduce_scatter_tensor(heads, parts.flatten(0, 1), group=group)
+                distributed.all_reduce(nn.functional.linear(heads, output_weight), group=group)
+
+        return median_time(call, device, replays) / layers
+
+    return {
+        str(batch): {"whole_us": run_form(True, batch), "sharded_us": run_form(False, batch)} for batch in (1, 16, 128)
+    }
+
+
+def measure(args: argparse.Namespace) -> None:
+    if "WORLD_SIZE" not in os.environ:
+        raise UserError("start this with torchrun --nproc-per-node N -m scripts.bench_tp …")
+    world, local_rank = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    configs = {name: read_config(name, args.layers) for name in args.models}
+    sizes = args.sizes or [size for size in (1, 2, 4, 8) if world % size == 0]
+    for name, config in configs.items():
+        if missing := [size for size in sizes if size not in tensor_parallel_sizes(config)]:
+            raise UserError(f"{name} cannot be split over {missing[0]} ranks, but {tensor_parallel_sizes(config)}")
+    if bad := [size for size in sizes if world % size]:
+        raise UserError(f"--sizes {bad[0]} does not divide the {world} processes")
+    if cuda:
+        torch.cuda.set_device(device)
+        distributed.init_process_group("nccl", device_id=device, timeout=TIMEOUT)
+    else:
+        distributed.init_process_group("gloo", timeout=TIMEOUT)
+    try:
+        measure_all(args, configs, sizes, device)
+    finally:
+        distributed.destroy_process_group()
+
+
+def measure_all(args: argparse.Namespace, configs: dict, sizes: list[int], device: torch.device) -> None:
+    world, rank = distributed.get_world_size(), distributed.get_rank()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    meshes = {size: None for size in sizes if size == 1}
+    for size in sizes:
+        if size > 1:
+            mesh = init_device_mesh(device.type, (world // size, size), mesh_dim_names=(f"side{size}", f"tp{size}"))
+            meshes[size] = mesh[f"tp{size}"]
+    results: dict = {
+        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
+        "processes": world,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if device.type == "cuda" else None,
+        "nvlink_multicast": os.environ.get("NCCL_NVLS_ENABLE", "default"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": f"torchrun --nproc-per-node {world} -m scripts.bench_tp {' '.join(sys.argv[1:])}",
+        "dtype": str(dtype).removeprefix("torch."),
+        "tokens": {},
+        "compiled": None,
+        "projection_forms": {},
+        "decode": {},
+    }
+
+    def report(what: str, content: object) -> None:
+        if rank == 0:
+            print(what, json.dumps(content), flush=True)
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+    for name, config in configs.items():
+        results["decode"][name] = {str(size): {} for size in sizes}
+        for size in sizes:
+            before = allocated(device)
+            model = build(config, meshes[size], dtype, device)
+            cell = results["decode"][name][str(size)]
+            cell["layout"] = tensor_parallel_layout(config, size)._asdict()
+            cell["weight_bytes"] = allocated(device) - before
+            for context in args.contexts:
+                cell[str(context)] = measure_decode(model, context, args.replays, device)
+                report(f"{name} TP{size} {context}", cell[str(context)])
+            del model
+    for name in args.models[: args.token_models]:
+        results["tokens"][name] = measure_tokens(configs[name], meshes, args.new_tokens, device)
+        report(f"tokens {name}", results["tokens"][name])
+    largest = meshes[sizes[-1]]
+    if sizes[-1] > 1:
+        first = configs[args.models[0]]
+        if tensor_parallel_layout(first, sizes[-1]).branches > 1:
+            forms = measure_projection_forms(first, largest, dtype, args.replays, device)
+            results["projection_forms"] = {"model": args.models[0], "size": sizes[-1], "batch": forms}
+            report("projection forms", forms)
+    if args.compiled:
+        small = read_config(args.models[0], 2)
+        results["compiled"] = measure_compiled(small, largest, 16, device)
+        report("compiled", results["compiled"])
+    if rank == 0 and plt is not None:
+        print(plot(results, args.output.with_suffix(".png")))
+
+
+def plot(results: dict, file: Path) -> Path:
+    """Time per token against context, one line per model and size; beside it the attention kernel's time per layer."""
+    matplotlib.use("Agg")
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for panel, key, scale, label in (
+        (panels[0], "token_us", 1e-3, "milliseconds per token, one sequence"),
+        (panels[1], "kernel_us_per_layer", 1.0, "microseconds, attention kernel of one layer"),
+    ):
+        for color, (name, by_size) in enumerate(results["decode"].items()):
+            for style, (size, cell) in enumerate(by_size.items()):
+                contexts = [key for key in cell if key.isdigit()]
+                panel.plot(
+                    [int(context) / 1024 for context in contexts],
+                    [scale * cell[context][key] for context in contexts],
+                    color=f"C{color}",
+                    linestyle=("-", "--", "-.", ":")[style % 4],
+                    marker="o",
+                    label=f"{name} TP{size}",
+                )
+        panel.set(xlabel="context, K tokens", ylabel=label, xscale="log", ylim=(0, None))
+        panel.set_xticks([int(c) / 1024 for c in contexts], [str(int(c) // 1024) for c in contexts])
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize="small")
+    figure.suptitle(
+        f"{results['processes']} x {results['gpu']}, {results['dtype']}, {results['date'][:10]}", fontsize=9
+    )
+    figure.savefig(file, dpi=120)
+    return file
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="scripts.bench_tp", description=__doc__.partition("\n")[0])
+    parser.add_argument("--output", type=Path, required=True, help="JSON file of the results; a plot goes beside it")
+    parser.add_argument("--models", nargs="+", default=["mlra_4", "mla"], help="names in configuration/, or wide_NAME")
+    parser.add_argument("--contexts", nargs="+", type=int, default=[131072, 524288], help="cached tokens")
+    parser.add_argument("--sizes", nargs="+", type=int, help="ranks per model (default: 1, 2, 4, 8 as they fit)")
+    parser.add_argument("--layers", type=int, help="decoder layers (default: the architecture's)")
+    parser.add_argument("--replays", type=int, default=20, help="timed decode steps")
+    parser.add_argument("--token-models", type=int, default=1, help="for how many models to compare tokens in float32")
+    parser.add_argument("--new-tokens", type=int, default=32, help="tokens to compare")
+    parser.add_argument("--compiled", action="store_true", help="also the library's compiled decoding, two layers")
+    return run(measure, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
