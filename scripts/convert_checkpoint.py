@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from scripts.cli import UserError, run
@@ -42,7 +42,8 @@ def find_source(src: str, subfolder: str | None, revision: str | None) -> Path:
         prefix = f"{subfolder.strip('/')}/" if subfolder else ""
         wanted = [prefix + name for name in ("config.json", "pytorch_model.bin", INDEX, "pytorch_model-*-of-*.bin")]
         try:
-            folder = Path(snapshot_download(src, revision=revision, allow_patterns=wanted))
+            offline = constants.HF_HUB_OFFLINE
+            folder = Path(snapshot_download(src, revision=revision, allow_patterns=wanted, local_files_only=offline))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
             raise UserError(
                 f"{src} is no local folder and could not be had from the Hub "

@@ -198,16 +198,10 @@ def test_padded_ids_are_never_generated(tmp_path, capsys):
     """With the released vocabulary of 50304, 47 embedding rows have no token; here they have the largest logits."""
     sizes = Released(vocab_size=50304, n_layer=1)
     state = sizes.random_state()
-    state["transformer.wte.weight"][:, 0] = 0.0
-    state["transformer.wte.weight"][50257:, 0] = 1e4
-    state["layernorm.weight"][0] = 0.0
-    state["layernorm.weight"][1:] *= 0.01
-    bias = {name: tensor for name, tensor in state.items() if name.endswith("mlp.c_proj.weight")}
-    assert bias  # the MLP can move feature 0 of the residual stream, which the norm's weight then exposes
-    state["layernorm.weight"][0] = 1.0
+    state["transformer.wte.weight"][50257:] *= 100
     source = write_released(tmp_path / "source", sizes, state)
     assert convert(source, tmp_path / "out") == 0
-    assert "first 50303" not in capsys.readouterr().err
+    assert "note:" not in capsys.readouterr().err
     expected = list(range(50257, 50304))
     assert GenerationConfig.from_pretrained(tmp_path / "out").suppress_tokens == expected
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
