@@ -125,7 +125,7 @@ class MLRAConfig(PreTrainedConfig):
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     # The library's paged cache stores a key and a value of one shape per token. One cache row is kept there as its two
-    # halves, so that continuous batching stores exactly `cache_row_dim` numbers (rounded up to an even count).
+    # halves, so that continuous batching stores exactly `cache_row_dim` numbers (rounded up to a multiple of four).
     @property
     def num_key_value_heads(self) -> int:
         """1: a cache row belongs to all heads."""
@@ -133,8 +133,8 @@ class MLRAConfig(PreTrainedConfig):
 
     @property
     def head_dim(self) -> int:
-        """Half a cache row, rounded up."""
-        return (self.cache_row_dim + 1) // 2
+        """Half a cache row, rounded up to the even number that the library's check of RoPE wants."""
+        return 2 * ((self.cache_row_dim + 3) // 4)
 
     def validate_architecture(self):
         """Reject sizes that cannot be combined."""

@@ -33,6 +33,7 @@ from .attention_mlra import MAX_ABSORBED_QUERIES, CacheRows, absorbed_attention,
 from .cache_mlra import MLRACache
 from .configuration_mlra import MLRAConfig
 from .generation_mlra import can_capture, captured_decode
+from .paged_mlra import update_paged
 from .tensor_parallel_mlra import register_parallel_styles
 
 register_parallel_styles()
@@ -260,6 +261,13 @@ class MLRAAttention(nn.Module):
                 latents, k_rope = cached[0].squeeze(1), cached[1].squeeze(1)  # [B, S, L*R], [B, S, E]
                 if isinstance(attention_mask, torch.Tensor) and attention_mask.shape[-1] < latents.shape[1]:
                     latents, k_rope = latents[:, : attention_mask.shape[-1]], k_rope[:, : attention_mask.shape[-1]]
+        paged_cache = kwargs.pop("cache", None)  # continuous batching
+        if paged_cache is not None:
+            latents, k_rope, rows = update_paged(paged_cache, latents, k_rope, self.layer_idx, config.head_dim, kwargs)
+            if rows is not None:  # every request has one new token: [1, T, ...] becomes [T, 1, ...]
+                absorbed, attention_mask, query = True, rows, query.transpose(0, 1)
+                if rows.row_table is not None:
+                    latents, k_rope = latents[0], k_rope[0]
         latents = latents.unflatten(-1, (-1, config.latent_head_dim))  # [B, S, L, R]
 
         sizes = {
@@ -282,7 +290,7 @@ class MLRAAttention(nn.Module):
             )
         else:
             attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
-                config._attn_implementation, eager_attention_forward
+                (config._attn_implementation or "eager").removeprefix("paged|"), eager_attention_forward
             )
             output, weights = expanded_attention(
                 self,
@@ -297,7 +305,7 @@ class MLRAAttention(nn.Module):
                 **kwargs,
             )
 
-        output = output.flatten(2)  # [B, T, G*H*V]
+        output = output.reshape(batch, length, -1)  # [B, T, G*H*V]
         if config.attn_output_gate:
             output = torch.sigmoid(self.g_proj(hidden_states)) * output
         return self.o_proj(output), weights
@@ -396,7 +404,9 @@ class MLRAModel(MLRAPreTrainedModel):
 
         has_prefix = isinstance(past_length, torch.Tensor) or past_length > 0
         absorbed = has_prefix and length <= MAX_ABSORBED_QUERIES
-        if (
+        if kwargs.get("cache") is not None:
+            mask = attention_mask  # continuous batching makes the mask that its attention implementation takes
+        elif (
             absorbed
             and self.config._attn_implementation != "eager"
             and (attention_mask is None or attention_mask.ndim == 2)

@@ -1,0 +1,97 @@
+"""Continuous batching: latent rows in the library's paged cache, which keeps a key and a value of one shape per token.
+
+A row `[c_0 … c_{L-1} | k_rope]` is kept as its two halves, "key" and "value" of one head (the configuration's
+`num_key_value_heads` and `head_dim`), so a token costs L*R + E numbers, rounded up to a multiple of four.
+
+Shapes: the batch is one packed sequence of T new tokens of N requests; S rows are read, the T new ones included;
+L latents, R latent width, E RoPE width, W half of a row.
+"""
+
+import inspect
+
+import torch
+from torch import nn
+
+from .attention_mlra import CacheRows
+
+
+def update_paged(
+    cache, latents: torch.Tensor, k_rope: torch.Tensor, layer_idx: int, half: int, kwargs: dict
+) -> tuple[torch.Tensor, torch.Tensor, CacheRows | None]:
+    """Store the new rows and read all rows of the requests at hand.
+
+    Args:
+        cache: the library's `PagedAttentionCache`.
+        latents: `[1, T, L*R]`.
+        k_rope: `[1, T, E]`, RoPE applied.
+        half: W as the cache was built; narrower rows (a tensor-parallel rank's) are padded with zeros.
+        kwargs: what the library passes to attention functions; becomes what one without a paged cache takes.
+
+    Returns:
+        Latents `[1, S, L*R]` and RoPE keys `[1, S, E]` and, where every request has one new token, the rows of each
+        request (else None). With a block table the rows come apart by request: `[N, S, L*R]` and `[N, S, E]`.
+
+    Raises:
+        ValueError: for a block table with a version of the library whose cache does not hand out its pages.
+    """
+    widths = [latents.shape[-1], k_rope.shape[-1]]
+    row = torch.cat([latents, k_rope], dim=-1)
+    row = nn.functional.pad(row, (0, 2 * half - sum(widths)))
+    new_keys, new_values = row.unsqueeze(1).split(half, dim=-1)  # [1, 1, T, W]
+    if "kwargs" in inspect.signature(cache.update).parameters:
+        keys, values = cache.update(new_keys, new_values, layer_idx, kwargs)
+    else:  # transformers < 5.19
+        if kwargs.get("block_table") is not None:
+            raise ValueError(
+                "max_blocks_per_request > 0 (decoding by block table) needs transformers 5.19 or newer; set it to 0 "
+                "in the continuous batching configuration"
+            )
+        keys, values = cache.update(new_keys, new_values, layer_idx, kwargs["read_index"], kwargs["write_index"])
+        kwargs["max_length_q"], kwargs["max_length_k"] = kwargs.pop("max_seqlen_q"), kwargs.pop("max_seqlen_k")
+        for name in ("cu_seq_lens_k", "max_length_k"):
+            if isinstance(kwargs[name], dict):
+                kwargs[name] = kwargs[name]["full_attention"]
+    block_table, _, _ = (kwargs.pop(name, None) for name in ("block_table", "read_index", "write_index"))
+    lengths = kwargs["cu_seq_lens_k"].diff().to(torch.int32)  # [N]
+
+    if block_table is not None:
+        rows = exchange_by_table(kwargs.pop("k_cache"), kwargs.pop("v_cache"), row[0], block_table, lengths)
+        return *rows[..., : sum(widths)].split(widths, dim=-1), CacheRows(lengths)
+    rows = torch.cat([keys.reshape(1, -1, half), values.reshape(1, -1, half)], dim=-1)
+    by_request = None
+    if kwargs["max_length_q"] == 1 and len(lengths) == latents.shape[1]:
+        first = kwargs["cu_seq_lens_k"][:-1, None]
+        places = first + torch.arange(kwargs["max_length_k"], device=first.device)
+        by_request = CacheRows(lengths, row_table=places.to(torch.int32))
+    return *rows[..., : sum(widths)].split(widths, dim=-1), by_request
+
+
+def exchange_by_table(
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    new_rows: torch.Tensor,
+    block_table: torch.Tensor,
+    lengths: torch.Tensor,
+) -> torch.Tensor:
+    """Write each request's newest row into its last page, then read all its pages.
+
+    Args:
+        k_cache: `[pages, page size, 1, W]`; `v_cache` alike. Page 0 belongs to no request.
+        new_rows: `[N, 2 * W]`.
+        block_table: `[N, blocks]` page numbers, -1 where there is none.
+        lengths: `[N]` rows of each request with the new one; 0 marks a request that only fills up the batch.
+
+    Returns:
+        `[N, blocks * page size, 2 * W]`; rows from a request's length on are arbitrary.
+    """
+    page_size, half = k_cache.shape[1], k_cache.shape[-1]
+    pages = block_table.long().clamp(min=0)
+    last = (lengths.long() - 1).clamp(min=0)[:, None]
+    place = pages.gather(1, last // page_size) * page_size + last % page_size
+    place = torch.where(lengths > 0, place.squeeze(1), 0)
+    for cached, new in zip((k_cache, v_cache), new_rows.split(half, dim=-1), strict=True):
+        cached.view(-1, half).index_copy_(0, place, new)
+    return torch.cat([cached[pages].flatten(1, 3) for cached in (k_cache, v_cache)], dim=-1)
+
+
+__all__ = ["exchange_by_table", "update_paged"]
