@@ -4,8 +4,10 @@ import errno
 import functools
 import io
 import json
+import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -530,6 +532,16 @@ def test_nothing_is_left_of_an_interrupted_conversion(tmp_path, capsys, monkeypa
     assert convert(GOLDEN / "mla", tmp_path / "out") == code
     assert capsys.readouterr().err.endswith(message)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_left_after_sigterm(tmp_path, monkeypatch):
+    monkeypatch.setattr(scripts.export, "save_file", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        convert(GOLDEN / "mla", tmp_path / "out")
+    assert stop.value.code == 143
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_full_disk_is_noticed_before_writing(tmp_path, capsys, monkeypatch):
