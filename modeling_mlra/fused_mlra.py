@@ -26,7 +26,6 @@ except ImportError:
     triton = tl = None
 
 MAX_SEQUENCES = 4  # beyond, the products are no longer free and cuBLAS reads the weights as fast
-TILE, WARPS = 16384, 8  # weights that a program holds in registers, and its warps
 
 if triton is not None:
 
@@ -38,82 +37,93 @@ if triton is not None:
             tl.extra.cuda.gdc_launch_dependents()
 
     @triton.jit
-    def _tile(w, rows, n, K: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
-        """Columns FIRST … FIRST + WIDTH of some rows of a weight [n, K]."""
-        columns = FIRST + tl.arange(0, WIDTH)
+    def _block_of(block, w0, w1, w2, w3, n0, n1, n2, n3, ROWS: tl.constexpr):
+        """Which of up to four stacked weights a row block lies in: the weight, its rows, the first row, the block."""
+        w, n, first = w0, n0, 0
+        blocks = tl.cdiv(n0, ROWS)
+        if block >= blocks:
+            block -= blocks
+            w, n, first = w1, n1, n0
+            blocks = tl.cdiv(n1, ROWS)
+            if block >= blocks:
+                block -= blocks
+                w, n, first = w2, n2, n0 + n1
+                blocks = tl.cdiv(n2, ROWS)
+                if block >= blocks:
+                    block -= blocks
+                    w, n, first = w3, n3, n0 + n1 + n2
+        return w, n, first, block
+
+    @triton.jit
+    def _tile(w, rows, n, first, K: tl.constexpr, WIDTH: tl.constexpr):
+        """WIDTH columns from `first` on of some rows of a weight [n, K]."""
+        columns = first + tl.arange(0, WIDTH)
         mask = (rows < n)[:, None] & (columns < K)[None, :]
         offsets = rows.to(tl.int64)[:, None] * K + columns[None, :]
         return tl.load(w + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
 
     @triton.jit
-    def _columns(x, K: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
-        columns = FIRST + tl.arange(0, WIDTH)
+    def _columns(x, first, K: tl.constexpr, WIDTH: tl.constexpr):
+        columns = first + tl.arange(0, WIDTH)
         return tl.load(x + columns, mask=columns < K, other=0.0).to(tl.float32)
-
-    @triton.jit
-    def _dot(weight, x):
-        return tl.sum(weight.to(tl.float32) * x[None, :], axis=1)
 
     @triton.jit
     def _linear_kernel(
         x, x_stride, gamma, scale, eps, residual, out, out_stride,
         w0, w1, w2, w3, n0, n1, n2, n3,
-        K: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+        K: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
         NORM: tl.constexpr, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """out[m] = [w0; w1; w2; w3] x[m] for row blocks of up to four weights, or silu(w0 x) * (w1 x).
 
-        A row of K weights is held as two tiles whose widths are powers of two, HEAD <= K and TAIL >= K - HEAD (or 0).
+        Rows are read in chunks of WIDTH columns: the first two before the wait, each later one two chunks ahead.
         """
-        block = tl.program_id(0)
-        w, n, first = w0, n0, 0
+        w, n, first, block = w0, n0, 0, tl.program_id(0)
         if not SWIGLU:
-            blocks = tl.cdiv(n0, ROWS)
-            if block >= blocks:
-                block -= blocks
-                w, n, first = w1, n1, n0
-                blocks = tl.cdiv(n1, ROWS)
-                if block >= blocks:
-                    block -= blocks
-                    w, n, first = w2, n2, n0 + n1
-                    blocks = tl.cdiv(n2, ROWS)
-                    if block >= blocks:
-                        block -= blocks
-                        w, n, first = w3, n3, n0 + n1 + n2
+            w, n, first, block = _block_of(block, w0, w1, w2, w3, n0, n1, n2, n3, ROWS)
         rows = block * ROWS + tl.arange(0, ROWS)
-        head = _tile(w, rows, n, K, 0, HEAD)
-        if TAIL:
-            tail = _tile(w, rows, n, K, HEAD, TAIL)
+        first_chunk = _tile(w, rows, n, 0, K, WIDTH)
+        second_chunk = _tile(w, rows, n, WIDTH, K, WIDTH) if WIDTH < K else first_chunk
         if SWIGLU:
-            up_head = _tile(w1, rows, n, K, 0, HEAD)
-            if TAIL:
-                up_tail = _tile(w1, rows, n, K, HEAD, TAIL)
-        if NORM:
-            gamma_head = _columns(gamma, K, 0, HEAD)
-            if TAIL:
-                gamma_tail = _columns(gamma, K, HEAD, TAIL)
+            first_up = _tile(w1, rows, n, 0, K, WIDTH)
+            second_up = _tile(w1, rows, n, WIDTH, K, WIDTH) if WIDTH < K else first_up
         _wait(PDL)
         for m in tl.static_range(M):
-            x_head = _columns(x + m * x_stride, K, 0, HEAD)
-            squares = tl.sum(x_head * x_head) if NORM else 0.0
-            x_head = x_head * gamma_head if NORM else x_head
-            y = _dot(head, x_head)
-            if SWIGLU:
-                up = _dot(up_head, x_head)
-            if TAIL:
-                x_tail = _columns(x + m * x_stride, K, HEAD, TAIL)
-                squares += tl.sum(x_tail * x_tail) if NORM else 0.0
-                x_tail = x_tail * gamma_tail if NORM else x_tail
-                y += _dot(tail, x_tail)
-                if SWIGLU:
-                    up += _dot(up_tail, x_tail)
-            factor = scale * tl.rsqrt(squares / K + eps) if NORM else scale
-            y *= factor
-            if SWIGLU:
-                y = y * tl.sigmoid(y) * (up * factor)
             target = m * out_stride + first + rows
             if RESIDUAL:
-                y += tl.load(residual + target, mask=rows < n, other=0.0).to(tl.float32)
+                before = tl.load(residual + target, mask=rows < n, other=0.0).to(tl.float32)
+            weight, following = first_chunk, second_chunk
+            acc = tl.zeros([ROWS, WIDTH], tl.float32)
+            if SWIGLU:
+                weight_up, following_up = first_up, second_up
+                acc_up = tl.zeros([ROWS, WIDTH], tl.float32)
+            squares = tl.zeros([WIDTH], tl.float32)
+            for start in tl.static_range(0, K, WIDTH):
+                if start + 2 * WIDTH < K:
+                    later = _tile(w, rows, n, start + 2 * WIDTH, K, WIDTH)
+                    if SWIGLU:
+                        later_up = _tile(w1, rows, n, start + 2 * WIDTH, K, WIDTH)
+                row = _columns(x + m * x_stride, start, K, WIDTH)
+                if NORM:
+                    squares += row * row
+                    row *= _columns(gamma, start, K, WIDTH)
+                acc += weight.to(tl.float32) * row[None, :]
+                weight = following
+                if SWIGLU:
+                    acc_up += weight_up.to(tl.float32) * row[None, :]
+                    weight_up = following_up
+                if start + 2 * WIDTH < K:
+                    following = later
+                    if SWIGLU:
+                        following_up = later_up
+            factor = scale
+            if NORM:
+                factor = scale * tl.rsqrt(tl.sum(squares) / K + eps)
+            y = tl.sum(acc, axis=1) * factor
+            if SWIGLU:
+                y = y * tl.sigmoid(y) * (tl.sum(acc_up, axis=1) * factor)
+            if RESIDUAL:
+                y += before
             tl.store(out + target, y.to(out.dtype.element_ty), mask=rows < n)
 
     @triton.jit
@@ -199,6 +209,18 @@ if triton is not None:
             tl.store(out + m * (L // C) * H * V + column, total.to(weight.dtype), mask=values < V)
 
 
+def linear_plan(inner: int, swiglu: bool, residual: bool) -> dict[str, int]:
+    """Rows and columns of a program's tile, chosen on an H200 (evals/results/fused_h200.json).
+
+    Whole rows in registers where a norm or two weights share the input; chunks where only the residual is added.
+    """
+    if residual:
+        width, tile = min(1024, triton.next_power_of_2(inner)), 4096
+    else:
+        width, tile = triton.next_power_of_2(inner), 8192 if swiglu else 16384
+    return {"ROWS": max(1, tile // width), "WIDTH": width, "num_warps": 4}
+
+
 def obstacle(model: nn.Module, num_sequences: int) -> str | None:
     """Why the fused step cannot run this model, or None if it can."""
     config = model.config
@@ -273,19 +295,17 @@ class FusedStep:
 
     def _linear(self, x, layers, out, norm=None, scale=1.0, swiglu=False, residual=None):
         inner = layers[0].weight.shape[1]
-        head = triton.next_power_of_2(inner + 1) // 2
-        tail = triton.next_power_of_2(inner - head) if inner > head else 0
-        rows = max(1, triton.next_power_of_2(TILE // inner // (2 if swiglu else 1) + 1) // 2)
+        plan = linear_plan(inner, swiglu, residual is not None)
         sizes = [layer.weight.shape[0] for layer in layers]
-        blocks = triton.cdiv(sizes[0], rows) if swiglu else sum(triton.cdiv(size, rows) for size in sizes)
+        blocks = triton.cdiv(sizes[0], plan["ROWS"]) if swiglu else sum(triton.cdiv(n, plan["ROWS"]) for n in sizes)
         weights = [layer.weight for layer in layers]
         weights += [weights[-1]] * (4 - len(weights))
         sizes += [0] * (4 - len(sizes))
         _linear_kernel[(blocks,)](
             x, x.stride(0), x if norm is None else norm.weight, scale, 0.0 if norm is None else norm.variance_epsilon,
             out if residual is None else residual, out, out.stride(0), *weights, *sizes,
-            K=inner, M=self.num_sequences, ROWS=rows, HEAD=head, TAIL=tail, NORM=norm is not None,
-            SWIGLU=swiglu, RESIDUAL=residual is not None, PDL=self.early, num_warps=WARPS, **self._launch(),
+            K=inner, M=self.num_sequences, NORM=norm is not None, SWIGLU=swiglu,
+            RESIDUAL=residual is not None, PDL=self.early, **plan, **self._launch(),
         )  # fmt: skip
 
     def _launch(self) -> dict:

@@ -1,0 +1,209 @@
+"""Time the kernels of the fused decoding step one by one, for several tile plans, on the released MLRA-4 shape.
+
+    python -m scripts.bench_fused --output evals/results/fused_h200
+
+Each kernel runs for all 24 layers in one CUDA graph, so that weights come from memory and not from the L2 cache. The
+step is checked against the modules in float32 first and not timed if it is wrong.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from datetime import date
+from pathlib import Path
+
+import torch
+import triton
+
+from modeling_mlra import MLRACache, MLRAForCausalLM, fused_mlra
+from modeling_mlra.kernels_mlra import latent_attention
+from scripts.bench_generate import build, read_rate
+from tests.fused_checks import compare
+from tests.tolerances import FUSED_FLOAT32_RATIO
+
+
+def graph_seconds(function, repeats: int = 20) -> float:
+    """Median seconds of one replay of `function` captured as a CUDA graph."""
+    function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    graph.replay()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+def filled_step(model: MLRAForCausalLM, context: int) -> fused_mlra.FusedStep:
+    """A fused step for one sequence behind `context` random cache rows."""
+    config = model.config
+    cache = MLRACache(config, max_cache_len=context + 8)
+    one = [
+        torch.zeros(1, 1, 1, width, dtype=model.dtype, device="cuda")
+        for width in (config.kv_lora_rank, config.qk_rope_head_dim)
+    ]
+    for index, layer in enumerate(cache.layers):
+        cache.update(*one, index)
+        layer.rows.normal_()
+    cache.set_seq_length(context)
+    counters = torch.tensor([context, context, context + 1], dtype=torch.int32, device="cuda")
+    return fused_mlra.FusedStep(model, cache, counters)
+
+
+def whole_rows(tile: int, warps: int):
+    """Plan: whole rows in registers, `tile` weights a program."""
+
+    def plan(inner, swiglu, residual):
+        width = triton.next_power_of_2(inner)
+        return {"ROWS": max(1, tile // width // (2 if swiglu else 1)), "WIDTH": width, "num_warps": warps}
+
+    return plan
+
+
+def chunks(tile: int, columns: int, warps: int):
+    """Plan: rows in chunks of `columns`, `tile` weights a chunk."""
+
+    def plan(inner, swiglu, residual):
+        width = min(columns, triton.next_power_of_2(inner))
+        return {"ROWS": max(1, tile // width // (2 if swiglu else 1)), "WIDTH": width, "num_warps": warps}
+
+    return plan
+
+
+def kernels(step: fused_mlra.FusedStep) -> dict:
+    """Name -> (function of a layer and its cache rows, bytes of weights it reads)."""
+    model, rank = step.model, step.model.config.q_lora_rank
+
+    def size(*layers):
+        return sum(layer.weight.nbytes for layer in layers)
+
+    layer = model.model.layers[0]
+    attention, mlp = layer.self_attn, layer.mlp
+    first = ("q_a_proj", "kv_a_proj", "k_rope_proj")
+
+    def latent(layer, rows):
+        config, cached = model.config, rows.squeeze(1)
+        heads = config.num_attention_heads // config.num_head_groups
+        latents = config.num_latent_heads
+        return latent_attention(
+            step.q_latent.view(1, 1, latents, heads, -1),
+            step.q_rope.view(1, 1, config.num_head_groups, heads, -1),
+            cached[..., : config.kv_lora_rank].unflatten(-1, (latents, -1)),
+            cached[..., config.kv_lora_rank :],
+            kv_end=step.counters[2:],
+            scaling=layer.self_attn.scaling,
+            implementation="triton",
+        )
+
+    return {
+        "1 latents of query and cache": (
+            lambda layer, rows: step._linear(
+                step.hidden, [getattr(layer.self_attn, name) for name in first], step.a, norm=layer.input_layernorm
+            ),
+            size(*(getattr(attention, name) for name in first)),
+        ),
+        "2 queries": (
+            lambda layer, rows: step._linear(
+                step.a[:, :rank], [layer.self_attn.q_b_proj], step.q, norm=layer.self_attn.q_a_layernorm
+            ),
+            size(attention.q_b_proj),
+        ),
+        "4 latent attention": (latent, 0),
+        "1-6 attention": (
+            lambda layer, rows: step._attention(layer.self_attn, layer.input_layernorm, rows),
+            size(*(getattr(attention, n) for n in (*first, "q_b_proj", "kv_b_proj", "o_proj"))),
+        ),
+        "6 output projection": (
+            lambda layer, rows: step._linear(
+                step.heads, [layer.self_attn.o_proj], step.hidden, residual=step.hidden
+            ),
+            size(attention.o_proj),
+        ),
+        "7 gate and up": (
+            lambda layer, rows: step._linear(
+                step.hidden, [layer.mlp.gate_proj, layer.mlp.up_proj], step.mlp,
+                norm=layer.post_attention_layernorm, swiglu=True,
+            ),
+            size(mlp.gate_proj, mlp.up_proj),
+        ),
+        "8 down": (
+            lambda layer, rows: step._linear(step.mlp, [layer.mlp.down_proj], step.hidden, residual=step.hidden),
+            size(mlp.down_proj),
+        ),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; 2 without a CUDA device, 1 if the step is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m scripts.bench_fused", description=__doc__.splitlines()[0])
+    parser.add_argument("--contexts", nargs="+", type=int, default=[2048, 131072])
+    parser.add_argument("--output", type=Path, help="write OUTPUT.json")
+    arguments = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("error: this benchmark needs a CUDA device and found none", file=sys.stderr)
+        return 2
+    check = compare("mlra_4", "cuda")
+    if not (check["counters"] and max(check["logits"], check["rows"]) < FUSED_FLOAT32_RATIO):
+        print(f"error: the fused step differs from the modules, so it is not timed: {check}", file=sys.stderr)
+        return 1
+    model = build("mlra_4", max(arguments.contexts))
+    shipped = fused_mlra.linear_plan
+    plans = {"shipped": shipped}
+    plans |= {f"whole rows, {t}, {w} warps": whole_rows(t, w) for t, w in ((16384, 4), (8192, 2), (32768, 8))}
+    plans |= {
+        f"chunks of {c}, {t}, {w} warps": chunks(t, c, w)
+        for t, c, w in ((4096, 1024, 4), (8192, 2048, 4), (8192, 2048, 8), (2048, 512, 2))
+    }
+    report = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "date": date.today().isoformat(),
+        "command": "python -m scripts.bench_fused " + " ".join(argv if argv is not None else sys.argv[1:]),
+        "check": check,
+        "read_rate_GB_s": read_rate() / 1e9,
+        "step_ms": {},
+        "kernels_us": {},
+    }
+    for context in arguments.contexts:
+        step = filled_step(model, context)
+        token = torch.zeros(1, dtype=torch.long, device="cuda")
+        report["step_ms"][str(context)] = {"shipped": graph_seconds(lambda step=step: step(token)) * 1e3}
+        step.early = False
+        without = graph_seconds(lambda step=step: step(token)) * 1e3
+        report["step_ms"][str(context)]["without programmatic dependent launch"] = without
+        step.early = True
+        if context == arguments.contexts[0]:
+            for plan_name, plan in plans.items():
+                fused_mlra.linear_plan = plan
+                times = {}
+                for name, (function, weight_bytes) in kernels(step).items():
+                    if name[0] == "4" and plan is not shipped:
+                        continue
+                    layers = list(zip(model.model.layers, step.cache.layers, strict=True))
+                    taken = graph_seconds(lambda: [function(a, b.rows) for a, b in layers]) / len(layers)  # noqa: B023
+                    times[name] = {"us": taken * 1e6}
+                    if weight_bytes:
+                        times[name]["weights_GB_s"] = weight_bytes / taken / 1e9
+                report["kernels_us"][plan_name] = times
+                print(plan_name, {name: round(entry["us"], 2) for name, entry in times.items()})
+            fused_mlra.linear_plan = shipped
+        del step
+    print(json.dumps({key: report[key] for key in ("read_rate_GB_s", "step_ms")}, indent=1))
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
