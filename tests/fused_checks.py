@@ -1,6 +1,6 @@
-"""Compares the fused decoding step with the modules and prints the RMS ratios as JSON: `python -m tests.fused_checks`.
+"""Compares the fused decoding step with the modules and prints RMS ratios as JSON: `python -m tests.fused_checks`.
 
-A program of its own because Triton decides at import whether it runs on a GPU or, with TRITON_INTERPRET=1, interpreted.
+A program of its own because Triton decides at import whether it runs on a GPU or is interpreted (TRITON_INTERPRET=1).
 """
 
 import json
