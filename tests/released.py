@@ -28,7 +28,7 @@ class Released:
     q_lora_rank: int = 14
     kv_lora_rank: int = 48
     qk_nope_head_dim: int = 10
-    qk_rope_head_dim: int = 8
+    qk_rope_head_dim: int = 6
     block_size: int = 64
     vocab_size: int = 300
 
