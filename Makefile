@@ -27,7 +27,7 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp
 demo: $(VENV)/run.stamp
 	@rm -rf build/demo && mkdir -p build
 	$(BIN)/python -m scripts.convert_checkpoint tests/golden/mlra_4 build/demo
-	$(BIN)/python -m scripts.generate --model build/demo --prompt-ids 1,2,3,4,5 --max-new-tokens 16
+	$(BIN)/python -m scripts.generate --model build/demo --prompt "Multi-head attention" --max-new-tokens 16
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -35,7 +35,7 @@ check: $(VENV)/dev.stamp
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/python -m pytest -n 2 -m "not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .

@@ -558,9 +558,25 @@ class MLRAForCausalLM(MLRAPreTrainedModel, GenerationMixin):
 class MLRAForSequenceClassification(GenericForSequenceClassification, MLRAPreTrainedModel):
     """A classification head on each sequence's last token that is no padding."""
 
+    def __init__(self, config: MLRAConfig):
+        # Not the generic `__init__`: it builds its base model with `AutoModel`, which refuses remote code there.
+        MLRAPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = MLRAModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
 
 class MLRAForTokenClassification(GenericForTokenClassification, MLRAPreTrainedModel):
     """A classification head on every token."""
+
+    def __init__(self, config: MLRAConfig):
+        MLRAPreTrainedModel.__init__(self, config)  # not the generic one, as above
+        self.num_labels = config.num_labels
+        self.model = MLRAModel(config)
+        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", 0.1))
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
 
 
 __all__ = [
