@@ -189,12 +189,25 @@ for batch_size in ("1", "8"):
 
 @pytest.mark.distributed
 def test_tensor_parallel_gives_the_same(tmp_path, model, tasks, one_by_one):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "evals.downstream", "--model", model, "--tasks", *TASKS, "--include-path", tasks]
+    """Two ranks, each of which must really hold a part of the attention only."""
+    program = tmp_path / "program.py"
+    program.write_text("""
+import sys
+from evals import downstream
+load = downstream.load_harness_model
+def checked(args):
+    harness = load(args)
+    weight = harness.model.model.layers[0].self_attn.kv_b_proj.weight
+    assert 2 * weight.to_local().numel() == weight.numel(), "not sharded"
+    return harness
+downstream.load_harness_model = checked
+sys.exit(downstream.main())
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", program]
+    command += ["--model", model, "--tasks", *TASKS, "--include-path", tasks]
     command += ["--batch-size", "8", "--tensor-parallel", "--output", tmp_path / "r.json"]
-    done = subprocess.run(
-        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=400, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400, env=environment)
     assert done.returncode == 0, done.stderr
     assert_same(flat(tmp_path / "r.json"), one_by_one)
 
