@@ -3,8 +3,8 @@
 Legend: B sequences, T query positions, S allocated cache rows, L latents in G groups, H query heads per latent,
 R latent width, E rotary width. Latent s is multiplied with the rotary queries of group s // (L // G).
 
-Every latent is one multi-query attention whose key is [c_s | k_rope] and whose value is c_s (paper, section 3.2:
-z_{s,i} = softmax(scaling * (q_latent_{s,i} . c_s + q_rope_{g,i} . k_rope)) c_s), so nothing per head is cached or built.
+Every latent is one multi-query attention whose key is [c_s | k_rope] and whose value is c_s (paper, section 3.2):
+z_{s,i} = softmax(scaling * (q_latent_{s,i} . c_s + q_rope_{g,i} . k_rope)) c_s. Nothing per head is cached or built.
 """
 
 import logging
@@ -188,11 +188,11 @@ def choose_implementation(implementation, q_latent, q_rope, latents, k_rope, kv_
     if name in (None, "auto"):
         name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
     if name == "auto":
+        if q_latent.device.type not in ("cuda", "xpu"):
+            return "torch"
         obstacle = _obstacle("triton", *inputs)
         if obstacle is None:
             return "triton"
-        if q_latent.device.type != "cuda":
-            return "torch"
         one_row = flash_attn_interface is not None and _is_one_row(latents, k_rope)
         chosen = "flash_attention_3" if one_row and _obstacle("flash_attention_3", *inputs) is None else "torch"
         _warn_once(f"latent attention falls back to '{chosen}': 'triton' cannot run because {obstacle}")

@@ -1,7 +1,8 @@
 """Triton kernels of the absorbed decode attention: split over the cached rows, then one reduction over the splits.
 
 Shapes: B sequences, T query positions, L latents in G groups (L / G latents share a group's rotary queries), H heads
-per latent, r latent width, e rotary width, S cached rows; M = T * H query rows, row m being head m % H of position m // H.
+per latent, r latent width, e rotary width, S cached rows; M = T * H query rows, row m is
+head m % H of position m // H.
 
 Work is dealt out on the device. The rows in use, counted in units of UNIT rows and laid end to end over the batch, are
 cut into P equal shares, one per program; kv_end is never read by the host, and an allocated but unused tail costs
@@ -16,6 +17,8 @@ import os
 
 import torch
 
+from .hopper_mlra import TensorDescriptor, gl, rows_kernel
+
 try:
     import triton
     import triton.language as tl
@@ -25,6 +28,14 @@ except ImportError:
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 if triton is not None:
+    _UPCAST = tl.constexpr(INTERPRETED)  # the interpreter multiplies the bit patterns of bfloat16 operands
+
+    @triton.jit
+    def _dot(x, y, acc, PRECISION: tl.constexpr):
+        if _UPCAST:
+            x = x.to(tl.float32)
+            y = y.to(tl.float32)
+        return tl.dot(x, y, acc, input_precision=PRECISION)
 
     @triton.jit
     def _program_wait(PDL: tl.constexpr):
@@ -57,19 +68,12 @@ if triton is not None:
         return p * total // shares
 
     @triton.jit
-    def _share_of(unit, total, shares, BIG: tl.constexpr):
-        """The program that owns a work unit: the largest p with _share_start(p) <= unit."""
-        if BIG:
-            return (((unit + 1).to(tl.int64) * shares - 1) // total).to(tl.int32)
-        return ((unit + 1) * shares - 1) // total
-
-    @triton.jit
-    def _cache_rows(table_row, offs, ok, PAGE: tl.constexpr):
-        """Where cached rows lie: themselves, or through the sequence's block table."""
+    def _cache_offsets(table_row, j, n, ok, stride, PAGE: tl.constexpr):
+        """Element offsets of cached rows j + n: a 64-bit tile base, and row offsets relative to it."""
         if PAGE:
-            page = tl.load(table_row + offs // PAGE, mask=ok, other=0)
-            return page.to(tl.int64) * PAGE + offs % PAGE
-        return offs.to(tl.int64)
+            page = tl.load(table_row + (j + n) // PAGE, mask=ok, other=0)
+            return 0, (page.to(tl.int64) * PAGE + (j + n) % PAGE) * stride
+        return tl.cast(j, tl.int64) * stride, n * stride
 
     @triton.jit
     def _softmax_step(s, seen, m, scale_log2, AXIS: tl.constexpr):
@@ -99,104 +103,91 @@ if triton is not None:
         acc = tl.zeros([BM, RP], tl.float32)
         m = tl.full([BM], float("-inf"), tl.float32)
         norm = tl.zeros([BM], tl.float32)
+        offs = tl.arange(0, BN)
         for j in tl.range(lo, hi, BN):
-            offs_n = j + tl.arange(0, BN)
-            ok_n = offs_n < hi
-            rows = _cache_rows(table_row, offs_n, ok_n, PAGE)
+            ok_n = offs < hi - j
+            k_base, k_rows = _cache_offsets(table_row, j, offs, ok_n, k_s, PAGE)
+            c_base, c_rows = _cache_offsets(table_row, j, offs, ok_n, c_s, PAGE)
             k_tile = tl.load(
-                k + (rows * k_s)[:, None] + offs_e[None, :], mask=ok_n[:, None] & ok_e[None, :], other=0.0
+                k + k_base + (k_rows[:, None] + offs_e[None, :]), mask=ok_n[:, None] & ok_e[None, :], other=0.0
             )
             c_tile = tl.load(
-                c + (rows * c_s)[:, None] + offs_d[None, :], mask=ok_n[:, None] & ok_d[None, :], other=0.0
+                c + c_base + (c_rows[:, None] + offs_d[None, :]), mask=ok_n[:, None] & ok_d[None, :], other=0.0
             )
             if HAS_MASK:
-                ok_n = ok_n & (tl.load(mask_row + offs_n, mask=ok_n, other=0) != 0)
+                ok_n = ok_n & (tl.load(mask_row + j + offs, mask=ok_n, other=0) != 0)
             seen = ok_n[None, :]
             if CAUSAL:
-                seen = seen & (offs_n[None, :] < limit[:, None])
-            s = tl.dot(qr_tile, tl.trans(k_tile), input_precision=PRECISION)
-            s = tl.dot(q_tile, tl.trans(c_tile), s, input_precision=PRECISION)
+                seen = seen & (offs[None, :] < limit[:, None] - j)
+            s = _dot(qr_tile, tl.trans(k_tile), None, PRECISION)
+            s = _dot(q_tile, tl.trans(c_tile), s, PRECISION)
             w, alpha, m = _softmax_step(s, seen, m, scale_log2, 1)
             norm = norm * alpha + tl.sum(w, 1)
-            acc = tl.dot(w.to(c_tile.dtype), c_tile, acc * alpha[:, None], input_precision=PRECISION)
+            acc = _dot(w.to(c_tile.dtype), c_tile, acc * alpha[:, None], PRECISION)
         return acc, m, norm
 
     @triton.jit
-    def _warps_segment(
+    def _latents_segment(
         q, qr, c, k, mask_row, table_row, lo, hi, limit, t, h, ok_m, scale_log2,
         q_t, q_l, q_h, qr_t, qr_h, c_s, c_l, k_s,
-        R: tl.constexpr, E: tl.constexpr, RP: tl.constexpr, EP: tl.constexpr, NL: tl.constexpr, GW: tl.constexpr,
+        R: tl.constexpr, E: tl.constexpr, RP: tl.constexpr, EP: tl.constexpr, NL: tl.constexpr,
         BM: tl.constexpr, BN: tl.constexpr,
         HAS_MASK: tl.constexpr, PAGE: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
-        """NL latents by GW groups of BN cached rows, a batched product of NL * GW: with as many warps, each warp has its
-        own latent, rows, maxima and sums and meets the others only at the end. For few query rows.
-        Returns sums [NL, BM, RP], log2 maxima [NL, BM] and weight sums [NL, BM].
+        """NL latents as a batched product: with NL warps, each has its own latent and never meets another, and the
+        rotary keys are read once for all. For few query rows. Returns as `_rows_segment`, with a leading [NL].
         """
-        NW: tl.constexpr = NL * GW
         offs_d = tl.arange(0, RP)
         offs_e = tl.arange(0, EP)
         ok_d = offs_d < R
         ok_e = offs_e < E
-        lane = tl.arange(0, NW)
-        latent = lane % NL
-        q_rows = (t * q_t + h * q_h)[None, :] + latent[:, None] * q_l
-        qr_rows = tl.broadcast_to((t * qr_t + h * qr_h)[None, :], [NW, BM])
-        q_tile = tl.load(
-            q + q_rows[:, :, None] + offs_d[None, None, :], mask=ok_m[None, :, None] & ok_d[None, None, :], other=0.0
-        )
-        qr_tile = tl.load(
-            qr + qr_rows[:, :, None] + offs_e[None, None, :], mask=ok_m[None, :, None] & ok_e[None, None, :], other=0.0
-        )
-        acc = tl.zeros([NW, BM, RP], tl.float32)
-        m = tl.full([NW, BM], float("-inf"), tl.float32)
-        norm = tl.zeros([NW, BM], tl.float32)
-        in_group = (lane // NL * BN)[:, None] + tl.arange(0, BN)[None, :]
-        for j in tl.range(lo, hi, BN * GW):
-            offs = j + tl.arange(0, BN * GW)
-            k_rows = _cache_rows(table_row, offs, offs < hi, PAGE) * k_s
+        latent = tl.arange(0, NL)
+        ok_q = ok_m[None, :, None]
+        q_rows = (t * q_t + h * q_h)[None, :] + (latent * q_l)[:, None]
+        qr_rows = tl.broadcast_to((t * qr_t + h * qr_h)[None, :], [NL, BM])
+        q_tile = tl.load(q + q_rows[:, :, None] + offs_d[None, None, :], mask=ok_q & ok_d[None, None, :], other=0.0)
+        qr_tile = tl.load(qr + qr_rows[:, :, None] + offs_e[None, None, :], mask=ok_q & ok_e[None, None, :], other=0.0)
+        acc = tl.zeros([NL, BM, RP], tl.float32)
+        m = tl.full([NL, BM], float("-inf"), tl.float32)
+        norm = tl.zeros([NL, BM], tl.float32)
+        offs = tl.arange(0, BN)
+        for j in tl.range(lo, hi, BN):
+            ok_n = offs < hi - j
+            k_base, k_rows = _cache_offsets(table_row, j, offs, ok_n, k_s, PAGE)
+            c_base, c_rows = _cache_offsets(table_row, j, offs, ok_n, c_s, PAGE)
             k_tile = tl.load(
-                k + k_rows[:, None] + offs_e[None, :], mask=(offs < hi)[:, None] & ok_e[None, :], other=0.0
+                k + k_base + (k_rows[:, None] + offs_e[None, :]), mask=ok_n[:, None] & ok_e[None, :], other=0.0
             )
-            k_tile = tl.broadcast_to(tl.reshape(k_tile, [GW, 1, BN, EP]), [GW, NL, BN, EP])
-            k_tile = tl.reshape(k_tile, [NW, BN, EP])
-            offs_n = j + in_group
-            ok_n = offs_n < hi
-            c_rows = _cache_rows(table_row, offs_n, ok_n, PAGE) * c_s + latent[:, None] * c_l
+            k_tile = tl.broadcast_to(tl.reshape(k_tile, [1, BN, EP]), [NL, BN, EP])
             c_tile = tl.load(
-                c + c_rows[:, :, None] + offs_d[None, None, :], mask=ok_n[:, :, None] & ok_d[None, None, :], other=0.0
+                c + c_base + ((c_rows[None, :] + (latent * c_l)[:, None])[:, :, None] + offs_d[None, None, :]),
+                mask=ok_n[None, :, None] & ok_d[None, None, :],
+                other=0.0,
             )
             if HAS_MASK:
-                ok_n = ok_n & (tl.load(mask_row + offs_n, mask=ok_n, other=0) != 0)
-            seen = ok_n[:, None, :]
+                ok_n = ok_n & (tl.load(mask_row + j + offs, mask=ok_n, other=0) != 0)
+            seen = ok_n[None, None, :]
             if CAUSAL:
-                seen = seen & (offs_n[:, None, :] < limit[None, :, None])
-            s = tl.dot(qr_tile, tl.permute(k_tile, (0, 2, 1)), input_precision=PRECISION)
-            s = tl.dot(q_tile, tl.permute(c_tile, (0, 2, 1)), s, input_precision=PRECISION)
+                seen = seen & (offs[None, None, :] < limit[None, :, None] - j)
+            s = _dot(qr_tile, tl.permute(k_tile, (0, 2, 1)), None, PRECISION)
+            s = _dot(q_tile, tl.permute(c_tile, (0, 2, 1)), s, PRECISION)
             w, alpha, m = _softmax_step(s, seen, m, scale_log2, 2)
             norm = norm * alpha + tl.sum(w, 2)
-            acc = tl.dot(w.to(c_tile.dtype), c_tile, acc * alpha[:, :, None], input_precision=PRECISION)
-        if GW == 1:
-            return acc, m, norm
-        m = tl.reshape(m, [GW, NL, BM])
-        top = tl.max(m, 0)
-        factor = tl.exp2(m - tl.where(top == float("-inf"), 0.0, top)[None])
-        norm = tl.sum(tl.reshape(norm, [GW, NL, BM]) * factor, 0)
-        acc = tl.sum(tl.reshape(acc, [GW, NL, BM, RP]) * factor[:, :, :, None], 0)
-        return acc, top, norm
+            acc = _dot(w.to(c_tile.dtype), c_tile, acc * alpha[:, :, None], PRECISION)
+        return acc, m, norm
 
     @triton.jit(do_not_specialize=["B", "P"])
     def decode_kernel(
-        q, q_rope, latents, k_rope, out, part, part_lse, kv_end, kv_start, key_mask, table,
+        q, q_rope, latents, k_rope, out, part, part_lse, split, kv_end, kv_start, key_mask, table,
         B, T, P, scale_log2,
         q_b, q_t, q_l, q_h, qr_b, qr_t, qr_g, qr_h, c_b, c_s, c_l, k_b, k_s, o_b, o_t, o_l, o_h, mask_b, table_b,
         L: tl.constexpr, GROUPS: tl.constexpr, H: tl.constexpr, R: tl.constexpr, E: tl.constexpr,
-        RP: tl.constexpr, EP: tl.constexpr, NL: tl.constexpr, GW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+        RP: tl.constexpr, EP: tl.constexpr, NL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
         UNIT: tl.constexpr, MIN_UNITS: tl.constexpr, BLOCK_B: tl.constexpr,
         HAS_START: tl.constexpr, HAS_MASK: tl.constexpr, PAGE: tl.constexpr, CAUSAL: tl.constexpr,
         BIG: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        """One share of the rows, for BM query rows of NL latents of one group (GW = 0: one latent, by rows)."""
+        """One share of the rows, for BM query rows of NL latents of one group."""
         LANES: tl.constexpr = L // NL
         PRECISION: tl.constexpr = "ieee" if latents.dtype.element_ty == tl.float32 else "tf32"
         M = T * H
@@ -239,7 +230,7 @@ if triton is not None:
             qr_base = q_rope + b64 * qr_b + (l0 // (L // GROUPS)) * qr_g
             c_base = latents + b64 * c_b + l0 * c_l
             k_base = k_rope + b64 * k_b
-            if GW == 0:
+            if NL == 1:
                 acc, m, norm = _rows_segment(
                     q_base, qr_base, c_base, k_base, mask_row, table_row, lo, hi, limit, t, h, ok_m, scale_log2,
                     q_t, q_h, qr_t, qr_h, c_s, k_s, R, E, RP, EP, BM, BN, HAS_MASK, PAGE, CAUSAL, PRECISION,
@@ -248,12 +239,17 @@ if triton is not None:
                 m = m[None]
                 norm = norm[None]
             else:
-                acc, m, norm = _warps_segment(
+                acc, m, norm = _latents_segment(
                     q_base, qr_base, c_base, k_base, mask_row, table_row, lo, hi, limit, t, h, ok_m, scale_log2,
                     q_t, q_l, q_h, qr_t, qr_h, c_s, c_l, k_s,
-                    R, E, RP, EP, NL, GW, BM, BN, HAS_MASK, PAGE, CAUSAL, PRECISION,
+                    R, E, RP, EP, NL, BM, BN, HAS_MASK, PAGE, CAUSAL, PRECISION,
                 )  # fmt: skip
 
+            slot = 2 * p + (pos != first_pos).to(tl.int32)
+            if pos == seq_first:
+                tl.store(split + 2 * b, slot)
+            if stop_pos == seq_last:
+                tl.store(split + 2 * b + 1, p)
             z = acc * tl.where(norm > 0, 1.0 / norm, 0.0)[:, :, None]
             latent = l0 + tl.arange(0, NL)
             offs_d = tl.arange(0, RP)
@@ -263,59 +259,77 @@ if triton is not None:
                 o_base = out + b64 * o_b
                 tl.store(o_base + o_rows[:, :, None] + offs_d[None, None, :], z.to(out.dtype.element_ty), mask=ok)
             else:
-                slot = 2 * p + (pos != first_pos).to(tl.int32)
                 rows = (slot.to(tl.int64) * L + latent[:, None]) * M + offs_m[None, :]
                 tl.store(part_lse + rows, m + tl.log2(norm), mask=tl.broadcast_to(ok_m[None, :], rows.shape))
                 tl.store(part + (rows * R)[:, :, None] + offs_d[None, None, :], z, mask=ok)
             pos = stop_pos
             b += 1
 
-    @triton.jit(do_not_specialize=["B", "P"])
+    @triton.jit
     def combine_kernel(
-        out, part, part_lse, kv_end, kv_start, B, T, P, o_b, o_t, o_l, o_h,
-        L: tl.constexpr, H: tl.constexpr, R: tl.constexpr, BD: tl.constexpr, UNIT: tl.constexpr,
-        MIN_UNITS: tl.constexpr, BLOCK_B: tl.constexpr, SPLITS: tl.constexpr, HAS_START: tl.constexpr,
-        BIG: tl.constexpr, PDL: tl.constexpr,
+        out, part, part_lse, split, T, o_b, o_t, o_l, o_h,
+        L: tl.constexpr, H: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr,
+        SPLITS: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        """Reduce the partial results of one query row of one sequence (BD columns of it); whole ones are done."""
+        """Reduce the partial results of ROWS query rows of one latent and sequence, BD columns; whole ones are done.
+
+        Many splits: one query row, SPLITS of them at once. Few: ROWS query rows, one split after the other (SPLITS = 1).
+        """
         b = tl.program_id(2)
         M = T * H
-        l = tl.program_id(1) // M  # noqa: E741
-        m = tl.program_id(1) % M
+        blocks = (M + ROWS - 1) // ROWS
+        l = tl.program_id(1) // blocks  # noqa: E741
+        m0 = tl.program_id(1) % blocks * ROWS
         offs_d = tl.program_id(0) * BD + tl.arange(0, BD)
         ok_d = offs_d < R
-        offs_b = tl.arange(0, BLOCK_B)
-        starts, ends, units = _lengths(kv_start, kv_end, offs_b, B, UNIT, HAS_START)
-        total = tl.sum(units, 0)
-        first = tl.sum(tl.where(offs_b < b, units, 0), 0)
-        last = first + tl.sum(tl.where(offs_b == b, units, 0), 0) - 1
-        shares = _shares(total, P, MIN_UNITS)
-        p_first = _share_of(first, total, shares, BIG)
-        p_last = _share_of(last, total, shares, BIG)
+        o_base = out + b.to(tl.int64) * o_b + l * o_l
         _program_release(PDL)
         _program_wait(PDL)
+        first_slot = tl.load(split + 2 * b)
+        p_first = first_slot // 2
+        p_last = tl.load(split + 2 * b + 1)
         if p_first == p_last:
             return
-        first_slot = 2 * p_first + (_share_start(p_first, total, shares, BIG) < first).to(tl.int32)
-        acc = tl.zeros([BD], tl.float32)
-        top = float("-inf")
-        norm = 0.0
-        for p0 in tl.range(p_first, p_last + 1, SPLITS):
-            ps = p0 + tl.arange(0, SPLITS)
-            ok = ps <= p_last
-            rows = (tl.where(ps == p_first, first_slot, 2 * ps) * L + l).to(tl.int64) * M + m
-            lse = tl.load(part_lse + rows, mask=ok, other=float("-inf"))
-            z = tl.load(part + rows[:, None] * R + offs_d[None, :], mask=ok[:, None] & ok_d[None, :], other=0.0)
-            new_top = tl.maximum(top, tl.max(lse, 0))
-            ref = tl.where(new_top == float("-inf"), 0.0, new_top)
-            w = tl.exp2(lse - ref)
-            alpha = tl.exp2(top - ref)
-            acc = acc * alpha + tl.sum(z * w[:, None], 0)
-            norm = norm * alpha + tl.sum(w, 0)
-            top = new_top
-        z = acc * tl.where(norm > 0, 1.0 / norm, 0.0)
-        row = out + b.to(tl.int64) * o_b + (m // H) * o_t + l * o_l + (m % H) * o_h
-        tl.store(row + offs_d, z.to(out.dtype.element_ty), mask=ok_d)
+        if SPLITS == 1:
+            m = m0 + tl.arange(0, ROWS)
+            ok_m = m < M
+            ok = ok_m[:, None] & ok_d[None, :]
+            acc = tl.zeros([ROWS, BD], tl.float32)
+            top = tl.full([ROWS], float("-inf"), tl.float32)
+            norm = tl.zeros([ROWS], tl.float32)
+            for p in tl.range(p_first, p_last + 1):
+                rows = (tl.where(p == p_first, first_slot, 2 * p) * L + l).to(tl.int64) * M + m
+                lse = tl.load(part_lse + rows, mask=ok_m, other=float("-inf"))
+                z = tl.load(part + (rows * R)[:, None] + offs_d[None, :], mask=ok, other=0.0)
+                new_top = tl.maximum(top, lse)
+                ref = tl.where(new_top == float("-inf"), 0.0, new_top)
+                w = tl.exp2(lse - ref)
+                alpha = tl.exp2(top - ref)
+                acc = acc * alpha[:, None] + z * w[:, None]
+                norm = norm * alpha + w
+                top = new_top
+            z = acc * tl.where(norm > 0, 1.0 / norm, 0.0)[:, None]
+            o_rows = (m // H) * o_t + (m % H) * o_h
+            tl.store(o_base + o_rows[:, None] + offs_d[None, :], z.to(out.dtype.element_ty), mask=ok)
+        else:
+            acc = tl.zeros([BD], tl.float32)
+            top = float("-inf")
+            norm = 0.0
+            for p0 in tl.range(p_first, p_last + 1, SPLITS):
+                ps = p0 + tl.arange(0, SPLITS)
+                ok = ps <= p_last
+                rows = (tl.where(ps == p_first, first_slot, 2 * ps) * L + l).to(tl.int64) * M + m0
+                lse = tl.load(part_lse + rows, mask=ok, other=float("-inf"))
+                z = tl.load(part + (rows * R)[:, None] + offs_d[None, :], mask=ok[:, None] & ok_d[None, :], other=0.0)
+                new_top = tl.maximum(top, tl.max(lse, 0))
+                ref = tl.where(new_top == float("-inf"), 0.0, new_top)
+                w = tl.exp2(lse - ref)
+                alpha = tl.exp2(top - ref)
+                acc = acc * alpha + tl.sum(z * w[:, None], 0)
+                norm = norm * alpha + tl.sum(w, 0)
+                top = new_top
+            z = acc * tl.where(norm > 0, 1.0 / norm, 0.0)
+            tl.store(o_base + (m0 // H) * o_t + (m0 % H) * o_h + offs_d, z.to(out.dtype.element_ty), mask=ok_d)
 
 
 def triton_missing(device_type: str, dtype: torch.dtype) -> str | None:
@@ -332,27 +346,50 @@ def triton_missing(device_type: str, dtype: torch.dtype) -> str | None:
 
 
 @functools.lru_cache
-def _device_facts(index: int | None) -> tuple[int, bool]:
-    """Number of multiprocessors, and whether kernels can be launched early (programmatic dependent launch)."""
+def _device_facts(index: int | None) -> tuple[int, bool, bool]:
+    """Number of multiprocessors, whether kernels can be launched early (programmatic dependent launch), and whether
+    the Hopper kernels run."""
     if index is None:
-        return 4, False
+        return 4, False, False
     properties = torch.cuda.get_device_properties(index)
-    early = torch.version.hip is None and properties.major >= 9 and hasattr(tl.extra.cuda, "gdc_wait")
-    return properties.multi_processor_count, early
+    nvidia = torch.version.hip is None
+    early = nvidia and properties.major >= 9 and hasattr(tl.extra.cuda, "gdc_wait")
+    return properties.multi_processor_count, early, nvidia and properties.major == 9 and rows_kernel is not None
 
 
-def decode_plan(rows: int, num_latents: int, groups: int, width: int, rope_width: int, itemsize: int) -> dict:
+def _fits_hopper(latents, k_rope, block_table) -> bool:
+    """Whether the cache can be described to the bulk tensor copies as a matrix of rows."""
+    batch, capacity, num_latents, width = latents.shape[-4:] if block_table is None else (0, 0, 0, 0)
+    return (
+        block_table is None
+        and latents.dtype in (torch.bfloat16, torch.float16)
+        and width in (64, 128)
+        and k_rope.shape[-1] in (32, 64, 128)
+        and (num_latents == 1 or latents.stride(2) == width)
+        and (batch == 1 or latents.stride(0) == capacity * latents.stride(1))
+        and (batch == 1 or k_rope.stride(0) == capacity * k_rope.stride(1))
+        and batch * capacity < 2**31
+        and all(x.data_ptr() % 16 == 0 and x.stride(1) % 8 == 0 for x in (latents, k_rope))
+    )
+
+
+def decode_plan(rows: int, num_latents: int, groups: int, width: int, rope_width: int, itemsize: int, hopper: bool):
     """Block sizes for M = `rows` query rows per latent; see evals/results/decode_notes.md for what was measured."""
     padded = max(16, triton.next_power_of_2(width))
     rope_padded = max(16, triton.next_power_of_2(rope_width))
     branches = num_latents // groups
-    plan = {"RP": padded, "EP": rope_padded, "UNIT": 32, "MIN_UNITS": 1, "programs_per_sm": 1, "num_stages": 3}
-    if rows <= 32 and padded <= 128 and branches & (branches - 1) == 0:
-        latents = min(branches, 8)
-        plan |= {"NL": latents, "GW": 8 // latents, "BM": 16 if rows <= 16 else 32, "BN": 16, "num_warps": 8}
+    plan = {"kernel": "plain", "RP": padded, "EP": rope_padded, "UNIT": 32, "MIN_UNITS": 1, "NL": 1, "num_stages": 3}
+    plan["programs_per_sm"] = 1
+    if hopper and rows <= 64:
+        plan |= {"kernel": "rows", "BM": 64, "BN": 64, "UNIT": 64, "num_warps": 4, "num_stages": 7}
+    elif hopper:
+        plan |= {"kernel": "rows", "BM": 128, "BN": 128, "UNIT": 128, "num_warps": 4, "num_stages": 3}
+    elif rows <= 32 and padded <= 128 and branches in (2, 4, 8):
+        plan |= {"NL": branches, "BM": 16 if rows <= 16 else 32, "BN": 16, "num_stages": 4, "num_warps": branches}
+        plan["programs_per_sm"] = 8 // branches
     else:
         per_row = (padded + rope_padded) * itemsize
-        plan |= {"NL": 1, "GW": 0, "BM": 64 if rows > 16 else 16, "BN": 64 if per_row <= 768 else 32}
+        plan |= {"BM": 64 if rows > 16 else 16, "BN": 64 if per_row <= 768 else 32}
         plan["num_warps"] = 4 if padded <= 256 else 8
     return plan
 
@@ -370,9 +407,9 @@ def triton_latent_attention(
     kv_start = None if kv_start is None else kv_start.to(torch.int32).contiguous()
     out = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=device)
     rows = length * heads
-    plan = decode_plan(rows, num_latents, groups, width, rope_width, latents.element_size()) | tuning
-    multiprocessors, early = _device_facts(device.index if device.type == "cuda" else None)
-    early = early and plan.get("PDL", True)
+    multiprocessors, early, hopper = _device_facts(device.index if device.type == "cuda" else None)
+    hopper = hopper and _fits_hopper(latents, k_rope, block_table)
+    plan = decode_plan(rows, num_latents, groups, width, rope_width, latents.element_size(), hopper) | tuning
     lanes = (num_latents // plan["NL"]) * triton.cdiv(rows, plan["BM"])
     programs = max(1, multiprocessors * plan["programs_per_sm"] // lanes)
     if block_table is None:
@@ -389,24 +426,51 @@ def triton_latent_attention(
     }  # fmt: skip
     part = torch.empty((2 * programs, num_latents, rows, width), dtype=torch.float32, device=device)
     part_lse = torch.empty((2 * programs, num_latents, rows), dtype=torch.float32, device=device)
+    split = torch.empty((batch, 2), dtype=torch.int32, device=device)  # first slot and last program of each sequence
     launch = {"launch_pdl": True} if early else {}
     if key_mask is not None:
         key_mask = key_mask if key_mask.stride(-1) == 1 else key_mask.contiguous()
         key_mask = key_mask.view(torch.uint8) if key_mask.dtype == torch.bool else key_mask
-    decode_kernel[(programs * lanes,)](
-        q_latent, q_rope, latents, k_rope, out, part, part_lse, kv_end, kv_start, key_mask, block_table,
-        batch, length, programs, scaling * math.log2(math.e),
-        *q_latent.stride()[:4], *q_rope.stride()[:4], *c_strides[:3], *k_strides[:2], *out.stride()[:4],
-        0 if key_mask is None else key_mask.stride(0), 0 if block_table is None else block_table.stride(0),
-        GROUPS=groups, E=rope_width, HAS_MASK=key_mask is not None, PAGE=page_size if block_table is not None else 0,
-        CAUSAL=length > 1, **{k: plan[k] for k in ("RP", "EP", "NL", "GW", "BM", "BN", "num_warps", "num_stages")},
-        **meta, **launch,
-    )  # fmt: skip
+    mask_stride = 0 if key_mask is None else key_mask.stride(0)
+    scale_log2 = scaling * math.log2(math.e)
+    both = {"GROUPS": groups, "E": rope_width, "HAS_MASK": key_mask is not None, "CAUSAL": length > 1}
+    both |= {k: plan[k] for k in ("BM", "BN", "num_warps")}
+    if plan["kernel"] == "plain":
+        decode_kernel[(programs * lanes,)](
+            q_latent, q_rope, latents, k_rope, out, part, part_lse, split, kv_end, kv_start, key_mask, block_table,
+            batch, length, programs, scale_log2,
+            *q_latent.stride()[:4], *q_rope.stride()[:4], *c_strides[:3], *k_strides[:2], *out.stride()[:4],
+            mask_stride, 0 if block_table is None else block_table.stride(0),
+            PAGE=page_size if block_table is not None else 0, RP=plan["RP"], EP=plan["EP"], NL=plan["NL"],
+            num_stages=plan["num_stages"], **both, **meta, **launch,
+        )  # fmt: skip
+    else:
+        rows_kernel[(programs * lanes,)](
+            _rows_descriptor(latents, plan["BN"], width), _rows_descriptor(k_rope, plan["BN"], rope_width),
+            q_latent, q_rope, out, part, part_lse, split, kv_end, kv_start, key_mask,
+            batch, length, programs, capacity, scale_log2,
+            *q_latent.stride()[:4], *q_rope.stride()[:4], *out.stride()[:4], mask_stride,
+            STAGES=plan["num_stages"], **both, **meta, **launch,
+        )  # fmt: skip
     if programs > 1:
-        splits = min(256, triton.next_power_of_2(triton.cdiv(programs, batch) + 1))
-        columns = min(plan["RP"], max(16, 4096 // splits))
-        combine_kernel[(triton.cdiv(width, columns), num_latents * rows, batch)](
-            out, part, part_lse, kv_end, kv_start, batch, length, programs, *out.stride()[:4],
-            BD=columns, SPLITS=splits, num_warps=4 if splits > 8 else 1, **meta, **launch,
+        # Many small reductions take their splits one after the other, a few wide ones all at once
+        splits = min(256, max(8, triton.next_power_of_2(triton.cdiv(programs, batch) + 1)))
+        splits = 1 if splits == 8 and batch * num_latents * rows > 8192 else splits
+        columns = plan["RP"] if splits == 1 else max(16, min(plan["RP"], 4096 // splits))
+        combined = min(16, triton.next_power_of_2(rows)) if splits == 1 else 1
+        combine_kernel[(triton.cdiv(width, columns), num_latents * triton.cdiv(rows, combined), batch)](
+            out, part, part_lse, split, length, *out.stride()[:4],
+            L=num_latents, H=heads, R=width, ROWS=combined, BD=columns, SPLITS=splits, PDL=early,
+            num_warps=1 if splits == 8 else 4, **launch,
         )  # fmt: skip
     return out
+
+
+def _rows_descriptor(tensor: torch.Tensor, block_rows: int, block_columns: int):
+    """A bulk-copy descriptor of cached rows [B, S, ...] as a matrix of B * S rows."""
+    dtype = gl.bfloat16 if tensor.dtype == torch.bfloat16 else gl.float16
+    block = [block_rows, block_columns]
+    shape = [tensor.shape[0] * tensor.shape[1], tensor[0, 0].numel()]
+    return TensorDescriptor(
+        tensor, shape, [tensor.stride(1), 1], block, gl.NVMMASharedLayout.get_default_for(block, dtype)
+    )

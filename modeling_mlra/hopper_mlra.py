@@ -1,0 +1,355 @@
+"""Gluon kernels of the absorbed decode attention for Hopper GPUs: bulk tensor copies and warpgroup matrix products.
+
+They cover what the plain kernel in `triton_mlra` leaves slow on these GPUs, with its legend, division of work
+and reduction of partial results; everything they do not cover runs there.
+"""
+
+try:
+    import triton.experimental.gluon.language as gl
+    from triton.experimental import gluon
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        fence_async_shared,
+        mbarrier,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    _barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+except ImportError:
+    gluon = gl = TensorDescriptor = rows_kernel = None
+
+if gluon is not None:
+
+    @gluon.jit
+    def _add(x, y):
+        return x + y
+
+    @gluon.jit
+    def _program_wait(PDL: gl.constexpr):
+        if PDL:
+            gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+    @gluon.jit
+    def _program_release(PDL: gl.constexpr):
+        if PDL:
+            gl.inline_asm_elementwise(
+                "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+            )
+
+    @gluon.jit
+    def _share_start(p, total, shares, BIG: gl.constexpr):
+        if BIG:
+            return (p.to(gl.int64) * total // shares).to(gl.int32)
+        return p * total // shares
+
+    @gluon.jit
+    def _deal(
+        kv_end, kv_start, B, P, p,
+        UNIT: gl.constexpr, MIN_UNITS: gl.constexpr, BLOCK_B: gl.constexpr, HAS_START: gl.constexpr,
+        BIG: gl.constexpr, WARPS: gl.constexpr,
+    ):  # fmt: skip
+        """Program p's share: the sequences' first rows, ends, units and running sums of units, its first sequence, and
+        its first and one past its last unit."""
+        if BLOCK_B == 1:
+            ends = gl.load(kv_end)
+            starts = ends * 0
+            if HAS_START:
+                starts = gl.load(kv_start)
+            units = gl.maximum((ends - starts + (UNIT - 1)) // UNIT, 1)
+            cum = units
+            total = units
+        else:
+            FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+            offs_b = gl.arange(0, BLOCK_B, layout=FLAT)
+            ends = gl.load(kv_end + offs_b, mask=offs_b < B, other=0)
+            starts = ends * 0
+            if HAS_START:
+                starts = gl.load(kv_start + offs_b, mask=offs_b < B, other=0)
+            units = gl.where(offs_b < B, gl.maximum((ends - starts + (UNIT - 1)) // UNIT, 1), 0)
+            cum = gl.associative_scan(units, 0, _add)
+            total = gl.sum(units, 0)
+        shares = gl.minimum(P, (total + (MIN_UNITS - 1)) // MIN_UNITS)
+        mine = gl.minimum(p, shares - 1)
+        first_pos = _share_start(mine, total, shares, BIG)
+        last_pos = gl.where(p < shares, _share_start(mine + 1, total, shares, BIG), first_pos)
+        b = p * 0
+        if BLOCK_B > 1:
+            b = gl.sum((cum <= first_pos).to(gl.int32), 0)
+        return starts, ends, units, cum, b, first_pos, last_pos
+
+    @gluon.jit
+    def _segment(
+        starts, ends, units, cum, b, pos, last_pos, UNIT: gl.constexpr, BLOCK_B: gl.constexpr, WARPS: gl.constexpr
+    ):
+        """What a share holds of sequence b from unit `pos` on: the sequence's first unit, the unit after the segment,
+        whether the sequence starts and ends in it, and rows lo <= j < hi of a sequence that ends at `end`."""
+        if BLOCK_B == 1:
+            seq_last = cum
+            seq_first = cum - units
+            start = starts
+            end = ends
+        else:
+            FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+            here = gl.arange(0, BLOCK_B, layout=FLAT) == b
+            seq_last = gl.sum(gl.where(here, cum, 0), 0)
+            seq_first = seq_last - gl.sum(gl.where(here, units, 0), 0)
+            start = gl.sum(gl.where(here, starts, 0), 0)
+            end = gl.sum(gl.where(here, ends, 0), 0)
+        stop_pos = gl.minimum(last_pos, seq_last)
+        lo = start + (pos - seq_first) * UNIT
+        hi = gl.minimum(start + (stop_pos - seq_first) * UNIT, end)
+        return stop_pos, pos == seq_first, stop_pos == seq_last, lo, gl.maximum(hi, lo), end
+
+    @gluon.jit
+    def _copy_tiles(
+        c_desc, k_desc, c_buf, k_buf, full, empty, kv_end, kv_start, B, P, S, p, latent,
+        R: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr, MIN_UNITS: gl.constexpr,
+        BLOCK_B: gl.constexpr, HAS_START: gl.constexpr, BIG: gl.constexpr,
+    ):  # fmt: skip
+        """The copying warp: every tile of the share in turn, as soon as its buffer is free."""
+        starts, ends, units, cum, b, pos, last_pos = _deal(
+            kv_end, kv_start, B, P, p, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG, 1
+        )
+        g = p * 0
+        while pos < last_pos:
+            stop_pos, starts_here, ends_here, lo, hi, end = _segment(
+                starts, ends, units, cum, b, pos, last_pos, UNIT, BLOCK_B, 1
+            )
+            for j in range(lo, hi, BN):
+                stage = g % STAGES
+                bar = full.index(stage)
+                mbarrier.wait(empty.index(stage), ((g // STAGES) & 1) ^ 1)
+                mbarrier.expect(bar, c_desc.block_type.nbytes + k_desc.block_type.nbytes)
+                tma.async_copy_global_to_shared(k_desc, [b * S + j, 0], bar, k_buf.index(stage))
+                tma.async_copy_global_to_shared(c_desc, [b * S + j, latent * R], bar, c_buf.index(stage))
+                g += 1
+            pos = stop_pos
+            b += 1
+
+    @gluon.jit
+    def _zero_tail(tile_buf, valid, BN: gl.constexpr):
+        """Rows from `valid` on are not in use and may hold NaN, which a weight of 0 would spread: overwrite them."""
+        LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+        tile = tile_buf.load(LAYOUT)
+        rows = gl.arange(0, BN, layout=gl.SliceLayout(1, LAYOUT))
+        tile_buf.store(gl.where(gl.expand_dims(rows < valid, 1), tile, gl.zeros_like(tile)))
+
+    @gluon.jit
+    def _attend(
+        q_buf, qr_buf, c_buf, k_buf, full, empty, merge_buf, merge_stats, merge_full, merge_empty,
+        q, q_rope, out, part, part_lse, split, kv_end, kv_start, key_mask, B, T, P, p, latent, row0, scale_log2,
+        q_b, q_t, q_l, q_h, qr_b, qr_t, qr_g, qr_h, o_b, o_t, o_l, o_h, mask_b,
+        WG: gl.constexpr, SHARE_ROWS: gl.constexpr,
+        L: gl.constexpr, GROUPS: gl.constexpr, H: gl.constexpr, R: gl.constexpr, E: gl.constexpr,
+        BN: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr, MIN_UNITS: gl.constexpr,
+        BLOCK_B: gl.constexpr, HAS_START: gl.constexpr, HAS_MASK: gl.constexpr, CAUSAL: gl.constexpr,
+        BIG: gl.constexpr,
+    ):  # fmt: skip
+        """One of the two computing warpgroups, with 64 query rows: those of its own on every tile, or (SHARE_ROWS) the
+        same rows on every second tile, merged by the first. They overlap each other: one multiplies matrices while the
+        other is in its softmax."""
+        S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+        O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, R, 16])
+        P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+        S_ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+        O_ROWS: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
+        Q_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+        STEP: gl.constexpr = 2 if SHARE_ROWS else 1
+        OFFSET: gl.constexpr = WG if SHARE_ROWS else 0
+        dtype: gl.constexpr = q.dtype.element_ty
+        M = T * H
+        first_row = row0 if SHARE_ROWS else row0 + WG * 64
+        starts, ends, units, cum, b, first_pos, last_pos = _deal(
+            kv_end, kv_start, B, P, p, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG, 4
+        )
+        pos = first_pos
+        g = p * 0  # tiles of the segments before this one
+        segments = p * 0
+        while pos < last_pos:
+            stop_pos, starts_here, ends_here, lo, hi, end = _segment(
+                starts, ends, units, cum, b, pos, last_pos, UNIT, BLOCK_B, 4
+            )
+            tiles = (hi - lo + (BN - 1)) // BN
+            b64 = b.to(gl.int64)
+            offs_m = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, Q_LAYOUT))
+            t = offs_m // H
+            h = offs_m % H
+            ok_m = gl.expand_dims(offs_m < M, 1)
+            offs_d = gl.expand_dims(gl.arange(0, R, layout=gl.SliceLayout(0, Q_LAYOUT)), 0)
+            offs_e = gl.expand_dims(gl.arange(0, E, layout=gl.SliceLayout(0, Q_LAYOUT)), 0)
+            q_rows = gl.expand_dims(t * q_t + h * q_h, 1)
+            qr_rows = gl.expand_dims(t * qr_t + h * qr_h, 1)
+            q_base = q + b64 * q_b + latent * q_l
+            qr_base = q_rope + b64 * qr_b + (latent // (L // GROUPS)) * qr_g
+            q_buf.store(gl.load(q_base + q_rows + offs_d, mask=ok_m, other=0.0))
+            qr_buf.store(gl.load(qr_base + qr_rows + offs_e, mask=ok_m, other=0.0))
+            fence_async_shared()
+            _barrier()
+
+            limit = end - (T - 1) + (first_row + gl.arange(0, 64, layout=S_ROWS)) // H
+            limit = gl.expand_dims(limit, 1)
+            offs_n = gl.arange(0, BN, layout=gl.SliceLayout(0, S_LAYOUT))
+            acc = gl.zeros([64, R], gl.float32, layout=O_LAYOUT)
+            m = gl.full([64], float("-inf"), gl.float32, layout=S_ROWS)
+            norm = gl.zeros([64], gl.float32, layout=S_ROWS)
+            zeros = gl.zeros([64, BN], gl.float32, layout=S_LAYOUT)
+            for it in range(OFFSET, tiles, STEP):
+                stage = (g + it) % STAGES
+                j = lo + it * BN
+                c_tile = c_buf.index(stage)
+                mbarrier.wait(full.index(stage), ((g + it) // STAGES) & 1)
+                s = warpgroup_mma(qr_buf, k_buf.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+                s = warpgroup_mma(q_buf, c_tile.permute((1, 0)), s, is_async=True)
+                s = warpgroup_mma_wait(0, deps=(s,))
+                if HAS_MASK:
+                    ok_n = offs_n < hi - j
+                    ok_n = ok_n & (gl.load(key_mask + b64 * mask_b + j + offs_n, mask=ok_n, other=0) != 0)
+                    s = gl.where(gl.expand_dims(ok_n, 0), s, float("-inf"))
+                if j + BN > hi:
+                    s = gl.where(gl.expand_dims(offs_n < hi - j, 0), s, float("-inf"))
+                if CAUSAL:
+                    if j + BN > end - T:
+                        s = gl.where(gl.expand_dims(j + offs_n, 0) < limit, s, float("-inf"))
+                m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
+                m_ref = gl.where(m_new == float("-inf"), 0.0, m_new)
+                w = gl.exp2(s * scale_log2 - gl.expand_dims(m_ref, 1))
+                alpha = gl.exp2(m - m_ref)
+                m = m_new
+                norm = norm * alpha + gl.sum(w, 1)
+                acc = acc * gl.expand_dims(gl.convert_layout(alpha, O_ROWS), 1)
+                wd = gl.convert_layout(w.to(dtype), P_LAYOUT)
+                if j + BN > end:
+                    _zero_tail(c_tile, end - j, BN)
+                    fence_async_shared()
+                    _barrier()
+                acc = warpgroup_mma(wd, c_tile, acc, is_async=True)
+                acc = warpgroup_mma_wait(0, deps=(acc,))
+                _barrier()
+                mbarrier.arrive(empty.index(stage), count=1)
+
+            offs_o = gl.arange(0, 64, layout=O_ROWS)
+            if SHARE_ROWS and WG == 1:
+                merge_buf.store(acc)
+                merge_stats.index(0).store(m)
+                merge_stats.index(1).store(norm)
+                _barrier()
+                mbarrier.arrive(merge_full, count=1)
+                mbarrier.wait(merge_empty, segments & 1)
+            else:
+                m = gl.convert_layout(m, O_ROWS)
+                norm = gl.convert_layout(norm, O_ROWS)
+                if SHARE_ROWS:
+                    mbarrier.wait(merge_full, segments & 1)
+                    m_other = merge_stats.index(0).load(O_ROWS)
+                    top = gl.maximum(m, m_other)
+                    ref = gl.where(top == float("-inf"), 0.0, top)
+                    mine = gl.exp2(m - ref)
+                    other = gl.exp2(m_other - ref)
+                    norm = norm * mine + merge_stats.index(1).load(O_ROWS) * other
+                    acc = acc * gl.expand_dims(mine, 1) + merge_buf.load(O_LAYOUT) * gl.expand_dims(other, 1)
+                    m = top
+                    _barrier()
+                    mbarrier.arrive(merge_empty, count=1)
+                slot = 2 * p + (pos != first_pos).to(gl.int32)
+                if starts_here:
+                    gl.store(split + 2 * b, slot)
+                if ends_here:
+                    gl.store(split + 2 * b + 1, p)
+                z = acc * gl.expand_dims(gl.where(norm > 0, 1.0 / norm, 0.0), 1)
+                offs_o = first_row + offs_o
+                offs_d = gl.expand_dims(gl.arange(0, R, layout=gl.SliceLayout(0, O_LAYOUT)), 0)
+                ok_o = gl.expand_dims(offs_o < M, 1)
+                if starts_here & ends_here:
+                    o_rows = gl.expand_dims((offs_o // H) * o_t + (offs_o % H) * o_h, 1)
+                    gl.store(out + b64 * o_b + latent * o_l + o_rows + offs_d, z.to(dtype), mask=ok_o)
+                else:
+                    base = (slot.to(gl.int64) * L + latent) * M
+                    gl.store(part + base * R + gl.expand_dims(offs_o, 1) * R + offs_d, z, mask=ok_o)
+                    gl.store(part_lse + base + offs_o, m + gl.log2(norm), mask=offs_o < M)
+            g += tiles
+            segments += 1
+            pos = stop_pos
+            b += 1
+
+    @gluon.jit(do_not_specialize=["B", "P", "S"])
+    def rows_kernel(
+        c_desc, k_desc, q, q_rope, out, part, part_lse, split, kv_end, kv_start, key_mask,
+        B, T, P, S, scale_log2,
+        q_b, q_t, q_l, q_h, qr_b, qr_t, qr_g, qr_h, o_b, o_t, o_l, o_h, mask_b,
+        L: gl.constexpr, GROUPS: gl.constexpr, H: gl.constexpr, R: gl.constexpr, E: gl.constexpr,
+        BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr, MIN_UNITS: gl.constexpr,
+        BLOCK_B: gl.constexpr, HAS_START: gl.constexpr, HAS_MASK: gl.constexpr, CAUSAL: gl.constexpr,
+        BIG: gl.constexpr, PDL: gl.constexpr, num_warps: gl.constexpr,
+    ):  # fmt: skip
+        """One latent and BM = 64 or 128 query rows: one copying warp and two computing warpgroups."""
+        SHARE_ROWS: gl.constexpr = BM == 64
+        dtype: gl.constexpr = q.dtype.element_ty
+        Q_COPIES: gl.constexpr = 1 if SHARE_ROWS else 2
+        q_buf = gl.allocate_shared_memory(
+            dtype, [Q_COPIES, 64, R], gl.NVMMASharedLayout.get_default_for([64, R], dtype)
+        )
+        qr_buf = gl.allocate_shared_memory(
+            dtype, [Q_COPIES, 64, E], gl.NVMMASharedLayout.get_default_for([64, E], dtype)
+        )
+        c_buf = gl.allocate_shared_memory(dtype, [STAGES, BN, R], c_desc.layout)
+        k_buf = gl.allocate_shared_memory(dtype, [STAGES, BN, E], k_desc.layout)
+        FLAT_SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        MERGE_ROWS: gl.constexpr = 64 if SHARE_ROWS else 16
+        merge_buf = gl.allocate_shared_memory(
+            gl.float32, [MERGE_ROWS, R], gl.NVMMASharedLayout.get_default_for([MERGE_ROWS, R], gl.float32)
+        )
+        merge_stats = gl.allocate_shared_memory(gl.float32, [2, 64], FLAT_SHARED)
+        full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        merge_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        merge_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(STAGES):
+            mbarrier.init(full.index(i), count=1)
+            mbarrier.init(empty.index(i), count=1 if SHARE_ROWS else 2)
+        mbarrier.init(merge_full, count=1)
+        mbarrier.init(merge_empty, count=1)
+        fence_async_shared()
+        _barrier()
+
+        lanes = L * ((T * H + BM - 1) // BM)
+        p = gl.program_id(0) // lanes
+        lane = gl.program_id(0) % lanes
+        latent = lane % L
+        row0 = (lane // L) * BM
+        _program_wait(PDL)
+        _program_release(PDL)
+        gl.warp_specialize(
+            [
+                (
+                    _attend,
+                    (
+                        q_buf.index(0), qr_buf.index(0), c_buf, k_buf, full, empty, merge_buf, merge_stats,
+                        merge_full, merge_empty, q, q_rope, out, part, part_lse, split, kv_end, kv_start, key_mask,
+                        B, T, P, p, latent, row0, scale_log2, q_b, q_t, q_l, q_h, qr_b, qr_t, qr_g, qr_h, o_b, o_t, o_l, o_h, mask_b,
+                        0, SHARE_ROWS, L, GROUPS, H, R, E, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B, HAS_START, HAS_MASK,
+                        CAUSAL, BIG,
+                    ),
+                ),
+                (
+                    _attend,
+                    (
+                        q_buf.index(Q_COPIES - 1), qr_buf.index(Q_COPIES - 1), c_buf, k_buf, full, empty, merge_buf,
+                        merge_stats, merge_full, merge_empty, q, q_rope, out, part, part_lse, split, kv_end, kv_start, key_mask,
+                        B, T, P, p, latent, row0, scale_log2, q_b, q_t, q_l, q_h, qr_b, qr_t, qr_g, qr_h, o_b, o_t, o_l, o_h, mask_b,
+                        1, SHARE_ROWS, L, GROUPS, H, R, E, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B, HAS_START, HAS_MASK,
+                        CAUSAL, BIG,
+                    ),
+                ),
+                (
+                    _copy_tiles,
+                    (
+                        c_desc, k_desc, c_buf, k_buf, full, empty, kv_end, kv_start, B, P, S, p, latent,
+                        R, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG,
+                    ),
+                ),
+            ],
+            [4, 1],
+            [216, 40],
+        )  # fmt: skip
