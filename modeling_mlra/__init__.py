@@ -4,6 +4,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
@@ -12,6 +13,7 @@ from .cache_mlra import MLRACache
 from .configuration_mlra import MLRAConfig
 from .modeling_mlra import (
     MLRAForCausalLM,
+    MLRAForQuestionAnswering,
     MLRAForSequenceClassification,
     MLRAForTokenClassification,
     MLRAModel,
@@ -25,6 +27,7 @@ MLRAConfig.register_for_auto_class()
 for auto_class, model_class in {
     AutoModel: MLRAModel,
     AutoModelForCausalLM: MLRAForCausalLM,
+    AutoModelForQuestionAnswering: MLRAForQuestionAnswering,
     AutoModelForSequenceClassification: MLRAForSequenceClassification,
     AutoModelForTokenClassification: MLRAForTokenClassification,
 }.items():
@@ -35,6 +38,7 @@ __all__ = [
     "MLRACache",
     "MLRAConfig",
     "MLRAForCausalLM",
+    "MLRAForQuestionAnswering",
     "MLRAForSequenceClassification",
     "MLRAForTokenClassification",
     "MLRAModel",

@@ -17,6 +17,7 @@ from transformers.generation import GenerationMixin
 from transformers.integrations import use_kernel_forward_from_hub
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
     GradientCheckpointingLayer,
@@ -79,70 +80,11 @@ class MLRALatentRMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
-def at_least_float32(x: torch.Tensor) -> torch.dtype:
-    """The dtype that sensitive reductions of `x` are computed in."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def rms_normalize(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) over the last dimension, in float32 or wider, returned in the dtype of x."""
     hidden_float = hidden_states.to(at_least_float32(hidden_states))
     variance = hidden_float.pow(2).mean(-1, keepdim=True)
     return (hidden_float * torch.rsqrt(variance + eps)).to(hidden_states.dtype)
-
-
-class MLRARotaryEmbedding(nn.Module):
-    """Rotary position embedding over `qk_rope_head_dim`, with every scaling type of the library."""
-
-    inv_freq: torch.Tensor
-
-    def __init__(self, config: MLRAConfig):
-        super().__init__()
-        self.max_seq_len_cached = config.max_position_embeddings
-        self.original_max_seq_len = config.max_position_embeddings
-        # The library's RoPE functions rotate all of `head_dim`; here that is the rotary part of a head.
-        self.config = PreTrainedConfig(
-            head_dim=config.qk_rope_head_dim,
-            max_position_embeddings=config.max_position_embeddings,
-            hidden_size=config.hidden_size,
-            num_attention_heads=config.num_attention_heads,
-        )
-        self.config.rope_parameters = config.rope_parameters
-        self.rope_type = config.rope_parameters["rope_type"]
-        rope_init_fn: Callable = self.compute_default_rope_parameters
-        if self.rope_type != "default":
-            rope_init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
-        inv_freq, self.attention_scaling = rope_init_fn(self.config)
-        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
-        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
-
-    @staticmethod
-    def compute_default_rope_parameters(config: PreTrainedConfig, **kwargs) -> tuple[torch.Tensor, float]:
-        """Inverse frequencies `[head_dim / 2]` of unscaled RoPE and the factor 1.0 for its tables."""
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
-        return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
-
-    @torch.no_grad()
-    @dynamic_rope_update
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin tables `[B, T, E]` in the dtype of `x`."""
-        dtype = at_least_float32(x)
-        freqs = position_ids[..., None].to(dtype) * self.inv_freq.to(device=x.device, dtype=dtype)
-        angles = torch.cat((freqs, freqs), dim=-1)
-        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        return cos.to(x.dtype), sin.to(x.dtype)
-
-
-def rotate_half(x: torch.Tensor) -> torch.Tensor:
-    """(x1, x2) to (-x2, x1), the halves of the last dimension."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((-x2, x1), dim=-1)
-
-
-def apply_rotary_pos_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate `x` `[B, T, heads, E]` by the tables `[B, T, E]`, in the dtype of `x`."""
-    cos, sin = cos.unsqueeze(2).to(x.dtype), sin.unsqueeze(2).to(x.dtype)
-    return x * cos + rotate_half(x) * sin
 
 
 class MLRAMLP(nn.Module):
@@ -328,7 +270,7 @@ class MLRADecoderLayer(GradientCheckpointingLayer):
 
 
 class MLRAPreTrainedModel(PreTrainedModel):
-    """What every MLRA model shares: configuration class, initialisation and the features of the library it supports."""
+    """What every MLRA model shares: configuration class, initialisation and features of the library it supports."""
 
     config_class = MLRAConfig
     base_model_prefix = "model"
@@ -432,41 +374,6 @@ class MLRAModel(MLRAPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
-
-    def _dense_mask(self, inputs_embeds, attention_mask, past_key_values, position_ids, past_length):
-        """The mask that the attention interface takes, no wider than the keys it covers.
-
-        Without a prefix, attention runs over the new tokens alone, whatever length a static cache has.
-        """
-        length = inputs_embeds.shape[1]
-        is_static = past_key_values is not None and past_key_values.is_compileable
-        if is_static and not isinstance(past_length, torch.Tensor):
-            past_key_values = DynamicCache()
-            attention_mask = None if attention_mask is None else attention_mask[..., :length]
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
-        if is_static and isinstance(mask, torch.Tensor) and not torch.compiler.is_compiling():
-            mask = mask[..., : int(past_length) + length]
-        return mask
-
-
-def cache_rows(
-    attention_mask: torch.Tensor | None, kv_end: torch.Tensor | int, batch: int, device: torch.device
-) -> CacheRows:
-    """The cache rows that a batch may read: up to `kv_end`, less what a `[B, >= kv_end]` mask leaves out."""
-    if isinstance(kv_end, torch.Tensor):
-        kv_end = kv_end.to(torch.int32).expand(batch)
-    else:
-        kv_end = torch.full((batch,), kv_end, dtype=torch.int32, device=device)
-    if attention_mask is None:
-        return CacheRows(kv_end)
-    key_mask = attention_mask.to(torch.bool)
-    return CacheRows(kv_end, key_mask.int().argmax(dim=-1).to(torch.int32), key_mask)
 
 
 class MLRAForCausalLM(MLRAPreTrainedModel, GenerationMixin):
@@ -579,8 +486,19 @@ class MLRAForTokenClassification(GenericForTokenClassification, MLRAPreTrainedMo
         self.post_init()
 
 
+class MLRAForQuestionAnswering(GenericForQuestionAnswering, MLRAPreTrainedModel):
+    """Start and end of an answer within the input."""
+
+    def __init__(self, config: MLRAConfig):
+        MLRAPreTrainedModel.__init__(self, config)  # not the generic one, as above
+        self.model = MLRAModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+
 __all__ = [
     "MLRAForCausalLM",
+    "MLRAForQuestionAnswering",
     "MLRAForSequenceClassification",
     "MLRAForTokenClassification",
     "MLRAModel",

@@ -34,6 +34,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_mlra.MLRAConfig",
     "AutoModel": "modeling_mlra.MLRAModel",
     "AutoModelForCausalLM": "modeling_mlra.MLRAForCausalLM",
+    "AutoModelForQuestionAnswering": "modeling_mlra.MLRAForQuestionAnswering",
     "AutoModelForSequenceClassification": "modeling_mlra.MLRAForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_mlra.MLRAForTokenClassification",
 }

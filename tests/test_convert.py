@@ -145,6 +145,7 @@ def test_folder_is_complete(converted):
         "AutoConfig": "configuration_mlra.MLRAConfig",
         "AutoModel": "modeling_mlra.MLRAModel",
         "AutoModelForCausalLM": "modeling_mlra.MLRAForCausalLM",
+        "AutoModelForQuestionAnswering": "modeling_mlra.MLRAForQuestionAnswering",
         "AutoModelForSequenceClassification": "modeling_mlra.MLRAForSequenceClassification",
         "AutoModelForTokenClassification": "modeling_mlra.MLRAForTokenClassification",
     }

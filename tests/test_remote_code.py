@@ -37,7 +37,7 @@ for refused in (AutoConfig, transformers.AutoModelForCausalLM):
     raise SystemExit("code ran without trust_remote_code")
 
 classes = {}
-heads = ("AutoModelForSequenceClassification", "AutoModelForTokenClassification")
+heads = ("AutoModelForQuestionAnswering", "AutoModelForSequenceClassification", "AutoModelForTokenClassification")
 for auto in (*heads, "AutoModel", "AutoModelForCausalLM"):
     model = getattr(transformers, auto).from_pretrained(name, **remote).eval()
     classes[auto] = type(model).__name__
@@ -96,6 +96,7 @@ def test_folder_works_where_the_package_cannot_be_imported(tmp_path, converted, 
     assert result["classes"] == {
         "AutoModel": "MLRAModel",
         "AutoModelForCausalLM": "MLRAForCausalLM",
+        "AutoModelForQuestionAnswering": "MLRAForQuestionAnswering",
         "AutoModelForSequenceClassification": "MLRAForSequenceClassification",
         "AutoModelForTokenClassification": "MLRAForTokenClassification",
     }

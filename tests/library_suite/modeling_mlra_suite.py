@@ -17,6 +17,7 @@ from transformers.models.auto import modeling_auto
 from modeling_mlra import (
     MLRAConfig,
     MLRAForCausalLM,
+    MLRAForQuestionAnswering,
     MLRAForSequenceClassification,
     MLRAForTokenClassification,
     MLRAModel,
@@ -30,6 +31,7 @@ from ...causal_lm_tester import CausalLMModelTest, CausalLMModelTester
 for table, model_class in {
     "MODEL_MAPPING_NAMES": MLRAModel,
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": MLRAForCausalLM,
+    "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES": MLRAForQuestionAnswering,
     "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": MLRAForSequenceClassification,
     "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES": MLRAForTokenClassification,
 }.items():
@@ -57,6 +59,7 @@ class MLRAModelTester(CausalLMModelTester):
     config_class = MLRAConfig
     base_model_class = MLRAModel
     causal_lm_class = MLRAForCausalLM
+    question_answering_class = MLRAForQuestionAnswering
     sequence_classification_class = MLRAForSequenceClassification
     token_classification_class = MLRAForTokenClassification
 
