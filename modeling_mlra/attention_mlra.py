@@ -6,19 +6,20 @@ g * C + c is branch c of group g (see `configuration_mlra`). Every size is read 
 runs on one tensor-parallel rank's share.
 
 For latent l and a head i that it serves (paper, eqs. 5-8):
-    o_{l,i} = softmax(scaling * (q_nope_i . k_nope_{l,i} + q_rope_i . k_rope)) v_{l,i},    o_i = alpha_attn * sum_l o_{l,i}
+    o_{l,i} = softmax(scaling * (q_nope_i . k_nope_{l,i} + q_rope_i . k_rope)) v_{l,i}
+    o_i = alpha_attn * sum_l o_{l,i}
 with k_nope_{l,i} = W_uk[l,i] c_l and v_{l,i} = W_uv[l,i] c_l.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .kernels_mlra import latent_attention
+from .masks_mlra import CacheRows
 
 # A continuation of up to this many tokens runs absorbed. Expanding S cached rows costs S*R*(N+V) per head and latent,
 # absorbing costs T*S*(2R - N - V) more in the scores: at R=512, N=V=128 the two are equal at T=170.
@@ -38,22 +39,6 @@ def fastest_sdpa(query: torch.Tensor, attention_mask: torch.Tensor | None) -> Ab
         return nullcontext()
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     return sdpa_kernel(order, set_priority=True)
-
-
-class CacheRows(NamedTuple):
-    """Which cache rows the absorbed form may read, for each sequence of the batch.
-
-    Args:
-        kv_end: `[B]` int32, rows in use, those of the T queries included.
-        kv_start: `[B]` int32, first row that is no padding, or None for 0.
-        key_mask: `[B, >= kv_end]` bool, rows that may be attended to, or None for all.
-        row_table: `[B, >= kv_end]` int32, where each row lies if the sequences share one pool of rows, else None.
-    """
-
-    kv_end: torch.Tensor
-    kv_start: torch.Tensor | None = None
-    key_mask: torch.Tensor | None = None
-    row_table: torch.Tensor | None = None
 
 
 def up_projections(kv_b_weight: torch.Tensor, num_latents: int, nope_dim: int, v_dim: int):

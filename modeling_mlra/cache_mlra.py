@@ -1,8 +1,9 @@
 """The latent cache: one row of L * r + e numbers per token and layer, and nothing else.
 
-A row is `[c_0 … c_{L-1} | k_rope]`: the normed and scaled latents, then the rotated RoPE key that all heads and latents
-share (paper, section 3; 4.5 head widths for the released sizes). As in every cache of the library, a layer takes what
-is new and returns all it holds: `update(latents, rope_keys)` with "keys" = latents and "values" = RoPE keys.
+A row is `[c_0 … c_{L-1} | k_rope]`: the normed and scaled latents, then the rotated RoPE key that all heads and
+latents share (paper, section 3; 4.5 head widths for the released sizes). As in every cache of the library, a layer
+takes what is new and returns all it holds: `update(latents, rope_keys)`, with "keys" for latents and "values" for RoPE
+keys.
 
 Shapes: B batch, S cached tokens, T new tokens, L latents (of this device), R latent width, E RoPE width.
 """
@@ -22,10 +23,10 @@ class MLRADynamicLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
     min_growth = 256  # rows
+    rows: torch.Tensor  # from the first update on
 
     def __init__(self):
         super().__init__()
-        self.rows: torch.Tensor | None = None
         self._length = 0
         self._latent_width = 0
 
@@ -120,9 +121,10 @@ class MLRADynamicLayer(CacheLayerMixin):
 
 
 class MLRAStaticLayer(StaticLayer):
-    """Latent rows of one layer in a buffer `[B, 1, max_cache_len, L*R + E]` of fixed address, for compiled decoding."""
+    """Latent rows of one layer in a buffer `[B, 1, max_cache_len, L*R + E]` of fixed address, for compiled code."""
 
     rows: torch.Tensor
+    cumulative_length: torch.Tensor
     _is_empty = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:

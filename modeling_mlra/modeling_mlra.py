@@ -4,7 +4,6 @@ Prefill and training run the expanded form through the library's attention inter
 on the latent cache (`attention_mlra`). Both use the same parameters.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -12,10 +11,8 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_kernel_forward_from_hub
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -23,18 +20,19 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_mlra import MAX_ABSORBED_QUERIES, CacheRows, absorbed_attention, expanded_attention
+from .attention_mlra import MAX_ABSORBED_QUERIES, absorbed_attention, expanded_attention
 from .cache_mlra import MLRACache
 from .configuration_mlra import MLRAConfig
 from .generation_mlra import can_capture, captured_decode
+from .masks_mlra import CacheRows, additive, cache_rows, dense_mask
 from .paged_mlra import update_paged
+from .rotary_mlra import MLRARotaryEmbedding, apply_rotary_pos_emb, at_least_float32
 from .tensor_parallel_mlra import register_parallel_styles
 
 register_parallel_styles()
@@ -355,11 +353,8 @@ class MLRAModel(MLRAPreTrainedModel):
         ):
             mask = cache_rows(attention_mask, past_length + length, batch, inputs_embeds.device)
         else:
-            mask = self._dense_mask(inputs_embeds, attention_mask, past_key_values, position_ids, past_length)
-            if absorbed and mask is not None and mask.dtype == torch.bool:
-                mask = torch.zeros_like(mask, dtype=inputs_embeds.dtype).masked_fill(
-                    ~mask, torch.finfo(inputs_embeds.dtype).min
-                )
+            mask = dense_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids, past_length)
+            mask = additive(mask, inputs_embeds.dtype) if absorbed else mask
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
@@ -467,7 +462,7 @@ class MLRAForSequenceClassification(GenericForSequenceClassification, MLRAPreTra
 
     def __init__(self, config: MLRAConfig):
         # Not the generic `__init__`: it builds its base model with `AutoModel`, which refuses remote code there.
-        MLRAPreTrainedModel.__init__(self, config)
+        PreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = MLRAModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
@@ -478,7 +473,7 @@ class MLRAForTokenClassification(GenericForTokenClassification, MLRAPreTrainedMo
     """A classification head on every token."""
 
     def __init__(self, config: MLRAConfig):
-        MLRAPreTrainedModel.__init__(self, config)  # not the generic one, as above
+        PreTrainedModel.__init__(self, config)  # not the generic one, as above
         self.num_labels = config.num_labels
         self.model = MLRAModel(config)
         self.dropout = nn.Dropout(getattr(config, "classifier_dropout", 0.1))
@@ -490,7 +485,7 @@ class MLRAForQuestionAnswering(GenericForQuestionAnswering, MLRAPreTrainedModel)
     """Start and end of an answer within the input."""
 
     def __init__(self, config: MLRAConfig):
-        MLRAPreTrainedModel.__init__(self, config)  # not the generic one, as above
+        PreTrainedModel.__init__(self, config)  # not the generic one, as above
         self.model = MLRAModel(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()

@@ -12,7 +12,7 @@ import inspect
 import torch
 from torch import nn
 
-from .attention_mlra import CacheRows
+from .masks_mlra import CacheRows
 
 
 def update_paged(

@@ -1,7 +1,7 @@
 """An independent, slow implementation of MLRA in float64, written from the specification with explicit loops.
 
-It shares no code with the package: one loop over layers, latents and heads, released latent numbering (latent l belongs
-to group l mod G), an explicit causal mask and a complex-number RoPE. Tests compare everything else with it.
+It shares no code with the package: one loop over layers, latents and heads, released latent numbering (latent l
+belongs to group l mod G), an explicit causal mask and a complex-number RoPE. Tests compare everything else with it.
 """
 
 import math

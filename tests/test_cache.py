@@ -1,4 +1,4 @@
-"""The latent cache: what it holds, how it grows, every operation generation asks of it, and the library's own caches."""
+"""The latent cache: what it holds, how it grows, what generation asks of it, and the library's own caches."""
 
 import time
 

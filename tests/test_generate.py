@@ -146,11 +146,9 @@ def test_captured_loop_continues_from_its_cache():
     model = tiny_model("gla_2")
     ids, _, expected = padded_batch(model)
     cache = MLRACache(model.config, max_cache_len=40)
-    first = captured(model, ids[2:], do_sample=False, max_new_tokens=5, past_key_values=cache, cache_implementation=None)
-    second = captured(
-        model, first.sequences, do_sample=False, max_new_tokens=NEW_TOKENS - 5, past_key_values=cache,
-        cache_implementation=None,
-    )  # fmt: skip
+    settings = {"do_sample": False, "past_key_values": cache, "cache_implementation": None}
+    first = captured(model, ids[2:], max_new_tokens=5, **settings)
+    second = captured(model, first.sequences, max_new_tokens=NEW_TOKENS - 5, **settings)
     assert torch.equal(second.sequences[0, 9:], expected[2])
 
 

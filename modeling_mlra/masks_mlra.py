@@ -1,0 +1,76 @@
+"""What a query may attend to: rows of the cache for the absorbed form, the library's masks for the expanded one.
+
+Shapes: B batch, T new tokens, S cached rows, the new ones included.
+"""
+
+from typing import NamedTuple
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+
+
+class CacheRows(NamedTuple):
+    """Which cache rows the absorbed form may read, for each sequence of the batch.
+
+    Args:
+        kv_end: `[B]` int32, rows in use, those of the T queries included.
+        kv_start: `[B]` int32, first row that is no padding, or None for 0.
+        key_mask: `[B, >= kv_end]` bool, rows that may be attended to, or None for all.
+        row_table: `[B, >= kv_end]` int32, where each row lies if the sequences share one pool of rows, else None.
+    """
+
+    kv_end: torch.Tensor
+    kv_start: torch.Tensor | None = None
+    key_mask: torch.Tensor | None = None
+    row_table: torch.Tensor | None = None
+
+
+def cache_rows(
+    attention_mask: torch.Tensor | None, kv_end: torch.Tensor | int, batch: int, device: torch.device
+) -> CacheRows:
+    """The cache rows that a batch may read: up to `kv_end`, less what a `[B, >= kv_end]` mask leaves out."""
+    if isinstance(kv_end, torch.Tensor):
+        kv_end = kv_end.to(torch.int32).expand(batch)
+    else:
+        kv_end = torch.full((batch,), kv_end, dtype=torch.int32, device=device)
+    if attention_mask is None:
+        return CacheRows(kv_end)
+    key_mask = attention_mask.to(torch.bool)
+    return CacheRows(kv_end, key_mask.int().argmax(dim=-1).to(torch.int32), key_mask)
+
+
+def dense_mask(
+    config,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    position_ids: torch.Tensor,
+    past_length: torch.Tensor | int,
+):
+    """The mask that the attention interface takes, no wider than the keys it covers.
+
+    Without a prefix, attention runs over the new tokens alone, whatever length a static cache has.
+    """
+    length = inputs_embeds.shape[1]
+    is_static = past_key_values is not None and past_key_values.is_compileable
+    if is_static and not isinstance(past_length, torch.Tensor):
+        past_key_values = DynamicCache()
+        attention_mask = None if attention_mask is None else attention_mask[..., :length]
+    mask = create_causal_mask(
+        config=config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+        position_ids=position_ids,
+    )
+    if is_static and isinstance(mask, torch.Tensor) and not torch.compiler.is_compiling():
+        mask = mask[..., : int(past_length) + length]
+    return mask
+
+
+def additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """A boolean mask as numbers to add to scores; any other mask as it is."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
