@@ -197,8 +197,11 @@ def test_operator_is_well_formed():
 @pytest.mark.parametrize("implementation", ["auto", "torch", "triton"])
 def test_compiles_without_graph_breaks(implementation):
     arguments, kv_end = inputs(2, 1, 4, 1, 3, 16, 16, 20, ends=[20, 11])
-    compiled = torch.compile(lambda *x: latent_attention(*x, kv_end=kv_end, scaling=0.2, implementation=implementation),
-                             fullgraph=True, backend="eager")  # fmt: skip
+
+    def attend(*x):
+        return latent_attention(*x, kv_end=kv_end, scaling=0.2, implementation=implementation)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="eager")
     before = decode_calls["triton"]
     if DEVICE == "cpu":
         assert ratio(compiled(*arguments), oracle(*arguments, kv_end, scaling=0.2)) < FP32_RATIO
