@@ -273,7 +273,7 @@ if triton is not None:
     ):  # fmt: skip
         """Reduce the partial results of ROWS query rows of one latent and sequence, BD columns; whole ones are done.
 
-        Many splits: one query row, SPLITS of them at once. Few (SPLITS = 1): ROWS query rows, one split after the other.
+        Many splits: one query row, SPLITS at once. Few (SPLITS = 1): ROWS query rows, one split after the other.
         """
         b = tl.program_id(2)
         M = T * H
