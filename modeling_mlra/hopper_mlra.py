@@ -209,7 +209,7 @@ if gluon is not None:
                     s = gl.where(gl.expand_dims(ok_n, 0), s, float("-inf"))
                 if j + BN > hi:
                     s = gl.where(gl.expand_dims(offs_n < hi - j, 0), s, float("-inf"))
-                if CAUSAL:
+                if CAUSAL:  # noqa: SIM102 (the outer one is decided at compile time)
                     if j + BN > end - T:
                         s = gl.where(gl.expand_dims(j + offs_n, 0) < limit, s, float("-inf"))
                 m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
