@@ -7,6 +7,7 @@
 Weights are random and the same for every size; each rank creates its own share, no checkpoint is read. With T ranks of
 N the model runs N / T times side by side, so that no GPU idles. One decode step is one CUDA graph; times are medians
 over replays, of the slowest rank. The share of all-reduce is what the step gains when its all-reduces are left out.
+Parts that are measured again replace those of an existing file.
 """
 
 import argparse
@@ -47,6 +48,7 @@ except ImportError:
 CONFIGURATION = Path(__file__).parent.parent / "configuration"
 WIDE = {"hidden_size": 8192, "intermediate_size": 24576, "num_hidden_layers": 4, "num_attention_heads": 64}
 TIMEOUT = datetime.timedelta(minutes=5)  # a rank that stops answering ends the others after this
+PARTS = ("tokens", "projections", "decode", "compiled")
 HEAD_WIDTH = 128  # d_h of the released models, the unit of the paper's table of cache sizes
 
 
@@ -261,6 +263,7 @@ def measure_tokens(config: MLRAConfig, meshes: dict, new_tokens: int, device: to
     result: dict = {}
     for size, mesh in meshes.items():
         model = build(config, mesh, torch.float32, device)
+        model.config.decode_implementation = "torch"  # the kernels are made for 16-bit numbers
         options = {"max_new_tokens": new_tokens, "do_sample": False}
         ways = {
             "dynamic": {},
@@ -282,6 +285,7 @@ def measure_tokens(config: MLRAConfig, meshes: dict, new_tokens: int, device: to
 def measure_compiled(config: MLRAConfig, mesh, new_tokens: int, device: torch.device) -> dict:
     """Greedy tokens with the library's compiled decoding against plain calls, on this rank's share."""
     model = build(config, mesh, torch.float32, device)
+    model.config.decode_implementation = "torch"
     ids = torch.arange(1, 25, device=device)[None]
     options = {"max_new_tokens": new_tokens, "do_sample": False, "cache_implementation": "static"}
     expected = model.generate(ids, **options, disable_compile=True)
@@ -366,21 +370,23 @@ def measure_all(args: argparse.Namespace, configs: dict, sizes: list[int], devic
         if size > 1:
             mesh = init_device_mesh(device.type, (world // size, size), mesh_dim_names=(f"side{size}", f"tp{size}"))
             meshes[size] = mesh[f"tp{size}"]
-    results: dict = {
-        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
-        "processes": world,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if device.type == "cuda" else None,
-        "nvlink_multicast": os.environ.get("NCCL_NVLS_ENABLE", "default"),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": f"torchrun --nproc-per-node {world} -m scripts.bench_tp {' '.join(sys.argv[1:])}",
-        "dtype": str(dtype).removeprefix("torch."),
-        "tokens": {},
-        "compiled": None,
-        "projection_forms": {},
-        "decode": {},
-    }
+    results: dict = {"runs": [], "tokens": {}, "compiled": None, "projection_forms": {}, "decode": {}}
+    if args.output.exists():
+        results |= json.loads(args.output.read_text(encoding="utf-8"))
+    results["runs"].append(
+        {
+            "gpu": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
+            "processes": world,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())) if device.type == "cuda" else None,
+            "nvlink_multicast": os.environ.get("NCCL_NVLS_ENABLE", "default"),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": f"torchrun --nproc-per-node {world} -m scripts.bench_tp {' '.join(sys.argv[1:])}",
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+    )
+    distributed.barrier()
 
     def report(what: str, content: object) -> None:
         if rank == 0:
@@ -388,7 +394,16 @@ def measure_all(args: argparse.Namespace, configs: dict, sizes: list[int], devic
             args.output.parent.mkdir(parents=True, exist_ok=True)
             args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
-    for name, config in configs.items():
+    if "tokens" in args.parts:
+        for name in args.models[: args.token_models]:
+            results["tokens"][name] = measure_tokens(configs[name], meshes, args.new_tokens, device)
+            report(f"tokens {name}", results["tokens"][name])
+    largest, first = meshes[sizes[-1]], configs[args.models[0]]
+    if "projections" in args.parts and tensor_parallel_layout(first, sizes[-1]).branches > 1:
+        forms = measure_projection_forms(first, largest, dtype, args.replays, device)
+        results["projection_forms"] = {"model": args.models[0], "size": sizes[-1], "batch": forms}
+        report("projection forms", forms)
+    for name, config in configs.items() if "decode" in args.parts else ():
         results["decode"][name] = {str(size): {} for size in sizes}
         for size in sizes:
             before = allocated(device)
@@ -400,21 +415,10 @@ def measure_all(args: argparse.Namespace, configs: dict, sizes: list[int], devic
                 cell[str(context)] = measure_decode(model, context, args.replays, device)
                 report(f"{name} TP{size} {context}", cell[str(context)])
             del model
-    for name in args.models[: args.token_models]:
-        results["tokens"][name] = measure_tokens(configs[name], meshes, args.new_tokens, device)
-        report(f"tokens {name}", results["tokens"][name])
-    largest = meshes[sizes[-1]]
-    if sizes[-1] > 1:
-        first = configs[args.models[0]]
-        if tensor_parallel_layout(first, sizes[-1]).branches > 1:
-            forms = measure_projection_forms(first, largest, dtype, args.replays, device)
-            results["projection_forms"] = {"model": args.models[0], "size": sizes[-1], "batch": forms}
-            report("projection forms", forms)
-    if args.compiled:
-        small = read_config(args.models[0], 2)
-        results["compiled"] = measure_compiled(small, largest, 16, device)
+    if "compiled" in args.parts:
+        results["compiled"] = measure_compiled(read_config(args.models[0], 2), largest, 16, device)
         report("compiled", results["compiled"])
-    if rank == 0 and plt is not None:
+    if rank == 0 and plt is not None and results["decode"]:
         print(plot(results, args.output.with_suffix(".png")))
 
 
@@ -442,9 +446,8 @@ def plot(results: dict, file: Path) -> Path:
         panel.minorticks_off()
         panel.grid(alpha=0.3)
         panel.legend(fontsize="small")
-    figure.suptitle(
-        f"{results['processes']} x {results['gpu']}, {results['dtype']}, {results['date'][:10]}", fontsize=9
-    )
+    last = results["runs"][-1]
+    figure.suptitle(f"{last['processes']} x {last['gpu']}, {last['dtype']}, {last['date'][:10]}", fontsize=9)
     figure.savefig(file, dpi=120)
     return file
 
@@ -459,7 +462,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--replays", type=int, default=20, help="timed decode steps")
     parser.add_argument("--token-models", type=int, default=1, help="for how many models to compare tokens in float32")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens to compare")
-    parser.add_argument("--compiled", action="store_true", help="also the library's compiled decoding, two layers")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:3], help="default: all but compiled")
     return run(measure, parser.parse_args(argv))
 
 

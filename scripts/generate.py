@@ -3,18 +3,26 @@
     python -m scripts.generate --model build/mlra_4 --prompt "The capital of France is"
     python -m scripts.generate --model build/mlra_4 --prompt "Once upon" --temperature 0.8 --top-p 0.95 --seed 1
     python -m scripts.generate --model build/mlra_4 --batch-file prompts.txt > completions.jsonl
+    torchrun --nproc-per-node 4 -m scripts.generate --model build/mlra_4 --prompt "The capital of France is"
 
-Greedy unless --temperature is above 0. Runs in bfloat16 on a CUDA device, in float32 on the CPU.
+Greedy unless --temperature is above 0. Runs in bfloat16 on a CUDA device, in float32 on the CPU. Under torchrun the
+model and its cache are split over the processes, and the first one prints.
 """
 
 import argparse
 import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import distributed
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers.distributed import DistributedConfig
 
 from modeling_mlra import MLRAForCausalLM
 from scripts.cli import UserError, run
@@ -56,9 +64,43 @@ def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
-def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> MLRAForCausalLM:
-    """The model of `folder`, ready to generate."""
+TIMEOUT = timedelta(minutes=5)  # after which a process that stopped answering ends the others
+
+
+@contextmanager
+def process_group(device_name: str | None) -> Iterator[bool]:
+    """Joins torchrun's processes, if it started this one; gives whether there are several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield False
+        return
+    if device_name is not None:
+        raise UserError(f"--device {device_name} cannot be given under torchrun: each process has a device of its own")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        distributed.init_process_group("nccl", device_id=device, timeout=TIMEOUT)
+    else:
+        distributed.init_process_group("gloo", timeout=TIMEOUT)
     try:
+        yield True
+    finally:
+        distributed.destroy_process_group()
+
+
+def common_seed(seed: int | None) -> int:
+    """`seed`, or one drawn by the first process: all must sample the same tokens."""
+    drawn = [torch.seed() % 2**32 if seed is None else seed]
+    distributed.broadcast_object_list(drawn, src=0)
+    return drawn[0]
+
+
+def load_model(folder: Path, device: torch.device, dtype: torch.dtype, parallel: bool = False) -> MLRAForCausalLM:
+    """The model of `folder`, ready to generate; with `parallel`, this process's share of it."""
+    try:
+        if parallel:
+            return MLRAForCausalLM.from_pretrained(
+                folder, dtype=dtype, distributed_config=DistributedConfig(tp_plan="auto")
+            ).eval()
         return MLRAForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     except (ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be loaded: {error}") from error
@@ -97,23 +139,33 @@ def encode(
 def generate(args: argparse.Namespace) -> None:
     check_folder(args.model)
     prompts = read_prompts(args)
+    with process_group(args.device) as parallel:
+        continue_prompts(args, prompts, parallel)
+
+
+def continue_prompts(args: argparse.Namespace, prompts: list[str], parallel: bool) -> None:
+    """Generate and print; with `parallel`, every process generates and the first prints."""
+    prints = not parallel or distributed.get_rank() == 0
     device = choose_device(args.device)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = load_model(args.model, device, choose_dtype(args.dtype, device))
-    if args.seed is not None:
-        set_seed(args.seed)
+    model = load_model(args.model, device, choose_dtype(args.dtype, device), parallel)
+    seed = common_seed(args.seed) if parallel else args.seed
+    if seed is not None:
+        set_seed(seed)
     options = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
     if options["do_sample"]:
         options |= {"temperature": args.temperature, "top_k": args.top_k or 0, "top_p": args.top_p or 1.0}
 
     if args.prompt is not None:
-        streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+        streamer = TextStreamer(tokenizer, skip_special_tokens=True) if prints else None
         model.generate(**encode(tokenizer, prompts, model, args.max_new_tokens), **options, streamer=streamer)
         return
     for start in range(0, len(prompts), args.batch_size):
         chunk = prompts[start : start + args.batch_size]
         batch = encode(tokenizer, chunk, model, args.max_new_tokens)
         new_ids = model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
+        if not prints:
+            continue
         for prompt, completion in zip(chunk, tokenizer.batch_decode(new_ids, skip_special_tokens=True), strict=True):
             print(json.dumps({"prompt": prompt, "completion": completion}, ensure_ascii=False), flush=True)
 
