@@ -311,11 +311,16 @@ def test_malformed_token_files(tmp_path, converted, capsys, content, message):
     assert message in line and "bad.bin" in line
 
 
-def test_tokens_behind_the_last_block_are_not_looked_at(tmp_path, converted):
+def test_vocabulary_is_checked_up_to_the_last_target(tmp_path, converted, capsys):
     tokens = random_tokens(200)
-    tokens[129:] = 999  # 2 blocks of 64 and the target after them end at 128
+    tokens[129:] = 999  # 2 blocks of 64 and the target behind them end at 128
     path = write_tokens(tmp_path / "a.bin", tokens)
-    assert measured(tmp_path, converted("mlra_4"), path, "--block-size", 64, "--max-tokens", 128)["a"]["tokens"] == 128
+    limits = ("--block-size", 64, "--max-tokens", 128)
+    assert measured(tmp_path, converted("mlra_4"), path, *limits)["a"]["tokens"] == 128
+    tokens[128] = 999
+    write_tokens(path, tokens)
+    line = expect_error(capsys, perplexity.main, "--model", converted("mlra_4"), "--data", path, *limits)
+    assert "token 999 at position 128" in line
 
 
 @pytest.mark.parametrize(
