@@ -32,8 +32,8 @@ MAX_EXPANDED_BYTES = 2 * 2**30
 def fastest_sdpa(query: torch.Tensor, attention_mask: torch.Tensor | None) -> AbstractContextManager:
     """The backend order of torch's scaled_dot_product_attention for keys wider than values, without a mask.
 
-    Its FlashAttention takes equal widths only, and the order it would choose falls to a kernel a third as fast as
-    cuDNN's on a Hopper GPU (measured: evals/results/generate_h200.json, "prefill_backends").
+    Its FlashAttention takes equal widths only, and the order it would choose by itself falls to the memory-efficient
+    kernel, far slower than cuDNN's on a Hopper GPU (`python -m scripts.bench_generate` times all of them).
     """
     if query.device.type != "cuda" or attention_mask is not None:
         return nullcontext()

@@ -210,7 +210,7 @@ if triton is not None:
 
 
 def linear_plan(inner: int, swiglu: bool, residual: bool) -> dict[str, int]:
-    """Rows and columns of a program's tile, chosen on an H200 (evals/results/fused_h200.json).
+    """Rows and columns of a program's tile, chosen on an H200 with `python -m scripts.bench_fused`.
 
     Whole rows in registers where a norm or two weights share the input; chunks where only the residual is added.
     """

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM, StaticCache
 
@@ -67,7 +69,7 @@ def deepseek_mla(max_positions: int):
     )
 
 
-def build(name: str, max_positions: int) -> torch.nn.Module:
+def build(name: str, max_positions: int) -> nn.Module:
     """A bfloat16 model on the GPU with N(0, 0.02) weights."""
     if name in ("llama_gqa", "deepseek_mla"):
         model_class, config = {"llama_gqa": llama_gqa, "deepseek_mla": deepseek_mla}[name](max_positions)
@@ -186,6 +188,31 @@ def prefill(model, length: int, peak: float) -> dict:
     }
 
 
+@torch.no_grad()
+def prefill_backends(length: int, heads: int = 96) -> dict[str, float | str]:
+    """TFLOP/s of each backend of scaled_dot_product_attention on causal keys of width 192 and values of 128."""
+    query, key = (torch.randn(1, heads, length, 192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    value = torch.randn(1, heads, length, 128, device="cuda", dtype=torch.bfloat16)
+    padded = nn.functional.pad(value, (0, 64))
+    flops = length * length * heads * (192 + 128)
+    results: dict[str, float | str] = {}
+    for name, backend, values in (
+        ("cudnn", SDPBackend.CUDNN_ATTENTION, value),
+        ("efficient", SDPBackend.EFFICIENT_ATTENTION, value),
+        ("flash, values padded to 192", SDPBackend.FLASH_ATTENTION, padded),
+    ):
+        with sdpa_kernel(backend):
+            try:
+                elapsed = seconds(
+                    lambda v=values: nn.functional.scaled_dot_product_attention(query, key, v, is_causal=True),
+                    repeats=3,
+                )
+                results[name] = flops / elapsed / 1e12
+            except RuntimeError as error:
+                results[name] = str(error).splitlines()[0]
+    return results
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; 2 on bad input."""
     parser = argparse.ArgumentParser(prog="python -m scripts.bench_generate", description=__doc__.splitlines()[0])
@@ -215,6 +242,7 @@ def main(argv: list[str] | None = None) -> int:
         "command": "python -m scripts.bench_generate " + " ".join(argv if argv is not None else sys.argv[1:]),
         "read_rate_GB_s": rate / 1e9,
         "matmul_rate_TFLOP_s": peak / 1e12,
+        "prefill_backends_TFLOP_s": {str(length): prefill_backends(length) for length in arguments.prefill},
         "decode": [],
         "prefill": [],
     }
@@ -230,8 +258,8 @@ def main(argv: list[str] | None = None) -> int:
                     case = {"model": name, "batch": batch, "context": context, "sampling": do_sample}
                     try:
                         case |= time_per_token(model, batch, context, do_sample)
-                    except torch.OutOfMemoryError as error:
-                        case["error"] = str(error).split(".")[0]
+                    except Exception as error:  # one model's failure leaves the others' figures
+                        case["error"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
                     else:
                         must_read = weight_bytes + batch * context * case["cache_bytes_per_token"]
                         case["roofline_ms"] = must_read / rate * 1e3
