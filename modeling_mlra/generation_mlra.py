@@ -58,10 +58,11 @@ class CapturedStep:
         self.logits: torch.Tensor | None = None
         self.num_calls = 0
         key_mask = kv_start = None
-        if attention_mask is not None:
+        if attention_mask is not None and not attention_mask.all():  # older versions pass on a mask of ones
             missing = cache.get_max_length() - attention_mask.shape[-1]
             key_mask = nn.functional.pad(attention_mask, (0, missing), value=1).bool()
             kv_start = key_mask.int().argmax(dim=-1).to(torch.int32)
+        self.key_mask = key_mask
         self.step: Callable[[torch.Tensor], torch.Tensor]
         if device.type == "cuda" and fused_obstacle(model, batch) is None:
             captured_decodes["fused"] += 1

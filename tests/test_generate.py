@@ -8,7 +8,7 @@ from transformers import DynamicCache, GenerationConfig, StaticCache
 
 import modeling_mlra.modeling_mlra
 from modeling_mlra import MLRACache
-from modeling_mlra.generation_mlra import captured_decode, captured_decodes
+from modeling_mlra.generation_mlra import CapturedStep, captured_decode, captured_decodes
 from modeling_mlra.kernels_mlra import decode_calls
 from tests.models import VARIANTS, random_ids, tiny_model
 
@@ -150,6 +150,17 @@ def test_captured_loop_continues_from_its_cache():
     first = captured(model, ids[2:], max_new_tokens=5, **settings)
     second = captured(model, first.sequences, max_new_tokens=NEW_TOKENS - 5, **settings)
     assert torch.equal(second.sequences[0, 9:], expected[2])
+
+
+def test_a_mask_of_ones_costs_nothing():
+    model = tiny_model()
+    ids, mask, _ = padded_batch(model)
+    cache = MLRACache(model.config, max_cache_len=20)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    positions = torch.full((3,), 9)
+    assert CapturedStep(model, cache, positions, torch.ones_like(mask)).key_mask is None
+    assert CapturedStep(model, cache, positions, mask).key_mask.shape == (3, 20)
 
 
 def test_captured_loop_says_what_it_needs():
