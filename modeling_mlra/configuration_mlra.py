@@ -125,16 +125,17 @@ class MLRAConfig(PreTrainedConfig):
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     # The library's paged cache stores a key and a value of one shape per token. One cache row is kept there as its two
-    # halves, so that continuous batching stores exactly `cache_row_dim` numbers (rounded up to a multiple of four).
+    # halves, cut into as many heads as there are query heads (as configurations of MLA models say), so that continuous
+    # batching stores `cache_row_dim` numbers: exactly at the released sizes, rounded up at odd ones.
     @property
     def num_key_value_heads(self) -> int:
-        """1: a cache row belongs to all heads."""
-        return 1
+        """h, by the convention of MLA models; no key or value is cached per head."""
+        return self.num_attention_heads
 
     @property
     def head_dim(self) -> int:
-        """Half a cache row, rounded up to the even number that the library's check of RoPE wants."""
-        return 2 * ((self.cache_row_dim + 3) // 4)
+        """A head's share of half a cache row, rounded up to the even number that the library's check of RoPE wants."""
+        return 2 * -(-self.cache_row_dim // (4 * self.num_key_value_heads))
 
     def validate_architecture(self):
         """Reject sizes that cannot be combined."""

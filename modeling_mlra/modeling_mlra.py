@@ -203,7 +203,7 @@ class MLRAAttention(nn.Module):
                     latents, k_rope = latents[:, : attention_mask.shape[-1]], k_rope[:, : attention_mask.shape[-1]]
         paged_cache = kwargs.pop("cache", None)  # continuous batching
         if paged_cache is not None:
-            latents, k_rope, rows = update_paged(paged_cache, latents, k_rope, self.layer_idx, config.head_dim, kwargs)
+            latents, k_rope, rows = update_paged(paged_cache, latents, k_rope, self.layer_idx, config, kwargs)
             if rows is not None:  # every request has one new token: [1, T, ...] becomes [T, 1, ...]
                 absorbed, attention_mask, query = True, rows, query.transpose(0, 1)
                 if rows.row_table is not None:

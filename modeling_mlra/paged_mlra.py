@@ -1,10 +1,10 @@
 """Continuous batching: latent rows in the library's paged cache, which keeps a key and a value of one shape per token.
 
-A row `[c_0 … c_{L-1} | k_rope]` is kept as its two halves, "key" and "value" of one head (the configuration's
-`num_key_value_heads` and `head_dim`), so a token costs L*R + E numbers, rounded up to a multiple of four.
+A row `[c_0 … c_{L-1} | k_rope]` is kept as its two halves, a "key" and a "value" of the configuration's
+`num_key_value_heads` and `head_dim`, so a token costs L*R + E numbers (rounded up at sizes that do not divide).
 
 Shapes: the batch is one packed sequence of T new tokens of N requests; S rows are read, the T new ones included;
-L latents, R latent width, E RoPE width, W half of a row.
+L latents, R latent width, E RoPE width, W half of a row = heads * head_dim.
 """
 
 import inspect
@@ -16,7 +16,7 @@ from .masks_mlra import CacheRows
 
 
 def update_paged(
-    cache, latents: torch.Tensor, k_rope: torch.Tensor, layer_idx: int, half: int, kwargs: dict
+    cache, latents: torch.Tensor, k_rope: torch.Tensor, layer_idx: int, config, kwargs: dict
 ) -> tuple[torch.Tensor, torch.Tensor, CacheRows | None]:
     """Store the new rows and read all rows of the requests at hand.
 
@@ -24,7 +24,7 @@ def update_paged(
         cache: the library's `PagedAttentionCache`.
         latents: `[1, T, L*R]`.
         k_rope: `[1, T, E]`, RoPE applied.
-        half: W as the cache was built; narrower rows (a tensor-parallel rank's) are padded with zeros.
+        config: gives W as the cache was built; narrower rows (a tensor-parallel rank's) are padded with zeros.
         kwargs: what the library passes to attention functions; becomes what one without a paged cache takes.
 
     Returns:
@@ -34,12 +34,14 @@ def update_paged(
     Raises:
         ValueError: for a block table with a version of the library whose cache does not hand out its pages.
     """
+    heads, half = config.num_key_value_heads, config.num_key_value_heads * config.head_dim
     widths = [latents.shape[-1], k_rope.shape[-1]]
     row = torch.cat([latents, k_rope], dim=-1)
     row = nn.functional.pad(row, (0, 2 * half - sum(widths)))
-    new_keys, new_values = row.unsqueeze(1).split(half, dim=-1)  # [1, 1, T, W]
+    new_keys, new_values = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in row.split(half, dim=-1))
     if "kwargs" in inspect.signature(cache.update).parameters:
-        keys, values = cache.update(new_keys, new_values, layer_idx, kwargs)
+        keys, values = cache.update(new_keys, new_values, layer_idx, kwargs)  # [1, heads, S, head_dim]
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
     else:  # transformers < 5.19
         if kwargs.get("block_table") is not None:
             raise ValueError(
@@ -47,6 +49,7 @@ def update_paged(
                 "in the continuous batching configuration"
             )
         keys, values = cache.update(new_keys, new_values, layer_idx, kwargs["read_index"], kwargs["write_index"])
+        # [S, heads, head_dim]
         kwargs["max_length_q"], kwargs["max_length_k"] = kwargs.pop("max_seqlen_q"), kwargs.pop("max_seqlen_k")
         for name in ("cu_seq_lens_k", "max_length_k"):
             if isinstance(kwargs[name], dict):
@@ -76,7 +79,7 @@ def exchange_by_table(
     """Write each request's newest row into its last page, then read all its pages.
 
     Args:
-        k_cache: `[pages, page size, 1, W]`; `v_cache` alike. Page 0 belongs to no request.
+        k_cache: `[pages, page size, heads, head_dim]`; `v_cache` alike. Page 0 belongs to no request.
         new_rows: `[N, 2 * W]`.
         block_table: `[N, blocks]` page numbers, -1 where there is none.
         lengths: `[N]` rows of each request with the new one; 0 marks a request that only fills up the batch.
@@ -84,14 +87,14 @@ def exchange_by_table(
     Returns:
         `[N, blocks * page size, 2 * W]`; rows from a request's length on are arbitrary.
     """
-    page_size, half = k_cache.shape[1], k_cache.shape[-1]
+    page_size, half = k_cache.shape[1], k_cache.shape[2] * k_cache.shape[3]
     pages = block_table.long().clamp(min=0)
     last = (lengths.long() - 1).clamp(min=0)[:, None]
     place = pages.gather(1, last // page_size) * page_size + last % page_size
     place = torch.where(lengths > 0, place.squeeze(1), 0)
     for cached, new in zip((k_cache, v_cache), new_rows.split(half, dim=-1), strict=True):
         cached.view(-1, half).index_copy_(0, place, new)
-    return torch.cat([cached[pages].flatten(1, 3) for cached in (k_cache, v_cache)], dim=-1)
+    return torch.cat([cached[pages].flatten(3).flatten(1, 2) for cached in (k_cache, v_cache)], dim=-1)
 
 
 __all__ = ["exchange_by_table", "update_paged"]

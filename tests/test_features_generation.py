@@ -1,6 +1,7 @@
 """What a user of `generate()` and `generate_batch()` expects beyond greedy decoding (see test_generate)."""
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers import (
     ContinuousBatchingConfig,
     DynamicCache,
     GenerationConfig,
+    QuantizedCache,
     StaticCache,
     TextIteratorStreamer,
     set_seed,
@@ -104,20 +106,30 @@ def test_crop_then_continue():
 
 
 def test_quantized_cache_through_generate():
-    """Exact until the residual window overflows; 4 bits after that still give a cache of the library's own type."""
+    """The library's own 4-bit cache, which rounds the prompt at once, decoded as forwards with that cache are."""
     if not is_optimum_quanto_available():
         pytest.skip("the library's quantized cache needs optimum-quanto or hqq")
     model = tiny_model("mlra_4")
     ids = random_ids(1, 6)
-    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "cache_implementation": "quantized"}
-    cache_config = {"backend": "quanto", "nbits": 4, "q_group_size": 4, "axis_key": 0, "axis_value": 0}
-    exact = model.generate(ids, **settings, cache_config=cache_config | {"residual_length": 64})
-    assert torch.equal(exact[:, 6:], greedy(model, ids))
-    quantized = model.generate(
-        ids, **settings, cache_config=cache_config | {"residual_length": 4}, return_dict_in_generate=True
+    settings = {"backend": "quanto", "nbits": 4, "q_group_size": 4, "residual_length": 4}
+    cache = QuantizedCache(config=model.config, **settings)
+    following, expected = ids, []
+    for _ in range(NEW_TOKENS):
+        with torch.no_grad():
+            following = model(following, past_key_values=cache).logits[:, -1:].argmax(-1)
+        expected.append(following.item())
+    before = decode_calls["torch"]
+    out = model.generate(
+        ids,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        cache_implementation="quantized",
+        cache_config=settings,
+        return_dict_in_generate=True,
     )
-    assert type(quantized.past_key_values).__name__ == "QuantizedCache"
-    assert quantized.sequences.shape == (1, 6 + NEW_TOKENS)
+    assert type(out.past_key_values) is QuantizedCache
+    assert out.sequences[0, 6:].tolist() == expected
+    assert decode_calls["torch"] - before >= 2 * (NEW_TOKENS - 1)
 
 
 @pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
@@ -235,19 +247,21 @@ def test_paged_cache_costs_one_row_per_token():
     for kv_lora_rank, rope_dim in ((512, 64), (32, 6), (32, 4), (30, 4)):
         config = MLRAConfig(kv_lora_rank=kv_lora_rank, qk_rope_head_dim=rope_dim, num_latent_heads=2, num_branches=1)
         per_token = 2 * config.num_key_value_heads * config.head_dim
-        assert config.cache_row_dim <= per_token < config.cache_row_dim + 4
+        assert config.cache_row_dim <= per_token < config.cache_row_dim + 4 * config.num_key_value_heads
 
 
 def test_rows_by_block_table():
     """Decoding by block table: each newest row lands in its page, and every request reads its own rows in order."""
-    half, page_size, width = 3, 2, (4, 1)
+    heads, head_dim, page_size, width = 2, 2, 2, (5, 2)
+    config = SimpleNamespace(num_key_value_heads=heads, head_dim=head_dim)
     generator = torch.Generator().manual_seed(0)
-    pool = torch.randn(2, 7, page_size, 1, half, generator=generator)
+    pool = torch.randn(2, 7, page_size, heads, head_dim, generator=generator)
     trash = pool[:, 0].clone()
     table = torch.tensor([[3, 5, -1], [6, -1, -1], [-1, -1, -1]], dtype=torch.int32)
     lengths = [3, 2, 0]
-    before = [torch.cat([pool[0, pages].flatten(0, 2), pool[1, pages].flatten(0, 2)], -1) for pages in ([3, 5], [6])]
-    latents, k_rope = torch.randn(1, 3, 4, generator=generator), torch.randn(1, 3, 1, generator=generator)
+    rows = pool.flatten(3)  # [2, pages, page size, half a row]
+    before = [torch.cat([rows[0, pages], rows[1, pages]], -1).flatten(0, 1) for pages in ([3, 5], [6])]
+    latents, k_rope = (torch.randn(1, 3, size, generator=generator) for size in width)
 
     class Paged:
         def update(self, key_states, value_states, layer_idx, kwargs):
@@ -266,7 +280,7 @@ def test_rows_by_block_table():
         "write_index": [],
         "is_causal": True,
     }
-    stored_latents, stored_rope, rows = update_paged(Paged(), latents, k_rope, 1, half, kwargs)
+    stored_latents, stored_rope, rows = update_paged(Paged(), latents, k_rope, 1, config, kwargs)
     assert rows.kv_end.tolist() == lengths and rows.row_table is None
     assert set(kwargs) == {"cu_seq_lens_k", "max_length_k", "max_length_q", "is_causal"}
     stored = torch.cat([stored_latents, stored_rope], -1)
@@ -275,4 +289,4 @@ def test_rows_by_block_table():
         expected = torch.cat([before[request][: lengths[request] - 1, : sum(width)], new_row[None]])
         assert torch.equal(stored[request, : lengths[request]], expected)
     assert torch.equal(pool[:, 0, 1], trash[:, 1]), "a request that only fills up the batch writes one row of page 0"
-    assert exchange_by_table(pool[0], pool[1], torch.zeros(3, 6), table, torch.tensor(lengths)).shape == (3, 6, 6)
+    assert exchange_by_table(pool[0], pool[1], torch.zeros(3, 8), table, torch.tensor(lengths)).shape == (3, 6, 8)
