@@ -175,16 +175,20 @@ for batch_size in ("1", "8"):
 """
     run_isolated(code, model, tasks, ",".join(TASKS), tmp_path)
     for batch_size in ("1", "8"):
-        (file,) = tmp_path.glob(f"{batch_size}_*.json")
-        results = {
-            task: {
-                key.replace(",none", ""): value
-                for key, value in entry.items()
-                if key.endswith(",none") and isinstance(value, (int, float))
-            }
-            for task, entry in json.loads(file.read_text())["results"].items()
+        assert_same(harness_results(tmp_path, batch_size), one_by_one)
+
+
+def harness_results(folder: Path, name: str) -> dict[str, dict[str, float]]:
+    """Metrics by task of the harness's own results file `folder/name_<date>.json`."""
+    (file,) = folder.glob(f"{name}_*.json")
+    return {
+        task: {
+            key.replace(",none", ""): value
+            for key, value in entry.items()
+            if key.endswith(",none") and isinstance(value, (int, float))
         }
-        assert_same(results, one_by_one)
+        for task, entry in json.loads(file.read_text())["results"].items()
+    }
 
 
 @pytest.mark.distributed
@@ -203,13 +207,25 @@ def checked(args):
 downstream.load_harness_model = checked
 sys.exit(downstream.main())
 """)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", program]
-    command += ["--model", model, "--tasks", *TASKS, "--include-path", tasks]
-    command += ["--batch-size", "8", "--tensor-parallel", "--output", tmp_path / "r.json"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400, env=environment)
-    assert done.returncode == 0, done.stderr
+    command = [program, "--model", model, "--tasks", *TASKS, "--include-path", tasks]
+    on_two_ranks(tmp_path, [*command, "--batch-size", "8", "--tensor-parallel", "--output", tmp_path / "r.json"])
     assert_same(flat(tmp_path / "r.json"), one_by_one)
+
+
+def on_two_ranks(folder: Path, command: list) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(launcher + command, cwd=folder, capture_output=True, text=True, timeout=400, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.distributed
+def test_the_harness_command_takes_tensor_parallelism(tmp_path, model, tasks, one_by_one):
+    arguments = f"pretrained={model},trust_remote_code=True,tp_plan=auto"
+    command = ["-m", "lm_eval", "--model", "hf", "--model_args", arguments, "--tasks", ",".join(TASKS)]
+    command += ["--include_path", tasks, "--batch_size", "8", "--device", "cpu"]
+    on_two_ranks(tmp_path, [*command, "--output_path", tmp_path / "two.json"])
+    assert_same(harness_results(tmp_path, "two"), one_by_one)
 
 
 def test_published_numerics(tmp_path, model, tasks, one_by_one):
