@@ -1,0 +1,708 @@
+"""Pretrain a model, or go on training one, on transformers' Trainer and accelerate.
+
+    python -m scripts.train configuration/training/demo.json
+    python -m scripts.train configuration/training/demo.json --set training.max_steps=200 --resume
+    accelerate launch --num_processes 8 -m scripts.train configuration/training/paper.json      # DDP, or FSDP
+
+CONFIG is JSON or YAML (docs/training.md lists every key): `model` (an architecture file, a checkpoint folder to go on
+from, or the fields themselves), `data` (token files or datasets), `blocks_per_step` and `training`, which holds fields
+of the library's TrainingArguments. Weights and optimizer are float32, matmuls bfloat16 under autocast with `bf16`.
+
+A step takes `blocks_per_step` blocks of T = `data.block_size` tokens, whatever the number of devices. A block's inputs
+are T tokens and its targets the T tokens one further, as in evals.perplexity; documents follow each other unmasked.
+"""
+
+import argparse
+import copy
+import glob
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from huggingface_hub.errors import StrictDataclassError
+from torch.utils.data import ConcatDataset, Dataset
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    HfArgumentParser,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from evals.common import first_line, load_model, write_json
+from evals.corpora import MAX_TOKENS, Corpus, find_corpora, read_token_file
+from evals.perplexity import Blocks, total_loss
+from evals.prepare_tokens import load_tokenizer, write_token_file
+from scripts.cli import UserError, run
+from scripts.export import DTYPES, export_folder, parameter_shapes, read_saved_tensors
+from scripts.generate import positive_int
+from tokenization.build import FOLDER as GPT2_TOKENIZER
+from tokenization.build import end_of_text_id
+
+TRAINING_BYTES_PER_PARAMETER = 16  # float32: weight, gradient and Adam's two moments
+CHECKED_TOKENS = 2**26  # of each file before the start; every block is checked again when it is read
+STATE_FILE, CONFIG_FILE, RESULT_FILE = "trainer_state.json", "train_config.json", "train_result.json"
+# Settings of `training` that change no loss, so that a resumed run may have others
+FREE_SETTINGS = ("output_dir", "report_to", "run_name", "logging_", "save_", "eval_", "dataloader_", "disable_tqdm")
+ZERO_AT_START = ("o_proj.weight", "down_proj.weight")
+
+
+@dataclass
+class DataSettings:
+    """What to train on.
+
+    Args:
+        train: token files (.bin, also as a pattern with *), text files or dataset:PATH, as evals.corpora names them.
+        heldout: likewise, for the perplexity at the end and `eval_steps` in between; may be empty.
+        block_size: tokens T per block.
+        tokenizer: folder of the tokenizer that `train` was or is to be encoded with (default: GPT-2).
+        max_tokens: encode at most so many tokens of a text or dataset.
+        shuffle_buffer: documents to shuffle a dataset among while encoding it.
+    """
+
+    train: list[str]
+    heldout: list[str]
+    block_size: int = 2048
+    tokenizer: str | None = None
+    max_tokens: int = MAX_TOKENS
+    shuffle_buffer: int = 10_000
+
+
+@dataclass
+class ExportSettings:
+    """The Hub folder to write at the end, by scripts.export.
+
+    Args:
+        folder: path to create.
+        dtype: what to store the weights as.
+        license: Hub identifier of the weights' licence.
+        provenance: a sentence for the card: what the model was trained on.
+    """
+
+    folder: str
+    dtype: str = "bfloat16"
+    license: str = "unknown"
+    provenance: str = "Trained with scripts.train."
+
+
+@dataclass
+class Recipe:
+    """A training run as its configuration file gives it; see docs/training.md."""
+
+    model: str | dict
+    data: DataSettings
+    blocks_per_step: int
+    training: dict
+    export: ExportSettings | None = None
+    attn_implementation: str = "sdpa"
+
+    def settings(self) -> dict:
+        """Everything that the losses depend on."""
+        training = {name: value for name, value in self.training.items() if not name.startswith(FREE_SETTINGS)}
+        data = {**vars(self.data), "heldout": None}
+        return {"model": self.model, "data": data, "blocks_per_step": self.blocks_per_step, "training": training}
+
+
+def read_configuration(path: Path) -> dict:
+    """The mapping in a JSON or YAML file.
+
+    Raises:
+        UserError: for a file that is missing or malformed.
+    """
+    if not path.is_file():
+        raise UserError(f"no configuration file {path}")
+    text = path.read_text(encoding="utf-8")
+    try:
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is no valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no mapping of settings")
+    return content
+
+
+def apply_changes(content: dict, changes: list[str]) -> None:
+    """Make changes such as "training.max_steps=10" to a configuration, in place.
+
+    Raises:
+        UserError: for a change that is no NAME=VALUE, or goes into something that is no mapping.
+    """
+    for change in changes:
+        name, equals, value = change.partition("=")
+        *parents, last = name.split(".")
+        if not equals or not last:
+            raise UserError(f"--set {change}: write NAME=VALUE, such as training.max_steps=10")
+        place = content
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise UserError(f"--set {change}: {parent} is {place!r}, which has no parts")
+        try:
+            place[last] = json.loads(value)
+        except ValueError:
+            place[last] = value
+
+
+def make_recipe(content: dict, source: object) -> Recipe:
+    """The recipe of a configuration; `source` is what errors call it.
+
+    Raises:
+        UserError: for unknown, missing and unusable settings.
+    """
+
+    def build(kind: type, values: object, where: str):
+        if not isinstance(values, dict):
+            raise UserError(f"{source}: {where} must be a mapping, not {values!r}")
+        known = [field.name for field in fields(kind)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise UserError(f"{source}: unknown {where} setting {unknown[0]!r}; known are {', '.join(known)}")
+        try:
+            return kind(**values)
+        except TypeError as error:
+            raise UserError(f"{source}: {where}: {first_line(error).partition('() ')[2]}") from error
+
+    recipe = build(Recipe, content, "top-level")
+    recipe.data = build(DataSettings, recipe.data, "data")
+    if recipe.export is not None:
+        recipe.export = build(ExportSettings, recipe.export, "export")
+        if recipe.export.dtype not in DTYPES:
+            raise UserError(f"{source}: export.dtype {recipe.export.dtype!r} is none of {', '.join(DTYPES)}")
+    if not isinstance(recipe.training, dict) or "output_dir" not in recipe.training:
+        raise UserError(f"{source}: training needs an output_dir")
+    for name, value in (("blocks_per_step", recipe.blocks_per_step), ("data.block_size", recipe.data.block_size)):
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{source}: {name} must be a positive whole number, not {value!r}")
+    if not recipe.data.train:
+        raise UserError(f"{source}: data.train names no corpus")
+    return recipe
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """The library's arguments; gradient accumulation follows from `blocks_per_step`.
+
+    Raises:
+        UserError: for unknown or unusable settings, and for devices that cannot share a step's blocks evenly.
+    """
+    given = {"report_to": "none", "disable_tqdm": not sys.stderr.isatty()}
+    given |= {"use_cpu": not torch.accelerator.is_available(), **recipe.training}
+    for name in ("gradient_accumulation_steps", "num_train_epochs"):
+        if name in given:
+            raise UserError(f"training.{name} follows from blocks_per_step and max_steps: leave it out")
+    numbers = {field.name: field.type for field in fields(TrainingArguments) if field.type in (int, float)}
+    try:  # YAML reads 1e-8 as a word
+        given |= {
+            name: numbers[name](value) for name, value in given.items() if name in numbers and isinstance(value, str)
+        }
+    except ValueError as error:
+        raise UserError(f"training settings: {first_line(error)}") from error
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    per_device = given.setdefault("per_device_train_batch_size", math.gcd(recipe.blocks_per_step // world or 1, 8))
+    if not isinstance(per_device, int) or per_device < 1 or recipe.blocks_per_step % (per_device * world):
+        raise UserError(
+            f"blocks_per_step {recipe.blocks_per_step} is no multiple of per_device_train_batch_size {per_device} x "
+            f"{world} processes: change one of them"
+        )
+    given.setdefault("per_device_eval_batch_size", per_device)
+    given["gradient_accumulation_steps"] = recipe.blocks_per_step // (per_device * world)
+    given |= {"remove_unused_columns": False, "label_names": ["labels"], "prediction_loss_only": True}
+    try:
+        (args,) = HfArgumentParser(TrainingArguments).parse_dict(given)
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise UserError(f"training settings: {first_line(error)}") from error
+    if args.max_steps < 1:
+        raise UserError("training.max_steps must say how many steps to train")
+    if args.warmup_steps > args.max_steps:
+        raise UserError(f"training.warmup_steps {args.warmup_steps} is more than max_steps {args.max_steps}")
+    if args.n_gpu > 1:
+        raise UserError(f"{args.n_gpu} GPUs are visible to one process: use accelerate launch or CUDA_VISIBLE_DEVICES")
+    return args
+
+
+def model_config(model: str | dict) -> PreTrainedConfig:
+    """The configuration of a recipe's `model`: fields, an architecture file, or a checkpoint folder.
+
+    Raises:
+        UserError: when it is none of these, or its sizes cannot be combined.
+    """
+    source = model if isinstance(model, str) else "model"
+    try:
+        if isinstance(model, str):
+            path = Path(model)
+            if path.is_dir():
+                return AutoConfig.from_pretrained(path, trust_remote_code=False)
+            if not path.is_file():
+                raise UserError(f"model {path} is neither an architecture file nor a checkpoint folder")
+            model = json.loads(path.read_text(encoding="utf-8"))
+        sizes = {"model_type": "mlra", **model}
+        return AutoConfig.for_model(sizes.pop("model_type"), **sizes)
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
+        raise UserError(f"{source} cannot be used: {error}") from error
+
+
+def build_model(recipe: Recipe, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+    """The float32 model to train: the checkpoint's, or a new one whose output projections start at zero."""
+    if isinstance(recipe.model, str) and Path(recipe.model).is_dir():
+        return load_model(Path(recipe.model), published=True, attn_implementation=recipe.attn_implementation)
+    set_seed(seed)
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=recipe.attn_implementation
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(ZERO_AT_START):
+                parameter.zero_()
+    return model
+
+
+def count_parameters(config: PreTrainedConfig) -> int:
+    """Parameters of a model, tied ones once, without making it."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+
+
+def training_flops_per_token(model: PreTrainedModel, length: int) -> float:
+    """Model FLOPs of forward and backward per token of a sequence of `length`: 6 P + 3 A.
+
+    P counts the weights of matrix products (all but norms and, unless tied, the input embedding). A is attention:
+    2 FLOPs for every query, key it may see (on average (length + 1) / 2), score head and element of key and value.
+    A score head is a query head in one branch. Recomputation (gradient checkpointing) is not counted.
+    """
+    config = model.config
+    input_embedding = model.get_input_embeddings().weight
+    tied = model.get_output_embeddings().weight is input_embedding
+    weights = sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if "norm" not in name and (tied or parameter is not input_embedding)
+    )
+    if config.model_type == "mlra":
+        score_heads = config.num_attention_heads * config.num_branches
+        widths = config.qk_head_dim + config.v_head_dim
+    else:
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        score_heads, widths = config.num_attention_heads, 2 * head_dim
+    attention = config.num_hidden_layers * 2 * score_heads * widths * (length + 1) / 2
+    return 6 * weights + 3 * attention
+
+
+def matmul_rate(device: torch.device, repeats: int = 5) -> float:
+    """Measured bfloat16 matmul rate of `device` in FLOP/s: the best of a few products of square matrices."""
+    size = 8192 if device.type == "cuda" else 256
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    best = math.inf
+    for _ in range(repeats + 2):
+        wait()
+        start = time.perf_counter()
+        for _ in range(10):
+            torch.matmul(a, b)
+        wait()
+        best = min(best, time.perf_counter() - start)
+    return 10 * 2 * size**3 / best
+
+
+class PackedBlocks(Dataset):
+    """Blocks of one memory-mapped token file, as the model takes them.
+
+    Args:
+        path: the file.
+        block_size: tokens per block.
+        vocab_size: of the model; a token outside it ends the run with a clear line.
+    """
+
+    def __init__(self, path: Path, block_size: int, vocab_size: int):
+        self.path, self.vocab_size = path, vocab_size
+        tokens = read_token_file(path)
+        self.blocks = Blocks(tokens, block_size, len(tokens))
+        if len(self.blocks) == 0:
+            raise UserError(f"{path} has {len(tokens)} tokens, one block needs {block_size + 1}")
+        self.check(tokens[:CHECKED_TOKENS])
+
+    def check(self, tokens: np.ndarray) -> None:
+        if tokens.max() >= self.vocab_size:
+            raise UserError(
+                f"{self.path} has token {tokens.max()}, outside the model's vocabulary of {self.vocab_size}: "
+                "it was made with another tokenizer"
+            )
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        block = self.blocks[index]
+        self.check(block)
+        block = torch.from_numpy(block.astype(np.int64))
+        # `shift_labels` are the targets; the library counts a step's targets by them, older versions by `labels`
+        return {"input_ids": block[:-1], "labels": block[1:], "shift_labels": block[1:]}
+
+
+def token_files(specifications: list[str], data: DataSettings, cache: Path, seed: int) -> Iterator[Path]:
+    """The token file of each corpus; text and datasets are encoded into `cache` first, once.
+
+    Raises:
+        UserError: as evals.corpora and evals.prepare_tokens.
+    """
+    names: list[str] = []
+    for name in specifications:
+        is_pattern = "*" in name and not name.startswith("dataset:")
+        matching = sorted(glob.glob(name)) if is_pattern else [name]
+        if not matching:
+            raise UserError(f"no file matches {name}")
+        names += matching
+    for corpus in find_corpora(names):
+        yield Path(corpus.source) if corpus.is_token_file else encode_corpus(corpus, data, cache, seed)
+
+
+def encode_corpus(corpus: Corpus, data: DataSettings, cache: Path, seed: int) -> Path:
+    if not corpus.is_dataset and not Path(corpus.source).is_file():
+        raise UserError(f"no file {corpus.source}: give a .bin token file, a text file or dataset:PATH")
+    tokenizer, tokenizer_fingerprint = load_tokenizer(Path(data.tokenizer or GPT2_TOKENIZER))
+    settings = {
+        "corpus": corpus.identity(),
+        "tokenizer": tokenizer_fingerprint,
+        "max_tokens": data.max_tokens,
+        "shuffle_buffer": data.shuffle_buffer,
+        "seed": seed,
+    }
+    path, settings_file = cache / f"{corpus.name}.bin", cache / f"{corpus.name}.json"
+    if path.exists() and settings_file.exists():
+        if json.loads(settings_file.read_text(encoding="utf-8")) != settings:
+            raise UserError(f"{path} was made with other settings: remove it to encode {corpus.source} again")
+        return path
+    cache.mkdir(parents=True, exist_ok=True)
+    options = argparse.Namespace(
+        max_tokens=data.max_tokens, shuffle_buffer=data.shuffle_buffer, seed=seed, overwrite=False
+    )
+    write_token_file(path, corpus, tokenizer, settings, options)
+    write_json(settings_file, settings)
+    return path
+
+
+class SpeedCallback(TrainerCallback):
+    """Steps and seconds since the last log, less what evaluating and saving took."""
+
+    def __init__(self) -> None:
+        self.start: float | None = None
+        self.first_step = 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.start is None:
+            self.start, self.first_step = time.perf_counter(), state.global_step
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.start = None
+
+    on_save = on_evaluate
+
+    def read(self, step: int) -> tuple[int, float]:
+        """(steps, seconds) up to now, and start again at the next step."""
+        if self.start is None:
+            return 0, 0.0
+        steps, seconds = step - self.first_step, time.perf_counter() - self.start
+        self.start = None
+        return steps, seconds
+
+
+class TimeBudget(TrainerCallback):
+    """Saves and stops at the end of the first step after `deadline` (time.monotonic)."""
+
+    def __init__(self, deadline: float):
+        self.deadline = deadline
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if time.monotonic() > self.deadline and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+
+
+class BlockTrainer(Trainer):
+    """The library's Trainer with weight decay on all parameters, and speed in its logs.
+
+    Args:
+        tokens_per_step: of all devices together.
+        flops_per_token: of `training_flops_per_token`.
+        peak: FLOP/s of all devices together, of `matmul_rate`.
+    """
+
+    def __init__(self, *args, tokens_per_step: int, flops_per_token: float, peak: float, **kwargs):
+        self.tokens_per_step, self.flops_per_token, self.peak = tokens_per_step, flops_per_token, peak
+        self.speed = SpeedCallback()
+        super().__init__(*args, **kwargs)
+        self.add_callback(self.speed)
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """All of them: the paper decays norms and embeddings too."""
+        return [name for name, _ in model.named_parameters()]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            steps, seconds = self.speed.read(self.state.global_step)
+            if steps:
+                rate = steps * self.tokens_per_step / seconds
+                logs["tokens_per_second"] = rate
+                logs["matmul_share"] = rate * self.flops_per_token / self.peak
+        super().log(logs, start_time)
+
+    def measured(self, name: str) -> float | None:
+        """Median of a logged speed over the intervals after the first, which holds compilation and warm-up."""
+        values = [entry[name] for entry in self.state.log_history if name in entry]
+        return statistics.median(values[1:] or values) if values else None
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a run: one whose state, which is written last, can be read."""
+    found = []
+    for state_file in folder.glob(f"checkpoint-*/{STATE_FILE}"):
+        try:
+            found.append((json.loads(state_file.read_text(encoding="utf-8"))["global_step"], state_file.parent))
+        except (ValueError, KeyError):
+            continue
+    return max(found)[1] if found else None
+
+
+def check_memory(config: PreTrainedConfig, args: TrainingArguments) -> None:
+    """Refuse a model whose weights, gradients and Adam moments alone are more than the device has."""
+    needed = count_parameters(config) * TRAINING_BYTES_PER_PARAMETER / (args.world_size if args.fsdp else 1)
+    if args.device.type == "cuda":
+        available = torch.cuda.get_device_properties(args.device).total_memory
+    else:
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > available:
+        raise UserError(
+            f"weights, gradients and optimizer need {needed / 1e9:.1f} GB per device, {args.device} has "
+            f"{available / 1e9:.1f} GB: use more devices with training.fsdp, or a smaller model"
+        )
+
+
+def check_export(recipe: Recipe, config: PreTrainedConfig) -> None:
+    """Refuse at the start what could not be exported at the end."""
+    if recipe.export is None:
+        return
+    if config.model_type != "mlra":
+        raise UserError(f"export writes models of type mlra, not {config.model_type}: leave export out")
+    if Path(recipe.export.folder).exists():
+        raise UserError(f"export.folder {recipe.export.folder} already exists: remove it or choose another")
+    if recipe.data.tokenizer is not None:
+        tokenizer, _ = load_tokenizer(Path(recipe.data.tokenizer))
+        if tokenizer.eos_token_id != end_of_text_id(config.vocab_size):
+            raise UserError(
+                f"{recipe.data.tokenizer} ends documents with token {tokenizer.eos_token_id}, a model of "
+                f"{config.vocab_size} embedding rows with {end_of_text_id(config.vocab_size)}: set vocab_size to the "
+                f"tokenizer's {len(tokenizer)}"
+            )
+
+
+def check_resume(recipe: Recipe, output: Path, resume: bool) -> Path | None:
+    """The checkpoint to go on from.
+
+    Raises:
+        UserError: when the folder holds a run and `resume` is false, or a run with other settings.
+    """
+    checkpoint = last_checkpoint(output)
+    if not resume:
+        if checkpoint is not None or (output / RESULT_FILE).exists():
+            raise UserError(f"{output} holds a run already: --resume to go on, or choose another output_dir")
+        return None
+    if checkpoint is not None:
+        stored = json.loads((output / CONFIG_FILE).read_text(encoding="utf-8"))
+        now = json.loads(json.dumps(recipe.settings()))
+        for part in now:
+            if stored[part] != now[part]:
+                raise UserError(f"{output} was begun with {part} = {stored[part]}, now it is {now[part]}")
+    return checkpoint
+
+
+def heldout_loss(model: PreTrainedModel, files: list[Path], recipe: Recipe, args: TrainingArguments, published: bool):
+    """{corpus: loss, perplexity and tokens} of evals.perplexity.
+
+    Args:
+        published: bfloat16 autocast over float32 weights; else in the type of the weights.
+    """
+    losses = {}
+    for path in files:
+        tokens = read_token_file(path)
+        blocks = Blocks(tokens, recipe.data.block_size, len(tokens))
+        total, count = total_loss(
+            model.eval(), blocks, args.per_device_eval_batch_size, published, args.distributed_state, path.stem
+        )
+        losses[path.stem] = {"loss": total / count, "perplexity": math.exp(total / count), "tokens": count}
+    return losses
+
+
+def train_recipe(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    deadline: float | None = None,
+    peak: float | None = None,
+    callbacks: list[TrainerCallback] = (),
+) -> dict:
+    """Train by a recipe, or go on; returns what RESULT_FILE holds.
+
+    Args:
+        resume: go on from the last checkpoint of `output_dir`, if there is one.
+        deadline: of `TimeBudget`; a run that it stops has `finished` false.
+        peak: matmul rate of one device, where it is known already.
+        callbacks: of the Trainer.
+
+    Raises:
+        UserError: when data or sizes do not fit, before anything is trained.
+    """
+    args = training_arguments(recipe)
+    output = Path(args.output_dir)
+    config = model_config(recipe.model)
+    context = config.max_position_embeddings
+    if recipe.data.block_size > context:
+        raise UserError(f"data.block_size {recipe.data.block_size} is more than the model's context of {context}")
+    if deadline is not None and args.world_size > 1:
+        raise UserError("--time-budget works with one process: the clocks of several would disagree")
+    check_export(recipe, config)
+    check_memory(config, args)
+    checkpoint = check_resume(recipe, output, resume)
+    with args.main_process_first(desc="encoding"):
+        files = {
+            part: list(token_files(names, recipe.data, output / "tokens", args.seed))
+            for part, names in (("train", recipe.data.train), ("heldout", recipe.data.heldout))
+        }
+    train, heldout = (
+        [PackedBlocks(path, recipe.data.block_size, config.vocab_size) for path in files[part]] for part in files
+    )
+    train = ConcatDataset(train)
+    if len(train) < recipe.blocks_per_step:
+        raise UserError(
+            f"the training data has {len(train)} blocks of {recipe.data.block_size} tokens, one step takes "
+            f"{recipe.blocks_per_step}: use more data, or smaller steps or blocks"
+        )
+
+    model = build_model(recipe, config, args.seed)
+    if args.should_save:
+        write_json(output / CONFIG_FILE, recipe.settings())
+    trainer = BlockTrainer(
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=ConcatDataset(heldout) if heldout else None,
+        data_collator=default_data_collator,
+        tokens_per_step=recipe.blocks_per_step * recipe.data.block_size,
+        flops_per_token=training_flops_per_token(model, recipe.data.block_size),
+        peak=(peak or matmul_rate(args.device)) * args.world_size,
+        callbacks=[*callbacks, *([TimeBudget(deadline)] if deadline is not None else [])],
+    )
+    started = time.monotonic()
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory with per_device_train_batch_size {args.per_device_train_batch_size}: use a smaller one, "
+            "or training.gradient_checkpointing"
+        ) from error
+    state = trainer.state
+    result = {
+        "finished": state.global_step >= args.max_steps,
+        "step": state.global_step,
+        "tokens": state.global_step * trainer.tokens_per_step,
+        "epochs": round(state.global_step * recipe.blocks_per_step / len(train), 4),
+        "parameters": model.num_parameters(),
+        "seconds": round(time.monotonic() - started, 3),
+        "tokens_per_second": trainer.measured("tokens_per_second"),
+        "matmul_rate": trainer.peak,
+        "matmul_share": trainer.measured("matmul_share"),
+        "flops_per_token": trainer.flops_per_token,
+        "curve": [[entry["step"], entry["loss"]] for entry in state.log_history if "loss" in entry],
+        "heldout_curve": [[entry["step"], entry["eval_loss"]] for entry in state.log_history if "eval_loss" in entry],
+    }
+    if not result["finished"]:
+        return result
+    trainer.save_model(str(output / "final"))
+    if heldout and not args.fsdp:
+        trained = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
+        result["heldout"] = heldout_loss(trained, files["heldout"], recipe, args, published=args.bf16)
+        if recipe.export is not None:
+            trained = copy.deepcopy(trained).to(DTYPES[recipe.export.dtype])
+            result["heldout_exported"] = heldout_loss(trained, files["heldout"], recipe, args, published=False)
+    if args.should_save:
+        write_json(output / RESULT_FILE, result)
+        if recipe.export is not None:
+            export_trained(output / "final", recipe, result)
+    return result
+
+
+def export_trained(folder: Path, recipe: Recipe, result: dict) -> None:
+    """Write the Hub folder of a trained model, with the tokenizer it was trained with and its held-out perplexity."""
+    target = Path(recipe.export.folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config.use_cache = True  # the Trainer turns it off
+    sentences = [recipe.export.provenance]
+    sentences += [
+        f"Perplexity on the held-out tokens of `{name}` ({values['tokens']:,} predicted, blocks of "
+        f"{recipe.data.block_size}): {values['perplexity']:.3f}, as `python -m evals.perplexity` computes it."
+        for name, values in result.get("heldout_exported", {}).items()
+    ]
+    temporary = target.with_name(f".{target.name}.export-{os.getpid()}")
+    export_folder(
+        temporary,
+        config,
+        read_saved_tensors(folder, parameter_shapes(config)),
+        DTYPES[recipe.export.dtype],
+        provenance=" ".join(sentences),
+        license_id=recipe.export.license,
+    )
+    if recipe.data.tokenizer is not None:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (temporary / name).write_bytes((Path(recipe.data.tokenizer) / name).read_bytes())
+    os.replace(temporary, target)
+
+
+def describe(result: dict) -> str:
+    """One line on a run."""
+    parts = [f"step {result['step']:,}", f"{result['tokens']:,} tokens", f"{result['parameters']:,} parameters"]
+    if result["curve"]:
+        parts.append(f"loss {result['curve'][-1][1]:.4f}")
+    if result["tokens_per_second"]:
+        parts.append(f"{result['tokens_per_second']:,.0f} tokens/s")
+        parts.append(f"{result['matmul_share']:.1%} of the measured {result['matmul_rate'] / 1e12:.3g} TFLOP/s")
+    parts += [f"{name} perplexity {values['perplexity']:.3f}" for name, values in result.get("heldout", {}).items()]
+    return ", ".join(parts) + ("" if result["finished"] else "; out of time, --resume goes on")
+
+
+def command(args: argparse.Namespace) -> None:
+    content = read_configuration(args.config)
+    apply_changes(content, args.set)
+    recipe = make_recipe(content, args.config)
+    deadline = None if args.time_budget is None else time.monotonic() + args.time_budget
+    result = train_recipe(recipe, resume=args.resume, deadline=deadline)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(describe(result))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m scripts.train", description=__doc__.partition("\n")[0])
+    parser.add_argument("config", type=Path, help="JSON or YAML file")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
+    parser.add_argument("--time-budget", type=positive_int, metavar="SECONDS", help="save and stop after so long")
+    return run(command, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
