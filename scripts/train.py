@@ -425,13 +425,14 @@ class SpeedCallback(TrainerCallback):
 
 
 class TimeBudget(TrainerCallback):
-    """Saves and stops at the end of the first step after `deadline` (time.monotonic)."""
+    """Saves and stops at the first logging step after `deadline` (time.monotonic), so that no logged mean is cut."""
 
     def __init__(self, deadline: float):
         self.deadline = deadline
 
     def on_step_end(self, args, state, control, **kwargs):
-        if time.monotonic() > self.deadline and state.global_step < state.max_steps:
+        is_logging_step = state.global_step % state.logging_steps == 0
+        if is_logging_step and time.monotonic() > self.deadline and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
 

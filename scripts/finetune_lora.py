@@ -1,0 +1,165 @@
+"""LoRA fine-tuning with PEFT on a text file, one example per line; prints the losses before and after.
+
+    python -m scripts.finetune_lora --model build/mlra_4 --data lines.txt --output build/adapter
+    python -m scripts.finetune_lora --model build/mlra_4 --data lines.txt --output build/adapter --merge build/merged
+
+Every tenth line is held out. The adapter acts on all linear projections of attention and MLP; the up-projection of the
+latents (`kv_b_proj`) is no linear layer and stays as it is. OUTPUT becomes a PEFT adapter folder; --merge also writes
+the model with the adapter merged in, as `save_pretrained` does.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from evals.common import load_model, markdown_table, write_json
+from evals.corpora import MAX_TOKENS, encode_up_to
+from evals.perplexity import Blocks
+from scripts.cli import UserError, run
+from scripts.generate import positive_int
+
+try:
+    from peft import LoraConfig, get_peft_model
+except ImportError:
+    get_peft_model = None
+
+TARGETS = ("q_a_proj", "q_b_proj", "kv_a_proj", "k_rope_proj", "g_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+HELDOUT_EVERY = 10
+RESULT_FILE = "finetune_result.json"
+
+
+class LineBlocks(Dataset):
+    """Lines of text, each led by `<|endoftext|>`, packed into blocks as scripts.train takes them."""
+
+    def __init__(self, lines: list[str], tokenizer: PreTrainedTokenizerBase, block_size: int):
+        tokens = encode_up_to(tokenizer, lines, MAX_TOKENS)
+        self.blocks = Blocks(tokens, min(block_size, max(len(tokens) - 1, 1)), len(tokens))
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        block = torch.from_numpy(self.blocks[index]).long()
+        return {"input_ids": block[:-1], "labels": block[1:], "shift_labels": block[1:]}
+
+
+def read_lines(path: Path) -> tuple[list[str], list[str]]:
+    """The lines to train on and those held out.
+
+    Raises:
+        UserError: when there is no such text, or too little of it.
+    """
+    if not path.is_file():
+        raise UserError(f"no file {path}")
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    if len(lines) < HELDOUT_EVERY:
+        raise UserError(f"{path} has {len(lines)} lines that are not empty, at least {HELDOUT_EVERY} are needed")
+    heldout = lines[HELDOUT_EVERY - 1 :: HELDOUT_EVERY]
+    return [line for index, line in enumerate(lines, start=1) if index % HELDOUT_EVERY], heldout
+
+
+def finetune(args: argparse.Namespace) -> None:
+    if get_peft_model is None:
+        raise UserError("peft is not installed: pip install 'mlra[train]'")
+    for folder in filter(None, (args.output, args.merge)):
+        if folder.exists():
+            raise UserError(f"{folder} already exists: remove it or choose another folder")
+    train_lines, heldout_lines = read_lines(args.data)
+    set_seed(args.seed)
+    model = load_model(args.model, published=True)  # float32; bfloat16 comes from autocast
+    if not (args.model / "tokenizer.json").is_file():
+        raise UserError(f"{args.model} has no tokenizer.json to encode {args.data} with")
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    block_size = min(args.block_size, model.config.max_position_embeddings)
+    train, heldout = (LineBlocks(lines, tokenizer, block_size) for lines in (train_lines, heldout_lines))
+    present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    targets = [name for name in TARGETS if name in present]
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=args.rank, lora_alpha=2 * args.rank, lora_dropout=0.0, target_modules=targets
+    )
+    model = get_peft_model(model, config)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(args.output),
+            max_steps=args.steps,
+            learning_rate=args.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=args.steps // 10,
+            per_device_train_batch_size=args.batch_size,
+            per_device_eval_batch_size=args.batch_size,
+            weight_decay=0.0,
+            logging_steps=max(args.steps // 10, 1),
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            seed=args.seed,
+            bf16=torch.cuda.is_available(),
+            use_cpu=not torch.accelerator.is_available(),
+            remove_unused_columns=False,
+            label_names=["labels"],
+            prediction_loss_only=True,
+        ),
+        train_dataset=train,
+        eval_dataset=heldout,
+        data_collator=default_data_collator,
+    )
+
+    def losses() -> dict[str, float]:
+        return {part: trainer.evaluate(data)["eval_loss"] for part, data in (("train", train), ("held out", heldout))}
+
+    before = losses()
+    trainer.train()
+    after = losses()
+    model.save_pretrained(args.output)
+    trainable, total = model.get_nb_trainable_parameters()
+    result = {
+        "before": before,
+        "after": after,
+        "steps": args.steps,
+        "rank": args.rank,
+        "target_modules": targets,
+        "trainable_parameters": trainable,
+        "parameters": total,
+    }
+    write_json(args.output / RESULT_FILE, result)
+    if args.merge is not None:
+        model.config.use_cache = True  # the Trainer turns it off
+        model.merge_and_unload().save_pretrained(args.merge)
+        tokenizer.save_pretrained(args.merge)
+    rows = [[part, f"{before[part]:.4f}", f"{after[part]:.4f}"] for part in before]
+    print(markdown_table(["loss", "before", "after"], rows), end="")
+    print(f"{trainable:,} of {total:,} parameters trained, {args.steps} steps; the adapter is in {args.output}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m scripts.finetune_lora", description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", type=Path, required=True, help="model folder")
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="UTF-8 text, one example per line")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="adapter folder to create")
+    parser.add_argument("--merge", type=Path, metavar="DIR", help="also write the merged model here")
+    parser.add_argument("--rank", type=positive_int, default=8)
+    parser.add_argument("--steps", type=positive_int, default=100)
+    parser.add_argument("--batch-size", type=positive_int, default=4, help="blocks per step")
+    parser.add_argument("--block-size", type=positive_int, default=512, help="tokens per block")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    return run(finetune, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
