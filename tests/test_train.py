@@ -1,0 +1,590 @@
+"""Training: the recipe's optimizer and schedule, resuming, refusals, equal sizes, text preparation, fine-tuning."""
+
+import gzip
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+
+from evals.corpora import read_token_file, token_file_header
+from evals.perplexity import main as perplexity
+from modeling_mlra import MLRAForCausalLM
+from scripts import compare_architectures, finetune_lora, prepare_text, train
+from scripts.cli import UserError
+from tests.paths import REPOSITORY
+from tests.tolerances import LOSS_ATOL
+
+TRAINING = REPOSITORY / "configuration" / "training"
+MODEL = {
+    "vocab_size": 300,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "q_lora_rank": 10,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "max_position_embeddings": 64,
+    "bos_token_id": 299,
+    "eos_token_id": 299,
+    "pad_token_id": 299,
+}
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 300,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A folder with token files of a noisy rule that two layers learn quickly."""
+    folder = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    for name, count in (("train", 8001), ("heldout", 641)):
+        tokens = np.ones(count, dtype="<u2")
+        for index, noise in enumerate(generator.integers(0, 3, count - 1), start=1):
+            tokens[index] = (5 * tokens[index - 1] + noise) % 61
+        (folder / f"{name}.bin").write_bytes(token_file_header(count) + tokens.tobytes())
+    return folder
+
+
+def settings(data: Path, output: Path, **changes) -> dict:
+    """A recipe of twelve steps; `changes` are those of --set with `__` for the dot."""
+    content = {
+        "model": dict(MODEL),
+        "data": {"train": [str(data / "train.bin")], "heldout": [str(data / "heldout.bin")], "block_size": 32},
+        "blocks_per_step": 8,
+        "training": {
+            "output_dir": str(output),
+            "max_steps": 12,
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "cosine_with_min_lr",
+            "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+            "warmup_steps": 4,
+            "weight_decay": 0.1,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+        },
+    }
+    train.apply_changes(content, [f"{name.replace('__', '.')}={json.dumps(v)}" for name, v in changes.items()])
+    return content
+
+
+def recipe(*args, **changes) -> train.Recipe:
+    return train.make_recipe(settings(*args, **changes), "test")
+
+
+def losses(result: dict) -> list[float]:
+    return [loss for _, loss in result["curve"]]
+
+
+def write(path: Path, content: dict) -> Path:
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+# The run
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory) -> tuple[dict, Path]:
+    """Result of a whole run that exports, and its folder."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = write(
+        folder / "recipe.json",
+        settings(data, folder / "run") | {"export": {"folder": str(folder / "hub"), "license": "cc0-1.0"}},
+    )
+    assert train.main([str(config)]) == 0
+    return json.loads((folder / "run" / train.RESULT_FILE).read_text()), folder
+
+
+def test_loss_falls_from_that_of_a_uniform_guess(trained):
+    result, _ = trained
+    assert result["finished"] and result["step"] == 12 and result["tokens"] == 12 * 8 * 32
+    assert losses(result)[0] == pytest.approx(math.log(MODEL["vocab_size"]), abs=0.02)  # zero output projections
+    assert losses(result)[-1] < losses(result)[0] - 1
+    assert result["heldout"]["heldout"]["loss"] == pytest.approx(losses(result)[-1], abs=0.3)
+    assert result["tokens_per_second"] > 0
+    assert result["matmul_share"] == pytest.approx(
+        result["tokens_per_second"] * result["flops_per_token"] / result["matmul_rate"]
+    )
+
+
+def test_exported_model_has_the_perplexity_of_its_card(trained, data, tmp_path):
+    result, folder = trained
+    model = MLRAForCausalLM.from_pretrained(folder / "hub")
+    assert model.dtype == torch.bfloat16 and model.config.use_cache
+    output = tmp_path / "perplexity.json"
+    assert perplexity(["--model", str(folder / "hub"), "--data", str(data / "heldout.bin"), "--output", str(output),
+                       "--block-size", "32"]) == 0  # fmt: skip
+    measured = json.loads(output.read_text())["results"]["heldout"]
+    stated = result["heldout_exported"]["heldout"]
+    assert measured["tokens"] == stated["tokens"]
+    assert measured["perplexity"] == pytest.approx(stated["perplexity"], rel=1e-3)  # other batches, bfloat16
+    assert f"{stated['perplexity']:.3f}" in (folder / "hub" / "README.md").read_text(encoding="utf-8")
+
+
+def test_accumulation_and_checkpointing_change_nothing(trained, data, tmp_path):
+    result, _ = trained
+    for name, changes in {
+        "accumulated": {"training__per_device_train_batch_size": 2},
+        "checkpointed": {"training__gradient_checkpointing": True},
+    }.items():
+        other = train.train_recipe(recipe(data, tmp_path / name, **changes))
+        assert losses(other) == pytest.approx(losses(result), abs=LOSS_ATOL * 10), name
+
+
+def test_killed_and_resumed_run_has_the_same_next_losses(trained, data, tmp_path):
+    result, _ = trained
+    content = settings(data, tmp_path / "run", training__save_strategy="steps", training__save_steps=4)
+    config = write(tmp_path / "recipe.json", content)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "scripts.train", str(config), "--set", "training.logging_steps=1"],
+        cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while train.last_checkpoint(tmp_path / "run") is None and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    begun = train.last_checkpoint(tmp_path / "run")
+    assert begun is not None and not (tmp_path / "run" / train.RESULT_FILE).exists()
+    (tmp_path / "run" / "checkpoint-99").mkdir()  # as a kill in the middle of saving leaves it
+    with pytest.raises(UserError, match="holds a run already"):
+        train.train_recipe(train.make_recipe(content, "test"))
+    other = settings(data, tmp_path / "run", training__learning_rate=1e-3)
+    with pytest.raises(UserError, match="was begun with training"):
+        train.train_recipe(train.make_recipe(other, "test"), resume=True)
+    steps = []
+
+    class Count(train.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            steps.append(state.global_step)
+
+    resumed = train.train_recipe(train.make_recipe(content, "test"), resume=True, callbacks=[Count()])
+    assert steps == list(range(int(begun.name.partition("-")[2]) + 1, 13))
+    assert losses(resumed) == losses(result)
+    assert resumed["heldout"] == result["heldout"]
+
+
+def test_time_budget_stops_with_a_checkpoint(data, tmp_path):
+    content = recipe(data, tmp_path / "run")
+    result = train.train_recipe(content, deadline=time.monotonic() - 1)
+    assert not result["finished"] and result["step"] == 1
+    assert train.last_checkpoint(tmp_path / "run").name == "checkpoint-1"
+
+
+# The recipe
+
+
+def block_trainer(data, tmp_path, **changes) -> train.BlockTrainer:
+    content = recipe(data, tmp_path / "run", **changes)
+    model = train.build_model(content, train.model_config(content.model), 0)
+    return train.BlockTrainer(
+        model=model, args=train.training_arguments(content), tokens_per_step=1, flops_per_token=1, peak=1
+    )
+
+
+def test_weight_decay_covers_all_parameters(data, tmp_path):
+    trainer = block_trainer(data, tmp_path)
+    optimizer = trainer.create_optimizer()
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0.1 for p in group["params"]}
+    assert decayed == {id(parameter) for parameter in trainer.model.parameters()}
+    names = [name for name, _ in trainer.model.named_parameters()]
+    assert any("norm" in name for name in names) and any("embed" in name for name in names)
+
+
+def test_paper_recipe():
+    """Section 4 of the paper's appendix: optimizer, schedule, batch."""
+    content = train.make_recipe(train.read_configuration(TRAINING / "paper.json"), "paper.json")
+    args = train.training_arguments(content)
+    assert (args.adam_beta1, args.adam_beta2, args.adam_epsilon) == (0.9, 0.95, 1e-8)
+    assert (args.weight_decay, args.max_grad_norm, args.max_steps) == (0.1, 1.0, 100_000)
+    assert args.optim == "adamw_torch_fused" and args.bf16
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 480
+    assert content.data.block_size == 2048
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
+    schedule = get_scheduler(
+        args.lr_scheduler_type, optimizer, args.get_warmup_steps(args.max_steps), args.max_steps,
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+    ).lr_lambdas[0]  # fmt: skip
+    peak, floor = 1.6e-4, 1.6e-5
+    for step, expected in {
+        0: 0.0,
+        1000: peak / 2,
+        2000: peak,
+        51_000: (peak + floor) / 2,
+        26_500: floor + (peak - floor) * (1 + math.cos(math.pi / 4)) / 2,
+        100_000: floor,
+    }.items():
+        assert schedule(step) * args.learning_rate == pytest.approx(expected, rel=1e-12), step
+
+
+@pytest.mark.parametrize("name", ["demo.json", "compare.json"])
+def test_presets_can_be_read(name):
+    content = train.read_configuration(TRAINING / name)
+    for key in ("architectures", "seeds"):
+        content.pop(key, None)
+    content = train.make_recipe(content, name)
+    args = train.training_arguments(content)
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == content.blocks_per_step
+    assert train.count_parameters(train.model_config(content.model)) * 2 < 21e6  # about 20 MB in bfloat16
+
+
+def test_learning_rate_of_a_run(data, tmp_path):
+    rates = []
+
+    class Record(train.TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer, **kwargs):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    train.train_recipe(recipe(data, tmp_path / "run", training__max_steps=8), callbacks=[Record()])
+    expected = [step / 4 for step in range(4)] + [0.1 + 0.45 * (1 + math.cos(math.pi * k / 4)) for k in range(4)]
+    assert rates == pytest.approx([1e-2 * value for value in expected])
+
+
+@pytest.mark.parametrize("model", [MODEL, LLAMA], ids=["mlra", "llama"])
+def test_output_projections_start_at_zero(model, data, tmp_path):
+    content = recipe(data, tmp_path / "run", model=model)
+    built = train.build_model(content, train.model_config(model), 3)
+    for name, parameter in built.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            assert not parameter.any(), name
+        elif "norm" not in name and parameter.numel() > 200:
+            assert 0.015 < parameter.std() < 0.025, name
+    again = train.build_model(content, train.model_config(model), 3)
+    assert all(torch.equal(a, b) for a, b in zip(built.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("model", [MODEL, {**MODEL, "num_latent_heads": 4, "num_branches": 2}, LLAMA])
+def test_flops_are_those_that_the_profiler_counts(model, data, tmp_path):
+    """Eager attention computes every pair of positions; the formula counts the half that causality needs."""
+    content = recipe(data, tmp_path / "run", model=model)
+    content.attn_implementation = "eager"
+    built = train.build_model(content, train.model_config(model), 0)
+    length = 24
+    ids = torch.randint(0, 300, (1, length))
+    with FlopCounterMode(display=False) as counter:
+        built(ids, labels=ids, use_cache=False).loss.backward()
+    attention = train.training_flops_per_token(built, length) - train.training_flops_per_token(built, -1)
+    full = train.training_flops_per_token(built, -1) + attention * 2 * length / (length + 1)
+    assert counter.get_total_flops() / length == pytest.approx(full, rel=1e-12)
+
+
+# Refused runs
+
+
+REFUSED = {
+    "file": ({"data__train": ["nothing.bin"]}, "no token file nothing.bin"),
+    "pattern": ({"data__train": ["nothing_*.bin"]}, "no file matches"),
+    "text": ({"data__train": ["nothing.txt"]}, "no file nothing.txt"),
+    "vocabulary": ({"model__vocab_size": 60}, "outside the model's vocabulary of 60"),
+    "context": ({"data__block_size": 65}, "more than the model's context of 64"),
+    "short": ({"blocks_per_step": 512, "training__per_device_train_batch_size": 8}, "one step takes 512"),
+    "divide": ({"training__per_device_train_batch_size": 3}, "is no multiple of"),
+    "unknown": ({"training__learning_rat": 1}, "learning_rat"),
+    "unknown_top": ({"steps": 1}, "unknown top-level setting 'steps'"),
+    "accumulation": ({"training__gradient_accumulation_steps": 2}, "follows from blocks_per_step"),
+    "steps": ({"training__max_steps": -1}, "max_steps must say"),
+    "warmup": ({"training__warmup_steps": 13}, "warmup_steps 13"),
+    "model": ({"model": "nothing.json"}, "neither an architecture file nor a checkpoint folder"),
+    "sizes": ({"model__num_branches": 3}, "num_branches=3"),
+    "memory": ({"model__num_hidden_layers": 3, "model__intermediate_size": 2**34}, "GB"),
+    "empty": ({"data__train": []}, "names no corpus"),
+    "export": ({"export": {"folder": str(REPOSITORY)}}, "already exists"),
+    "dtype": ({"export": {"folder": "x", "dtype": "int3"}}, "int3"),
+    "llama": ({"model": LLAMA, "export": {"folder": "nowhere"}}, "not llama"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_runs(case, data, tmp_path):
+    changes, message = REFUSED[case]
+    with pytest.raises(UserError, match=message):
+        train.train_recipe(recipe(data, tmp_path / "run", **changes))
+    assert not list(tmp_path.glob("run/checkpoint-*"))
+
+
+def test_refusal_is_one_line_and_exit_code_2(data, tmp_path, capsys):
+    config = write(tmp_path / "recipe.json", settings(data, tmp_path / "run"))
+    for arguments, message in [
+        ([str(tmp_path / "none.json")], "no configuration file"),
+        ([str(config), "--set", "data.block_size=9000"], "more than the model's context"),
+        ([str(config), "--set", "nonsense"], "NAME=VALUE"),
+    ]:
+        assert train.main(arguments) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+
+
+def test_a_bad_token_far_into_a_file_ends_the_run(data, tmp_path, monkeypatch):
+    tokens = np.array(read_token_file(data / "train.bin"))
+    tokens[5000] = 300
+    (tmp_path / "bad.bin").write_bytes(token_file_header(len(tokens)) + tokens.tobytes())
+    monkeypatch.setattr(train, "CHECKED_TOKENS", 1000)
+    with pytest.raises(UserError, match="token 300"):
+        train.train_recipe(
+            recipe(data, tmp_path / "run", data__train=[str(tmp_path / "bad.bin")], training__max_steps=32)
+        )
+
+
+def test_yaml_with_words_for_numbers(data, tmp_path):
+    content = settings(data, tmp_path / "run")
+    content["training"]["adam_epsilon"] = "1e-9"  # what YAML makes of 1e-9
+    (tmp_path / "recipe.yaml").write_text(json.dumps(content), encoding="utf-8")
+    read = train.make_recipe(train.read_configuration(tmp_path / "recipe.yaml"), "test")
+    assert train.training_arguments(read).adam_epsilon == 1e-9
+
+
+# Comparing architectures
+
+
+def test_widths_match_those_of_the_released_models():
+    base = str(REPOSITORY / "configuration" / "mlra_4.json")
+    changes = {
+        "mla": {"num_latent_heads": 1, "num_branches": 1, "q_lora_rank": 1536},
+        "mlra_2": {"num_latent_heads": 4, "num_branches": 2},
+        "gla_4": {"num_latent_heads": 4, "num_branches": 1},
+        "mlra_4_gated": {"attn_output_gate": True},
+        "gqa": {"model_type": "llama", "num_key_value_heads": 8},
+    }
+    widths = {name: model["intermediate_size"] for name, model in
+              compare_architectures.plan({"model": base, "architectures": changes}).items()}  # fmt: skip
+    released = {"mla": 9448, "mlra_2": 10048, "gla_4": 10136, "mlra_4_gated": 8856}
+    assert {name: widths[name] for name in released} == pytest.approx(released, abs=8)  # their totals differ by 0.04 %
+    with pytest.raises(UserError, match="no MLP width"):
+        compare_architectures.match_width(dict(MODEL), 1000)
+
+
+def test_comparison_is_matched_and_goes_on(data, tmp_path, capsys):
+    content = settings(data, tmp_path / "runs", training__max_steps=6, training__warmup_steps=1)
+    content["architectures"] = {
+        "mlra_4": {},
+        "gqa": {"model_type": "llama", "num_key_value_heads": 2},
+    }
+    content["seeds"] = [0, 1]
+    config, output = write(tmp_path / "compare.json", content), tmp_path / "results.json"
+    assert compare_architectures.main([str(config), "--output", str(output), "--only", "mlra_4"]) == 0
+    first = json.loads(output.read_text())["results"]
+    assert list(first) == ["mlra_4_seed0", "mlra_4_seed1"]
+    assert compare_architectures.main([str(config), "--output", str(output)]) == 0
+    stored = json.loads(output.read_text())
+    assert {name: stored["results"][name] for name in first} == first
+    assert len(stored["results"]) == 4
+    sizes = [entry["parameters"] for entry in stored["results"].values()]
+    assert max(sizes) - min(sizes) <= 0.01 * min(sizes) and len(set(sizes)) == 2
+    values = [first[name]["heldout"]["heldout"]["perplexity"] for name in first]
+    assert values[0] != values[1]
+    row = next(line for line in output.with_suffix(".md").read_text().splitlines() if line.startswith("| mlra_4"))
+    mean, deviation = np.mean(values), np.std(values, ddof=1)
+    assert f" {mean:.3f} ± {deviation:.3f} " in row and "20 / 8" in row
+    assert output.with_suffix(".png").stat().st_size > 10_000
+    capsys.readouterr()
+    assert compare_architectures.main([str(config), "--output", str(output), "--set", "training.max_steps=7"]) == 2
+    assert "max_steps = 6" in capsys.readouterr().err
+
+
+# Text
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory) -> Path:
+    """What dpkg-deb -x makes of a small documentation package."""
+    root = tmp_path_factory.mktemp("package")
+    doc = root / "usr/share/doc/some-doc"
+    (doc / "html").mkdir(parents=True)
+    (doc / "copyright").write_text("Files: *\nLicense: GPL-2+\n text\n\nFiles: x\nLicense: GFDL-1.3\n")
+    words = [f"{a}{b}" for a in ("so", "ra", "mi", "te", "lu", "ko") for b in ("na", "ri", "po", "ves", "dar")]
+    generator = np.random.default_rng(1)
+    for index in range(60):
+        sentences = [" ".join(generator.choice(words, 9)) + "." for _ in range(8)]
+        body = "".join(f"<p>{sentence} <b>&amp;</b> {sentence[:20]}</p>" for sentence in sentences)
+        page = "<html><head><title>T</title><style>p {}</style></head><body><p>Next</p><div class='related'>menu</div>"
+        (doc / "html" / f"page{index}.html").write_text(
+            f"{page}{body}<p>{'All rights are as stated. ' * 4}</p></body>"
+        )
+    with gzip.open(doc / "guide.txt.gz", "wt") as file:
+        file.write("\n\n".join(" ".join(generator.choice(words, 60)) for _ in range(6)))
+    (doc / "html" / "de").mkdir()
+    (doc / "html" / "de" / "page.html").write_text("<p>" + "Zeichenkette auf Deutsch " * 30 + "</p>")
+    dictd = root / "usr/share/dictd"
+    dictd.mkdir()
+    entries = [f"word{index}\n  A made-up word that stands for the number {index}.\n" for index in range(40)]
+    digits = "".join(prepare_text.DICT_DIGITS)
+    start, lines = 0, []
+    for index, entry in enumerate(entries):
+        lines.append(f"word{index}\t{digits[start // 64]}{digits[start % 64]}\t{digits[len(entry) // 64]}"
+                     f"{digits[len(entry) % 64]}")  # fmt: skip
+        start += len(entry)
+    with gzip.open(dictd / "made.dict.dz", "wt") as file:
+        file.write("".join(entries))
+    (dictd / "made.index").write_text("\n".join([*lines, lines[3].replace("word3", "synonym")]) + "\n")
+    return root
+
+
+def prepared(unpacked: Path, output: Path, *flags: str) -> dict:
+    arguments = ["--output", str(output), "--folder", str(unpacked), "--heldout", "0.2", "--vocab-size", "300", *flags]
+    assert prepare_text.main(arguments) == 0
+    return {
+        part: [json.loads(line)["text"] for line in (output / "text" / part / "documents.jsonl").open()]
+        for part in ("train", "heldout")
+    }
+
+
+def test_prepared_text(unpacked, tmp_path):
+    documents = prepared(unpacked, tmp_path / "a")
+    everything = documents["train"] + documents["heldout"]
+    assert len(everything) == len(set(everything)) == 60 + 1 + 40
+    assert 5 <= len(documents["heldout"]) <= 40
+    text = "\n".join(everything)
+    assert text.count("All rights are as stated.") == 4  # the first page's
+    assert "Deutsch" not in text and "menu" not in text and "Next" not in text and "<" not in text and " & " in text
+    assert "word7\n  A made-up word that stands for the number 7." in everything
+    sources = json.loads((tmp_path / "a" / "sources.json").read_text())
+    assert sources["packages"][0]["licences"] == ["GFDL-1.3", "GPL-2+"]
+    assert "GFDL-1.3; GPL-2+" in (tmp_path / "a" / "SOURCES.md").read_text()
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a" / "tokenizer")
+    assert len(tokenizer) == 300 and tokenizer.eos_token_id == 299
+    for part in documents:
+        tokens = np.array(read_token_file(tmp_path / "a" / f"{part}.bin"))
+        assert tokens[0] == 299 and (tokens == 299).sum() == len(documents[part])
+        decoded = tokenizer.decode(tokens).split("<|endoftext|>")[1:]
+        assert sorted(decoded) == sorted(documents[part])
+
+    again = prepared(unpacked, tmp_path / "b")
+    assert again == documents
+    for name in ("train.bin", "heldout.bin", "tokenizer/tokenizer.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_export_carries_the_tokenizer_it_was_trained_with(unpacked, tmp_path):
+    prepared(unpacked, tmp_path / "text")
+    content = settings(tmp_path / "text", tmp_path / "run", training__max_steps=4)
+    content["data"]["tokenizer"] = str(tmp_path / "text" / "tokenizer")
+    content["export"] = {"folder": str(tmp_path / "hub")}
+    wrong = json.loads(json.dumps(content))
+    wrong["model"]["vocab_size"] = 400
+    with pytest.raises(UserError, match="set vocab_size to the tokenizer's 300"):
+        train.train_recipe(train.make_recipe(wrong, "test"))
+    train.train_recipe(train.make_recipe(content, "test"))
+    stored = (tmp_path / "hub" / "tokenizer.json").read_bytes()
+    assert stored == (tmp_path / "text" / "tokenizer" / "tokenizer.json").read_bytes()
+    assert MLRAForCausalLM.from_pretrained(tmp_path / "hub").config.eos_token_id == 299
+
+
+def test_a_dataset_is_encoded_once_and_trained_on(unpacked, tmp_path):
+    documents = prepared(unpacked, tmp_path / "text")
+    content = settings(tmp_path / "text", tmp_path / "run", training__max_steps=2, training__warmup_steps=0)
+    content["data"] |= {
+        "train": [f"dataset:{tmp_path / 'text' / 'text' / 'train'}"],
+        "tokenizer": str(tmp_path / "text" / "tokenizer"),
+        "heldout": [],
+    }
+    result = train.train_recipe(train.make_recipe(content, "test"))
+    assert result["finished"] and "heldout" not in result
+    tokens = read_token_file(tmp_path / "run" / "tokens" / "train.bin")
+    assert (tokens == 299).sum() == len(documents["train"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--folder", "nothing"], "no folder nothing"),
+        (["--packages", "bad name"], "no name of a Debian package"),
+        (["--packages", "some-doc", "--heldout", "1.5"], "between 0 and 1"),
+        (["--packages", "some-doc", "--vocab-size", "99"], "must be above"),
+    ],
+)
+def test_text_that_is_refused(flags, message, tmp_path, capsys):
+    assert prepare_text.main(["--output", str(tmp_path / "out"), *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("section", "copyright_text", "message"),
+    [("non-free/doc", "License: X\n", "not free"), ("doc", None, "leave it out")],
+)
+def test_packages_that_are_not_free_are_refused(section, copyright_text, message, tmp_path, capsys):
+    folder = tmp_path / "thing"
+    doc = folder / "root/usr/share/doc/thing"
+    doc.mkdir(parents=True)
+    (doc / "readme.txt").write_text("some words that go on " * 50)
+    if copyright_text:
+        (doc / "copyright").write_text(copyright_text)
+    write(folder / "control.json", {"package": "thing", "section": section})
+    assert prepare_text.main(["--output", str(tmp_path / "out"), "--folder", str(folder)]) == 2
+    assert message in capsys.readouterr().err
+
+
+# Fine-tuning
+
+
+def test_lora_example(trained, tmp_path, capsys):
+    _, folder = trained
+    text = tmp_path / "lines.txt"
+    text.write_text("".join(f"line {index} of a text that says the same\n" for index in range(40)))
+    arguments = ["--model", str(folder / "hub"), "--data", str(text), "--output", str(tmp_path / "adapter")]
+    flags = ["--merge", str(tmp_path / "merged"), "--steps", "25", "--learning-rate", "0.02", "--block-size", "48"]
+    assert finetune_lora.main([*arguments, *flags]) == 0
+    result = json.loads((tmp_path / "adapter" / finetune_lora.RESULT_FILE).read_text())
+    assert set(result["target_modules"]) == set(finetune_lora.TARGETS) - {"g_proj"}
+    printed = capsys.readouterr().out
+    for part in ("train", "held out"):
+        assert result["after"][part] < result["before"][part] - 0.1
+        assert f"{result['after'][part]:.4f}" in printed
+    ids = torch.arange(30)[None]
+    base = AutoModelForCausalLM.from_pretrained(folder / "hub", dtype=torch.float32)
+    merged = MLRAForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-4)
+    assert finetune_lora.main(arguments) == 2
+    assert "already exists" in capsys.readouterr().err
+
+
+# Several processes
+
+
+def launch(config: Path, *flags: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*command, "-m", "scripts.train", str(config), *flags],
+        cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
+def test_two_processes_train_like_one(sharded, trained, data, tmp_path):
+    result, _ = trained
+    changes = {"training__per_device_train_batch_size": 4}
+    if sharded:
+        changes |= {"training__fsdp": True, "training__fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}}
+    content = settings(data, tmp_path / "run", **changes) | {"export": {"folder": str(tmp_path / "hub")}}
+    launch(write(tmp_path / "recipe.json", content))
+    other = json.loads((tmp_path / "run" / train.RESULT_FILE).read_text())
+    assert losses(other) == pytest.approx(losses(result), abs=LOSS_ATOL * 10)
+    assert MLRAForCausalLM.from_pretrained(tmp_path / "hub").num_parameters() == result["parameters"]
