@@ -197,7 +197,11 @@ def visit(rank: int, size: int, root: Path, out: Path) -> None:
         results["compiled"] = compiled_difference(root)
         results["impossible"] = refused(root, out)
     if size == 4:
-        results["with_data_parallelism"] = data_parallel_difference(root)
+        results["with_data_parallelism"] = data_parallel_difference(
+            root / "mlra_4_gated", 2, ("fsdp_size", "dp_replicate_size")
+        )
+    if size == 8:
+        results["with_data_parallelism"] = data_parallel_difference(root / "mlra_2_gated", 4, ("dp_replicate_size",))
     (out / f"rank{rank}.json").write_text(json.dumps(results))
     distributed.destroy_process_group()
 
@@ -235,18 +239,18 @@ def refused(root: Path, out: Path) -> dict:
     return {"message": "accepted", "numbers": recorder.numbers}
 
 
-def data_parallel_difference(root: Path) -> dict | None:
-    """Two tensor-parallel pairs, parameters sharded or repeated over them: logits and gradients of the same batch.
+def data_parallel_difference(folder: Path, size: int, options: tuple[str, ...]) -> dict | None:
+    """Two tensor-parallel groups, parameters sharded or repeated over them: logits and gradients of the same batch.
 
     None for older versions of transformers, which have one kind of parallelism at a time.
     """
     if "dp_replicate_size" not in DistributedConfig.__dataclass_fields__:
         return None
-    reference = torch.load(root / "mlra_4_gated" / "behaviour.pt")
+    reference = torch.load(folder / "behaviour.pt")
     differences = {}
-    for option in ("fsdp_size", "dp_replicate_size"):
-        config = DistributedConfig(tp_plan="auto", tp_size=2, **{option: 2})
-        model = MLRAForCausalLM.from_pretrained(root / "mlra_4_gated", distributed_config=config)
+    for option in options:
+        config = DistributedConfig(tp_plan="auto", tp_size=size, **{option: 2})
+        model = MLRAForCausalLM.from_pretrained(folder, distributed_config=config)
         seen = behaviour(model)
         differences[option] = {
             "logits": (seen["logits"] - reference["logits"]).abs().max().item(),
@@ -404,8 +408,9 @@ def test_a_compiled_decode_step_is_one_graph(measured):
     assert all(rank["compiled"] <= PARALLEL_LOGITS_ATOL for rank in measured(2)[0])
 
 
-def test_with_data_parallelism(measured):
-    for rank in measured(4)[0]:
+@pytest.mark.parametrize("size", [4, 8])
+def test_with_data_parallelism(measured, size):
+    for rank in measured(size)[0]:
         if rank["with_data_parallelism"] is None:
             pytest.skip("this version of transformers has one kind of parallelism at a time")
         for difference in rank["with_data_parallelism"].values():
