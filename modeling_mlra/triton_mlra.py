@@ -22,6 +22,7 @@ from .hopper_mlra import TensorDescriptor, gl, rows_kernel
 try:
     import triton
     import triton.language as tl
+    from triton.runtime.errors import OutOfResources
 except ImportError:
     triton = tl = None
 
@@ -394,10 +395,35 @@ def decode_plan(rows: int, num_latents: int, groups: int, width: int, rope_width
     return plan
 
 
-def triton_latent_attention(
-    q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling, **tuning
-):
-    """Launch the kernels; arguments as in `latent_attention`, `tuning` overrides entries of `decode_plan`."""
+# What to change in a plan, one after the other, if its tiles do not fit a GPU's shared memory (float32, wide latents).
+SMALLER_PLANS: tuple[dict[str, int], ...] = (
+    {},
+    {"num_stages": 2},
+    {"num_stages": 1},
+    {"num_stages": 1, "BN": 16},
+    {"num_stages": 1, "BN": 16, "BM": 16},
+)
+_fitting_plans: dict[tuple, int] = {}
+
+
+def triton_latent_attention(q_latent, q_rope, *arguments, **tuning):
+    """Run the kernels with the largest plan that fits; arguments as in `latent_attention`.
+
+    `tuning` overrides entries of `decode_plan`.
+    """
+    key = (q_latent.device, q_latent.dtype, q_latent.shape[1:], q_rope.shape[2:])
+    for index in range(_fitting_plans.get(key, 0), len(SMALLER_PLANS)):
+        try:
+            result = _launch(q_latent, q_rope, *arguments, **(SMALLER_PLANS[index] | tuning))
+        except OutOfResources:
+            if index + 1 == len(SMALLER_PLANS):
+                raise
+        else:
+            _fitting_plans[key] = index
+            return result
+
+
+def _launch(q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling, **tuning):
     batch, length, num_latents, heads, width = q_latent.shape
     groups, rope_width = q_rope.shape[2:5:2]
     device = q_latent.device

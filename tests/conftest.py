@@ -16,6 +16,10 @@ for name in [name for name in os.environ if name.startswith(("HF_", "HUGGINGFACE
 os.environ.update(HF_HOME=str(HF_HOME), HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined: without a GPU they are interpreted
 
 from tests.paths import GOLDEN  # noqa: E402
 

@@ -1,21 +1,14 @@
-"""Compares the fused decoding step with the modules and prints RMS ratios as JSON: `python -m tests.fused_checks`.
-
-A program of its own because Triton decides at import whether it runs on a GPU or is interpreted (TRITON_INTERPRET=1).
-"""
-
-import json
+"""Comparison of the fused decoding step with the modules, for the tests and for the benchmark that times it."""
 
 import torch
 
-from modeling_mlra import MLRACache, fused_mlra
+from modeling_mlra import MLRACache
 from modeling_mlra.fused_mlra import FusedStep
-from tests.models import VARIANTS, random_ids, rms_ratio, tiny_model
-
-YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+from tests.models import random_ids, rms_ratio, tiny_model
 
 
 @torch.no_grad()
-def compare(variant: str, device: str, **overrides) -> dict[str, float]:
+def compare(variant: str, device: str, **overrides) -> dict[str, float | bool]:
     """Two fused steps after a left-padded prompt against the modules: logits and the rows written to the cache."""
     model = tiny_model(variant, num_attention_heads=4, **overrides).to(device)
     ids = random_ids(2, 9).to(device)
@@ -47,25 +40,3 @@ def compare(variant: str, device: str, **overrides) -> dict[str, float]:
         "rows": rms_ratio(*rows),
         "counters": counters.tolist() == [9, *(positions[:, 8] + 1).tolist(), 10, 10],
     }
-
-
-def main() -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    results = {}
-    for variant in VARIANTS:
-        results[variant] = compare(variant, device)
-        results[f"{variant} gated, no scale, yarn"] = compare(
-            variant,
-            device,
-            attn_output_gate=True,
-            latent_scaling=False,
-            rope_parameters=YARN,
-            num_hidden_layers=1,
-        )
-    fused_mlra.linear_plan = lambda *_: {"ROWS": 8, "WIDTH": 8, "num_warps": 4}
-    results["three chunks a row"] = compare("mlra_4", device)
-    print(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,46 +1,42 @@
 """The fused decoding step: its kernels in Triton's interpreter, and on a GPU the whole of generate()."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
+from modeling_mlra import fused_mlra
 from modeling_mlra.fused_mlra import obstacle
 from modeling_mlra.generation_mlra import captured_decodes
+from tests.fused_checks import compare
 from tests.models import VARIANTS, random_ids, tiny_model
 from tests.tolerances import FUSED_FLOAT32_RATIO
 
-
-def check_results(environment):
-    output = subprocess.run(
-        [sys.executable, "-m", "tests.fused_checks"],
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert output.returncode == 0, output.stderr
-    results = json.loads(output.stdout.splitlines()[-1])
-    assert len(results) == 2 * len(VARIANTS) + 1
-    for name, result in results.items():
-        assert result["counters"], name
-        assert result["logits"] < FUSED_FLOAT32_RATIO, (name, result)
-        assert result["rows"] < FUSED_FLOAT32_RATIO, (name, result)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+SETTINGS = {
+    "plain": {},
+    "gated, no scale, yarn": {
+        "attn_output_gate": True,
+        "latent_scaling": False,
+        "rope_parameters": YARN,
+        "num_hidden_layers": 1,
+    },
+}
 
 
-def test_fused_step_equals_the_modules_interpreted():
-    check_results({"TRITON_INTERPRET": "1"})
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fused_step_equals_the_modules(variant, setting):
+    """Left-padded prompts, NaN in the unused rows, two steps; interpreted where there is no GPU."""
+    result = compare(variant, DEVICE, **SETTINGS[setting])
+    assert result["counters"]
+    assert result["logits"] < FUSED_FLOAT32_RATIO
+    assert result["rows"] < FUSED_FLOAT32_RATIO
 
 
-@pytest.mark.gpu
-def test_fused_step_equals_the_modules():
-    check_results({})
+def test_rows_in_several_chunks(monkeypatch):
+    monkeypatch.setattr(fused_mlra, "linear_plan", lambda *_: {"ROWS": 8, "WIDTH": 8, "num_warps": 4})
+    assert compare("mlra_4", DEVICE)["logits"] < FUSED_FLOAT32_RATIO
 
 
 @pytest.mark.gpu

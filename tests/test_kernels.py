@@ -3,13 +3,8 @@
 Triton runs in its interpreter here, so that no GPU is needed; tests marked `gpu` run the real kernels.
 """
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
 
 from modeling_mlra import kernels_mlra, triton_mlra
 from modeling_mlra.kernels_mlra import decode_calls, latent_attention
@@ -338,6 +333,33 @@ def test_kernel_without_the_function_says_so(monkeypatch):
 
 
 # --- the real thing ---
+
+
+def test_a_plan_that_does_not_fit_gives_way_to_a_smaller_one(monkeypatch):
+    """Shared memory differs between GPUs and dtypes: plans are tried from the largest on, and the choice is kept."""
+    arguments, kv_end = inputs(1, 1, 2, 1, 3, 16, 16, 9)
+    expected = oracle(*arguments, kv_end, scaling=0.2)
+    tried = []
+    launch = triton_mlra._launch
+
+    def small_gpu(*args, **tuning):
+        tried.append(tuning)
+        if len(tried) < 3:
+            raise triton_mlra.OutOfResources(300_000, 200_000, "shared memory")
+        return launch(*args, **tuning)
+
+    monkeypatch.setattr(triton_mlra, "_launch", small_gpu)
+    monkeypatch.setattr(triton_mlra, "_fitting_plans", {})
+    for _ in range(2):
+        assert ratio(run(arguments, kv_end, "triton", scaling=0.2), expected) < FP32_RATIO
+    assert tried == [*triton_mlra.SMALLER_PLANS[:3], triton_mlra.SMALLER_PLANS[2]]
+
+    def tiny_gpu(*args, **tuning):
+        raise triton_mlra.OutOfResources(300_000, 1, "shared memory")
+
+    monkeypatch.setattr(triton_mlra, "_launch", tiny_gpu)
+    with pytest.raises(triton_mlra.OutOfResources, match="shared memory"):
+        run(arguments, kv_end, "triton", scaling=0.2)
 
 
 @pytest.mark.gpu
