@@ -195,6 +195,34 @@ def test_time_budget_stops_with_a_checkpoint(data, tmp_path):
     assert train.last_checkpoint(tmp_path / "run").name == "checkpoint-1"
 
 
+def test_last_checkpoint_is_the_newest_complete_one(tmp_path):
+    assert train.last_checkpoint(tmp_path) is None
+    for step, state in ((4, {"global_step": 4}), (12, {"global_step": 12}), (8, {"global_step": 8})):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        write(tmp_path / f"checkpoint-{step}" / train.STATE_FILE, state)
+    (tmp_path / "checkpoint-16").mkdir()
+    (tmp_path / "checkpoint-20").mkdir()
+    (tmp_path / "checkpoint-20" / train.STATE_FILE).write_text('{"global_st')
+    assert train.last_checkpoint(tmp_path) == tmp_path / "checkpoint-12"
+
+
+def test_every_token_but_the_first_is_predicted_once(data):
+    """Targets are the tokens one further, across the borders of blocks too."""
+    tokens = torch.from_numpy(np.array(read_token_file(data / "train.bin")).astype(np.int64))
+    blocks = train.PackedBlocks(data / "train.bin", 32, 300)
+    assert len(blocks) == 250
+    items = [blocks[index] for index in range(250)]
+    assert torch.equal(torch.cat([item["input_ids"] for item in items]), tokens[:-1])
+    for targets in ("labels", "shift_labels"):
+        assert torch.equal(torch.cat([item[targets] for item in items]), tokens[1:])
+
+
+def test_evaluation_during_training_is_that_of_perplexity(data, tmp_path):
+    changes = {"training__eval_strategy": "steps", "training__eval_steps": 4, "training__max_steps": 4}
+    result = train.train_recipe(recipe(data, tmp_path / "run", **changes))
+    assert result["heldout_curve"] == [[4, pytest.approx(result["heldout"]["heldout"]["loss"], abs=LOSS_ATOL)]]
+
+
 # The recipe
 
 
