@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, QuantoConfig, pipeline
 from transformers.utils.import_utils import is_bitsandbytes_available, is_optimum_quanto_available
 
 from modeling_mlra import MLRACache, MLRAConfig, MLRAForCausalLM
@@ -207,3 +207,27 @@ def test_export_of_a_forward():
         exported = program.module()(input_ids=ids, attention_mask=mask, use_cache=False)
         expected = model(ids, attention_mask=mask).logits
     torch.testing.assert_close(exported.logits[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)
+
+
+def test_pipelines(converted):
+    """Text generation, in a padded batch too, and feature extraction; the package's classes serve the folder."""
+    folder = converted("mlra_2")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = MLRAForCausalLM.from_pretrained(folder)
+    generator = pipeline("text-generation", model=str(folder), device="cpu")
+    assert type(generator.model) is MLRAForCausalLM
+    prompts = ["Hello world", "a"]
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    expected = [
+        tokenizer.decode(
+            model.generate(**tokenizer(prompt, return_tensors="pt"), **settings)[0], skip_special_tokens=True
+        )
+        for prompt in prompts
+    ]
+    for batch_size in (1, 2):
+        results = generator(prompts, batch_size=batch_size, **settings)
+        assert [result[0]["generated_text"] for result in results] == expected
+    features = pipeline("feature-extraction", model=str(folder), device="cpu")("Hello world", return_tensors=True)
+    with torch.no_grad():
+        states = model.model(**tokenizer("Hello world", return_tensors="pt")).last_hidden_state
+    torch.testing.assert_close(features, states)
