@@ -14,6 +14,7 @@ atexit.register(shutil.rmtree, HF_HOME, ignore_errors=True)
 for name in [name for name in os.environ if name.startswith(("HF_", "HUGGINGFACE_", "TRANSFORMERS_"))]:
     del os.environ[name]
 os.environ.update(HF_HOME=str(HF_HOME), HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ["OMP_NUM_THREADS"] = "1"  # sums in one order, so that equal runs are equal; the tests run side by side
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
