@@ -317,7 +317,11 @@ def test_flops_are_those_that_the_profiler_counts(model, data, tmp_path):
         built(ids, labels=ids, use_cache=False).loss.backward()
     attention = train.training_flops_per_token(built, length) - train.training_flops_per_token(built, -1)
     full = train.training_flops_per_token(built, -1) + attention * 2 * length / (length + 1)
-    assert counter.get_total_flops() / length == pytest.approx(full, rel=1e-12)
+    # In older versions of the library Llama's rotation tables are an outer product, no part of the model's work.
+    tables = sum(
+        sum(flops.values()) for name, flops in counter.get_flop_counts().items() if name.endswith("rotary_emb")
+    )
+    assert (counter.get_total_flops() - tables) / length == pytest.approx(full, rel=1e-12)
 
 
 # Refused runs
