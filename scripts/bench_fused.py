@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 import triton
 
-from modeling_mlra import MLRACache, MLRAForCausalLM, fused_mlra
+from modeling_mlra import MLRAForCausalLM, fused_mlra
 from modeling_mlra.kernels_mlra import latent_attention
-from scripts.bench_generate import build, read_rate
+from scripts.bench_generate import FilledCache, build, read_rate
 from tests.fused_checks import compare
 from tests.tolerances import FUSED_FLOAT32_RATIO
 
@@ -44,16 +44,7 @@ def graph_seconds(function, repeats: int = 20) -> float:
 
 def filled_step(model: MLRAForCausalLM, context: int) -> fused_mlra.FusedStep:
     """A fused step for one sequence behind `context` random cache rows."""
-    config = model.config
-    cache = MLRACache(config, max_cache_len=context + 8)
-    one = [
-        torch.zeros(1, 1, 1, width, dtype=model.dtype, device="cuda")
-        for width in (config.kv_lora_rank, config.qk_rope_head_dim)
-    ]
-    for index, layer in enumerate(cache.layers):
-        cache.update(*one, index)
-        layer.rows.normal_()
-    cache.set_seq_length(context)
+    cache = FilledCache(model, batch=1, context=context, room=8).rewind()
     counters = torch.tensor([context, context, context + 1], dtype=torch.int32, device="cuda")
     return fused_mlra.FusedStep(model, cache, counters)
 
