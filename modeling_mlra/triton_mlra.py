@@ -14,10 +14,11 @@ log2-sum-exp, which the second kernel reduces. It is launched early and waits on
 import functools
 import math
 import os
+from typing import NamedTuple
 
 import torch
 
-from .hopper_mlra import TensorDescriptor, gl, rows_kernel
+from .hopper_mlra import TensorDescriptor, columns_kernel, gl, rows_kernel
 
 try:
     import triton
@@ -67,6 +68,27 @@ if triton is not None:
         if BIG:
             return (p.to(tl.int64) * total // shares).to(tl.int32)
         return p * total // shares
+
+    @triton.jit
+    def _parts_of(
+        b, kv_end, kv_start, B, P,
+        UNIT: tl.constexpr, MIN_UNITS: tl.constexpr, BLOCK_B: tl.constexpr, HAS_START: tl.constexpr, BIG: tl.constexpr,
+    ):  # fmt: skip
+        """Where the partial results of sequence b are: the slot of the first, its program, and the last program."""
+        offs_b = tl.arange(0, BLOCK_B)
+        _, _, units = _lengths(kv_start, kv_end, offs_b, B, UNIT, HAS_START)
+        total = tl.sum(units, 0)
+        shares = _shares(total, P, MIN_UNITS)
+        first = tl.sum(tl.where(offs_b < b, units, 0), 0)
+        last = first + tl.sum(tl.where(offs_b == b, units, 0), 0) - 1
+        if BIG:
+            p_first = (((first + 1).to(tl.int64) * shares - 1) // total).to(tl.int32)
+            p_last = (((last + 1).to(tl.int64) * shares - 1) // total).to(tl.int32)
+        else:
+            p_first = ((first + 1) * shares - 1) // total
+            p_last = ((last + 1) * shares - 1) // total
+        inside = first != _share_start(p_first, total, shares, BIG)
+        return 2 * p_first + inside.to(tl.int32), p_first, p_last
 
     @triton.jit
     def _cache_offsets(table_row, j, n, ok, stride, PAGE: tl.constexpr):
@@ -179,7 +201,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["B", "P"])
     def decode_kernel(
-        q, q_rope, latents, k_rope, out, part, part_lse, split, kv_end, kv_start, key_mask, table,
+        q, q_rope, latents, k_rope, out, part, part_lse, kv_end, kv_start, key_mask, table,
         B, T, P, scale_log2,
         q_b, q_t, q_l, q_h, qr_b, qr_t, qr_g, qr_h, c_b, c_s, c_l, k_b, k_s, o_b, o_t, o_l, o_h, mask_b, table_b,
         L: tl.constexpr, GROUPS: tl.constexpr, H: tl.constexpr, R: tl.constexpr, E: tl.constexpr,
@@ -247,10 +269,6 @@ if triton is not None:
                 )  # fmt: skip
 
             slot = 2 * p + (pos != first_pos).to(tl.int32)
-            if pos == seq_first:
-                tl.store(split + 2 * b, slot)
-            if stop_pos == seq_last:
-                tl.store(split + 2 * b + 1, p)
             z = acc * tl.where(norm > 0, 1.0 / norm, 0.0)[:, :, None]
             latent = l0 + tl.arange(0, NL)
             offs_d = tl.arange(0, RP)
@@ -266,11 +284,12 @@ if triton is not None:
             pos = stop_pos
             b += 1
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["B", "P"])
     def combine_kernel(
-        out, part, part_lse, split, T, o_b, o_t, o_l, o_h,
-        L: tl.constexpr, H: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr,
-        SPLITS: tl.constexpr, PDL: tl.constexpr,
+        out, part, part_lse, kv_end, kv_start, B, T, P, o_b, o_t, o_l, o_h,
+        L: tl.constexpr, H: tl.constexpr, R: tl.constexpr, UNIT: tl.constexpr, MIN_UNITS: tl.constexpr,
+        BLOCK_B: tl.constexpr, HAS_START: tl.constexpr, BIG: tl.constexpr,
+        ROWS: tl.constexpr, BD: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """Reduce the partial results of ROWS query rows of one latent and sequence, BD columns; whole ones are done.
 
@@ -285,10 +304,8 @@ if triton is not None:
         ok_d = offs_d < R
         o_base = out + b.to(tl.int64) * o_b + l * o_l
         _program_release(PDL)
+        first_slot, p_first, p_last = _parts_of(b, kv_end, kv_start, B, P, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG)
         _program_wait(PDL)
-        first_slot = tl.load(split + 2 * b)
-        p_first = first_slot // 2
-        p_last = tl.load(split + 2 * b + 1)
         if p_first == p_last:
             return
         if SPLITS == 1:
@@ -374,15 +391,28 @@ def _fits_hopper(latents, k_rope, block_table) -> bool:
     )
 
 
-def decode_plan(rows: int, num_latents: int, groups: int, width: int, rope_width: int, itemsize: int, hopper: bool):
-    """Block sizes for M = `rows` query rows per latent; see evals/results/decode_notes.md for what was measured."""
+def decode_plan(
+    rows: int, num_latents: int, groups: int, width: int, rope_width: int, itemsize: int, hopper: bool, tiles: int = 0
+) -> dict:
+    """Block sizes for M = `rows` query rows per latent; see evals/results/decode_notes.md for what was measured.
+
+    `tiles` says how many tiles of 64 cached rows a multiprocessor gets if it takes all latents of a row.
+    """
     padded = max(16, triton.next_power_of_2(width))
     rope_padded = max(16, triton.next_power_of_2(rope_width))
     branches = num_latents // groups
     plan = {"kernel": "plain", "RP": padded, "EP": rope_padded, "UNIT": 32, "MIN_UNITS": 1, "NL": 1, "num_stages": 3}
     plan["programs_per_sm"] = 1
+    if hopper and rows <= 32 and num_latents % 4 == 0 and tiles > 0:
+        columns = {"NL": 4, "BM": 16 if rows <= 16 else 32, "BN": 64, "UNIT": 64, "num_warps": 4}
+        per_row = 4 * width + rope_width
+        held = 4 * itemsize * columns["BM"] * (width + rope_width + 64)
+        stages = (HOPPER_SHARED_BYTES - held) // (64 * per_row * itemsize)
+        if stages >= 2:
+            return plan | columns | {"kernel": "columns", "num_stages": min(stages, 6)}
     if hopper and rows <= 64:
         plan |= {"kernel": "rows", "BM": 64, "BN": 64, "UNIT": 64, "num_warps": 4, "num_stages": 7}
+        plan["MIN_UNITS"] = 2  # a tile for each of the two warpgroups
     elif hopper:
         plan |= {"kernel": "rows", "BM": 128, "BN": 128, "UNIT": 128, "num_warps": 4, "num_stages": 3}
     elif rows <= 32 and padded <= 128 and branches in (2, 4, 8):
@@ -395,6 +425,8 @@ def decode_plan(rows: int, num_latents: int, groups: int, width: int, rope_width
     return plan
 
 
+HOPPER_SHARED_BYTES = 226 * 1024  # of a block, less what barriers and reductions take
+
 # What to change in a plan, one after the other, if its tiles do not fit a GPU's shared memory (float32, wide latents).
 SMALLER_PLANS: tuple[dict[str, int], ...] = (
     {},
@@ -406,24 +438,78 @@ SMALLER_PLANS: tuple[dict[str, int], ...] = (
 _fitting_plans: dict[tuple, int] = {}
 
 
-def triton_latent_attention(q_latent, q_rope, *arguments, **tuning):
+class PartialResults(NamedTuple):
+    """What the decode kernel leaves behind, for a kernel that reduces it.
+
+    Args:
+        out: `[B, T, L, H, R]`, written for the sequences that lie in one program's share.
+        part, lse: float32 `[2 * programs, L, M, R]` and `[2 * programs, L, M]`, normalised partial results of the
+            others and their log2-sum-exp.
+        programs: how many programs share the rows; with one, `out` is complete.
+        kv_end, kv_start: as in `latent_attention`.
+        deal: the constants of `_parts_of`, by which a kernel finds a sequence's slots.
+        early: whether that kernel can be launched early.
+    """
+
+    out: torch.Tensor
+    part: torch.Tensor
+    lse: torch.Tensor
+    programs: int
+    kv_end: torch.Tensor
+    kv_start: torch.Tensor | None
+    deal: dict
+    early: bool
+
+
+def triton_latent_attention(*arguments, **tuning) -> torch.Tensor:
     """Run the kernels with the largest plan that fits; arguments as in `latent_attention`.
 
     `tuning` overrides entries of `decode_plan`.
     """
+    return combine(decode(*arguments, **tuning))
+
+
+def decode(q_latent, q_rope, *arguments, **tuning) -> PartialResults:
+    """The first kernel alone; arguments as in `triton_latent_attention`."""
     key = (q_latent.device, q_latent.dtype, q_latent.shape[1:], q_rope.shape[2:])
-    for index in range(_fitting_plans.get(key, 0), len(SMALLER_PLANS)):
+    for index in range(_fitting_plans.get(key, 0), len(SMALLER_PLANS) - 1):
         try:
             result = _launch(q_latent, q_rope, *arguments, **(SMALLER_PLANS[index] | tuning))
         except OutOfResources:
-            if index + 1 == len(SMALLER_PLANS):
-                raise
-        else:
-            _fitting_plans[key] = index
-            return result
+            continue
+        _fitting_plans[key] = index
+        return result
+    return _launch(q_latent, q_rope, *arguments, **(SMALLER_PLANS[-1] | tuning))
 
 
-def _launch(q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling, **tuning):
+def combine(results: PartialResults) -> torch.Tensor:
+    """The second kernel: `out` with all partial results reduced into it."""
+    out, programs = results.out, results.programs
+    batch, length, num_latents, heads, width = out.shape
+    rows = length * heads
+    if programs > 1:
+        # Many small reductions take their splits one after the other, a few wide ones all at once
+        padded = max(16, triton.next_power_of_2(width))
+        splits = min(256, max(8, triton.next_power_of_2(triton.cdiv(programs, batch) + 1)))
+        splits = 1 if splits == 8 and batch * num_latents * rows > 8192 else splits
+        columns = padded if splits == 1 else max(16, min(padded, 4096 // splits))
+        combined = min(16, triton.next_power_of_2(rows)) if splits == 1 else 1
+        combine_kernel[(triton.cdiv(width, columns), num_latents * triton.cdiv(rows, combined), batch)](
+            out, results.part, results.lse, results.kv_end, results.kv_start, batch, length, programs,
+            *out.stride()[:4], L=num_latents, H=heads, R=width, ROWS=combined, BD=columns, SPLITS=splits,
+            PDL=results.early, num_warps=1 if splits == 8 else 4, **results.deal, **launch_options(results.early),
+        )  # fmt: skip
+    return out
+
+
+def launch_options(early: bool) -> dict:
+    """Of a kernel that waits on the device for the one in front of it."""
+    return {"launch_pdl": True} if early else {}
+
+
+def _launch(
+    q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling, **tuning
+) -> PartialResults:
     batch, length, num_latents, heads, width = q_latent.shape
     groups, rope_width = q_rope.shape[2:5:2]
     device = q_latent.device
@@ -435,61 +521,52 @@ def _launch(q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block
     rows = length * heads
     multiprocessors, early, hopper = _device_facts(device.index if device.type == "cuda" else None)
     hopper = hopper and _fits_hopper(latents, k_rope, block_table)
-    plan = decode_plan(rows, num_latents, groups, width, rope_width, latents.element_size(), hopper) | tuning
-    lanes = (num_latents // plan["NL"]) * triton.cdiv(rows, plan["BM"])
-    programs = max(1, multiprocessors * plan["programs_per_sm"] // lanes)
     if block_table is None:
         capacity, c_strides, k_strides = latents.shape[1], latents.stride(), k_rope.stride()
     else:
         capacity = block_table.shape[1] * page_size
         c_strides, k_strides = (0, *latents.stride()), (0, *k_rope.stride())
+    tiles = batch * capacity // (64 * multiprocessors)
+    plan = decode_plan(rows, num_latents, groups, width, rope_width, latents.element_size(), hopper, tiles) | tuning
+    lanes = (num_latents // plan["NL"]) * triton.cdiv(rows, plan["BM"])
+    programs = max(1, multiprocessors * plan["programs_per_sm"] // lanes)
     most_units = batch * (triton.cdiv(capacity, plan["UNIT"]) + 1)
     programs = min(programs, triton.cdiv(most_units, plan["MIN_UNITS"]))
-    meta = {
-        "L": num_latents, "H": heads, "R": width, "UNIT": plan["UNIT"], "MIN_UNITS": plan["MIN_UNITS"],
-        "BLOCK_B": triton.next_power_of_2(batch), "HAS_START": kv_start is not None, "PDL": early,
-        "BIG": (most_units + 1) * (programs + 1) >= 2**31,
+    deal = {
+        "UNIT": plan["UNIT"], "MIN_UNITS": plan["MIN_UNITS"], "BLOCK_B": triton.next_power_of_2(batch),
+        "HAS_START": kv_start is not None, "BIG": (most_units + 1) * (programs + 1) >= 2**31,
     }  # fmt: skip
     part = torch.empty((2 * programs, num_latents, rows, width), dtype=torch.float32, device=device)
     part_lse = torch.empty((2 * programs, num_latents, rows), dtype=torch.float32, device=device)
-    split = torch.empty((batch, 2), dtype=torch.int32, device=device)  # first slot and last program of each sequence
-    launch = {"launch_pdl": True} if early else {}
     if key_mask is not None:
         key_mask = key_mask if key_mask.stride(-1) == 1 else key_mask.contiguous()
         key_mask = key_mask.view(torch.uint8) if key_mask.dtype == torch.bool else key_mask
     mask_stride = 0 if key_mask is None else key_mask.stride(0)
     scale_log2 = scaling * math.log2(math.e)
-    both = {"GROUPS": groups, "E": rope_width, "HAS_MASK": key_mask is not None, "CAUSAL": length > 1}
-    both |= {k: plan[k] for k in ("BM", "BN", "num_warps")}
+    constants = {
+        "L": num_latents, "H": heads, "R": width, "GROUPS": groups, "E": rope_width, "NL": plan["NL"],
+        "HAS_MASK": key_mask is not None, "CAUSAL": length > 1, "PDL": early,
+    }  # fmt: skip
+    constants |= {k: plan[k] for k in ("BM", "BN", "num_warps", "maxnreg") if k in plan} | deal | launch_options(early)
     if plan["kernel"] == "plain":
         decode_kernel[(programs * lanes,)](
-            q_latent, q_rope, latents, k_rope, out, part, part_lse, split, kv_end, kv_start, key_mask, block_table,
+            q_latent, q_rope, latents, k_rope, out, part, part_lse, kv_end, kv_start, key_mask, block_table,
             batch, length, programs, scale_log2,
             *q_latent.stride()[:4], *q_rope.stride()[:4], *c_strides[:3], *k_strides[:2], *out.stride()[:4],
             mask_stride, 0 if block_table is None else block_table.stride(0),
-            PAGE=page_size if block_table is not None else 0, RP=plan["RP"], EP=plan["EP"], NL=plan["NL"],
-            num_stages=plan["num_stages"], **both, **meta, **launch,
+            PAGE=page_size if block_table is not None else 0, RP=plan["RP"], EP=plan["EP"],
+            num_stages=plan["num_stages"], **constants,
         )  # fmt: skip
     else:
-        rows_kernel[(programs * lanes,)](
+        kernels = {"rows": rows_kernel, "columns": columns_kernel}
+        kernels[plan["kernel"]][(programs * lanes,)](
             _rows_descriptor(latents, plan["BN"], width), _rows_descriptor(k_rope, plan["BN"], rope_width),
-            q_latent, q_rope, out, part, part_lse, split, kv_end, kv_start, key_mask,
+            q_latent, q_rope, out, part, part_lse, kv_end, kv_start, key_mask,
             batch, length, programs, capacity, scale_log2,
             *q_latent.stride()[:4], *q_rope.stride()[:4], *out.stride()[:4], mask_stride,
-            STAGES=plan["num_stages"], **both, **meta, **launch,
+            STAGES=plan["num_stages"], **constants,
         )  # fmt: skip
-    if programs > 1:
-        # Many small reductions take their splits one after the other, a few wide ones all at once
-        splits = min(256, max(8, triton.next_power_of_2(triton.cdiv(programs, batch) + 1)))
-        splits = 1 if splits == 8 and batch * num_latents * rows > 8192 else splits
-        columns = plan["RP"] if splits == 1 else max(16, min(plan["RP"], 4096 // splits))
-        combined = min(16, triton.next_power_of_2(rows)) if splits == 1 else 1
-        combine_kernel[(triton.cdiv(width, columns), num_latents * triton.cdiv(rows, combined), batch)](
-            out, part, part_lse, split, length, *out.stride()[:4],
-            L=num_latents, H=heads, R=width, ROWS=combined, BD=columns, SPLITS=splits, PDL=early,
-            num_warps=1 if splits == 8 else 4, **launch,
-        )  # fmt: skip
-    return out
+    return PartialResults(out, part, part_lse, programs, kv_end, kv_start, deal, early)
 
 
 def _rows_descriptor(tensor: torch.Tensor, block_rows: int, block_columns: int):
