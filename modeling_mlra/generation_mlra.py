@@ -8,14 +8,34 @@ cache and following calls are those of the library's loop. It has the signature 
 
 from collections import Counter, deque
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MinPLogitsWarper,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .cache_mlra import MLRACache
 from .fused_mlra import FusedStep
 from .fused_mlra import obstacle as fused_obstacle
+
+# Processors and criteria that read nothing but the logits or the last token, and wait for nothing.
+OF_LOGITS_ALONE = (
+    MinPLogitsWarper,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+OF_LAST_TOKEN_ALONE = (EosTokenCriteria, MaxLengthCriteria)
 
 captured_decodes: Counter[str] = Counter()  # how often each kind of step was set up: "fused" or "modules"
 
@@ -40,8 +60,8 @@ def can_capture(model: nn.Module, generation_config, model_kwargs: dict, synced_
     )
 
 
-class CapturedStep:
-    """Token ids `[M]` to next-token logits `[M, vocab_size]`, as a CUDA graph from the second call on.
+class DecodingStep:
+    """The model as a function of the tokens' ids `[M]`, giving next-token logits `[M, vocab_size]`: fused or its modules.
 
     Args:
         model: an `MLRAForCausalLM`.
@@ -53,27 +73,23 @@ class CapturedStep:
     def __init__(self, model: nn.Module, cache: MLRACache, positions: torch.Tensor, attention_mask=None):
         batch, device = positions.shape[0], positions.device
         rows = int(cache.get_seq_length())
-        self.token_ids = torch.zeros(batch, dtype=torch.long, device=device)
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.logits: torch.Tensor | None = None
-        self.num_calls = 0
         key_mask = kv_start = None
         if attention_mask is not None and not attention_mask.all():  # older versions pass on a mask of ones
             missing = cache.get_max_length() - attention_mask.shape[-1]
             key_mask = nn.functional.pad(attention_mask, (0, missing), value=1).bool()
             kv_start = key_mask.int().argmax(dim=-1).to(torch.int32)
         self.key_mask = key_mask
-        self.step: Callable[[torch.Tensor], torch.Tensor]
+        self.run: Callable[[torch.Tensor], torch.Tensor]
         if device.type == "cuda" and fused_obstacle(model, batch) is None:
             captured_decodes["fused"] += 1
             in_use = torch.full_like(positions, rows + 1)
             counters = torch.cat([in_use[:1] - 1, positions, in_use]).to(torch.int32)
-            self.step = FusedStep(model, cache, counters, kv_start, key_mask)
+            self.run = FusedStep(model, cache, counters, kv_start, key_mask)
         else:
             captured_decodes["modules"] += 1
             position_ids = positions[:, None].clone()
 
-            def step(token_ids: torch.Tensor) -> torch.Tensor:
+            def run(token_ids: torch.Tensor) -> torch.Tensor:
                 logits = model(
                     token_ids[:, None],
                     attention_mask=key_mask,
@@ -84,19 +100,31 @@ class CapturedStep:
                 position_ids.add_(1)
                 return logits[:, -1]
 
-            self.step = step
+            self.run = run
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
-        self.token_ids.copy_(token_ids)
+        return self.run(token_ids)
+
+
+class Replay:
+    """A function of fixed buffers, as a CUDA graph from its second call on (plain calls elsewhere)."""
+
+    def __init__(self, function: Callable[[], Any], device: torch.device):
+        self.function, self.on_device = function, device.type == "cuda"
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.result: Any = None
+        self.num_calls = 0
+
+    def __call__(self) -> Any:
         self.num_calls += 1
-        if self.num_calls == 1 or token_ids.device.type != "cuda":  # compiles kernels, fills libraries' workspaces
-            return self.step(self.token_ids)
+        if self.num_calls == 1 or not self.on_device:  # compiles kernels, fills libraries' workspaces
+            return self.function()
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
-                self.logits = self.step(self.token_ids)
+                self.result = self.function()
         self.graph.replay()
-        return self.logits
+        return self.result
 
 
 class LaggedFlags:
@@ -110,8 +138,9 @@ class LaggedFlags:
     def add(self, finished: torch.Tensor, tokens: torch.Tensor, undo_state) -> None:
         on_device = finished.device.type == "cuda"
         event = torch.cuda.Event() if on_device else None
-        tokens = None if self.streamer is None else tokens.to("cpu", non_blocking=on_device)
-        self.pending.append((finished.to("cpu", non_blocking=on_device), tokens, event, undo_state))
+        finished = finished.to("cpu", copy=True, non_blocking=on_device)
+        kept = None if self.streamer is None else tokens.to("cpu", copy=True, non_blocking=on_device)
+        self.pending.append((finished, kept, event, undo_state))
         if event is not None:
             event.record()
 
@@ -184,6 +213,9 @@ def captured_decode(
     unfinished = torch.ones(batch, dtype=torch.long, device=device)
     sequences = torch.cat([input_ids, input_ids.new_zeros(batch, max(max_length - length, 1))], dim=1)
     flags = LaggedFlags(lag, streamer)
+    # What chooses a token from these logits alone is captured with the step; anything else sees the whole sequence.
+    alone = scores is raw_logits is None and all(type(x) in OF_LOGITS_ALONE for x in logits_processor)
+    alone = alone and all(type(x) in OF_LAST_TOKEN_ALONE for x in stopping_criteria)
 
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
     logits = outputs.logits[:, -1]
@@ -194,8 +226,11 @@ def captured_decode(
         positions = torch.full((batch,), prompt_rows, device=device)
     else:
         positions = (position_ids[:, -1] + 1).expand(batch)
-    step = CapturedStep(model, cache, positions, model_kwargs.get("attention_mask"))
-    while True:
+    token_ids = torch.zeros(batch, dtype=torch.long, device=device)
+    column = torch.full((1,), length, device=device)  # where the next tokens go
+    finished = torch.zeros((), dtype=torch.bool, device=device)
+
+    def select(logits: torch.Tensor) -> None:
         next_logits = logits.to(copy=True, dtype=torch.float32)
         next_scores = logits_processor(sequences[:, :length], next_logits)
         if scores is not None:
@@ -208,13 +243,23 @@ def captured_decode(
             tokens = torch.argmax(next_scores, dim=-1)
         if has_eos:
             tokens = tokens * unfinished + pad * (1 - unfinished)
-        sequences[:, length] = tokens
+        sequences.index_copy_(1, column, tokens[:, None])
+        column.add_(1)
+        stopped = stopping_criteria(tokens[:, None] if alone else sequences[:, : length + 1], None)
+        unfinished.mul_(~stopped)
+        token_ids.copy_(tokens)
+        torch.eq(unfinished.max(), 0, out=finished)
+
+    step = DecodingStep(model, cache, positions, model_kwargs.get("attention_mask"))
+    forward = Replay(lambda: step(token_ids), device)
+    advance = Replay(lambda: select(step(token_ids)), device) if alone else lambda: select(forward())
+    select(logits)
+    while True:
         length += 1
-        unfinished = unfinished & ~stopping_criteria(sequences[:, :length], None)
-        flags.add(unfinished.max() == 0, tokens, _random_state(device))
+        flags.add(finished, token_ids, _random_state(device))
         if flags.read(drain=length >= max_length) or length >= max_length:
             break
-        logits = step(tokens)
+        advance()
 
     if flags.num_after_stop:
         length -= flags.num_after_stop

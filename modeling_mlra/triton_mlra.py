@@ -14,7 +14,7 @@ log2-sum-exp, which the second kernel reduces. It is launched early and waits on
 import functools
 import math
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -543,7 +543,7 @@ def _launch(
         key_mask = key_mask.view(torch.uint8) if key_mask.dtype == torch.bool else key_mask
     mask_stride = 0 if key_mask is None else key_mask.stride(0)
     scale_log2 = scaling * math.log2(math.e)
-    constants = {
+    constants: dict[str, Any] = {
         "L": num_latents, "H": heads, "R": width, "GROUPS": groups, "E": rope_width, "NL": plan["NL"],
         "HAS_MASK": key_mask is not None, "CAUSAL": length > 1, "PDL": early,
     }  # fmt: skip
@@ -558,7 +558,7 @@ def _launch(
             num_stages=plan["num_stages"], **constants,
         )  # fmt: skip
     else:
-        kernels = {"rows": rows_kernel, "columns": columns_kernel}
+        kernels: dict[str, Any] = {"rows": rows_kernel, "columns": columns_kernel}
         kernels[plan["kernel"]][(programs * lanes,)](
             _rows_descriptor(latents, plan["BN"], width), _rows_descriptor(k_rope, plan["BN"], rope_width),
             q_latent, q_rope, out, part, part_lse, kv_end, kv_start, key_mask,

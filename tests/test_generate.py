@@ -8,7 +8,7 @@ from transformers import DynamicCache, GenerationConfig, StaticCache
 
 import modeling_mlra.modeling_mlra
 from modeling_mlra import MLRACache
-from modeling_mlra.generation_mlra import CapturedStep, captured_decode, captured_decodes
+from modeling_mlra.generation_mlra import DecodingStep, captured_decode, captured_decodes
 from modeling_mlra.kernels_mlra import decode_calls
 from tests.models import VARIANTS, random_ids, tiny_model
 
@@ -95,8 +95,12 @@ def captured(model, ids, **settings):
 
 @pytest.mark.parametrize("lag", [0, 3])
 @pytest.mark.parametrize("do_sample", [False, True])
-def test_captured_loop_equals_the_library_loop(do_sample, lag, monkeypatch):
-    """Tokens, scores, streamed tokens, cache length and random state, with rows that end early and late."""
+@pytest.mark.parametrize("recorded", [False, True])
+def test_captured_loop_equals_the_library_loop(recorded, do_sample, lag, monkeypatch):
+    """Tokens, scores, streamed tokens, cache length and random state, with rows that end early and late.
+
+    `recorded`: with scores and a penalty that reads the sequence, so that tokens are chosen outside the graph.
+    """
 
     class Recorder:
         def __init__(self):
@@ -110,8 +114,9 @@ def test_captured_loop_equals_the_library_loop(do_sample, lag, monkeypatch):
 
     model = tiny_model("mlra_4")
     ids, mask, _ = padded_batch(model)
-    settings = {"do_sample": do_sample, "attention_mask": mask, "repetition_penalty": 1.3, "pad_token_id": 0}
-    settings |= {"output_scores": True, "max_new_tokens": NEW_TOKENS, "temperature": 0.7 if do_sample else None}
+    settings = {"do_sample": do_sample, "attention_mask": mask, "pad_token_id": 0, "max_new_tokens": NEW_TOKENS}
+    settings |= {"temperature": 0.7 if do_sample else None, "suppress_tokens": [3]}
+    settings |= {"output_scores": True, "repetition_penalty": 1.3} if recorded else {}
     for row, eos in ((slice(0, 3), None), (slice(2, 3), "fourth"), (slice(0, 3), "several")):
         part, settings["attention_mask"] = ids[row], mask[row]
         torch.manual_seed(0)
@@ -138,7 +143,7 @@ def test_captured_loop_equals_the_library_loop(do_sample, lag, monkeypatch):
         assert our_stream == library_stream
         assert torch.equal(our_random, library_random), "the random state is that of the tokens kept"
         assert int(ours.past_key_values.get_seq_length()) == int(library.past_key_values.get_seq_length())
-        for our_scores, library_scores in zip(ours.scores, library.scores, strict=True):
+        for our_scores, library_scores in zip(ours.scores or (), library.scores or (), strict=True):
             torch.testing.assert_close(our_scores, library_scores, rtol=1e-4, atol=1e-4)
 
 
@@ -159,8 +164,8 @@ def test_a_mask_of_ones_costs_nothing():
     with torch.no_grad():
         model(ids, past_key_values=cache)
     positions = torch.full((3,), 9)
-    assert CapturedStep(model, cache, positions, torch.ones_like(mask)).key_mask is None
-    assert CapturedStep(model, cache, positions, mask).key_mask.shape == (3, 20)
+    assert DecodingStep(model, cache, positions, torch.ones_like(mask)).key_mask is None
+    assert DecodingStep(model, cache, positions, mask).key_mask.shape == (3, 20)
 
 
 def test_captured_loop_says_what_it_needs():
