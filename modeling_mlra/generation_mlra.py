@@ -61,7 +61,7 @@ def can_capture(model: nn.Module, generation_config, model_kwargs: dict, synced_
 
 
 class DecodingStep:
-    """The model as a function of the tokens' ids `[M]`, giving next-token logits `[M, vocab_size]`: fused or its modules.
+    """The model as a function of token ids `[M]` that gives next-token logits `[M, vocab_size]`: fused, or its modules.
 
     Args:
         model: an `MLRAForCausalLM`.
