@@ -61,7 +61,7 @@ def can_capture(model: nn.Module, generation_config, model_kwargs: dict, synced_
 
 
 class DecodingStep:
-    """The model as a function of token ids `[M]` that gives next-token logits `[M, vocab_size]`: fused, or its modules.
+    """The model as a function of token ids `[M]` to next-token logits `[M, vocab_size]`: fused, or its modules.
 
     Args:
         model: an `MLRAForCausalLM`.
@@ -238,7 +238,9 @@ def captured_decode(
         if raw_logits is not None:
             raw_logits.append(next_logits)
         if generation_config.do_sample:
-            tokens = torch.multinomial(nn.functional.softmax(next_scores, dim=-1), num_samples=1).squeeze(1)
+            # torch.multinomial's draw, without its check of the probabilities, which would wait for the device
+            probabilities = nn.functional.softmax(next_scores, dim=-1)
+            tokens = torch.argmax(probabilities / torch.empty_like(probabilities).exponential_(1), dim=-1)
         else:
             tokens = torch.argmax(next_scores, dim=-1)
         if has_eos:

@@ -53,6 +53,22 @@ def test_generate_takes_the_captured_loop_and_gives_the_same_tokens(dtype):
         assert torch.equal(tokens, model.generate(ids, max_new_tokens=24, do_sample=False))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_captured_sampling_draws_as_the_library_does(penalty):
+    """With tokens chosen inside the graph (no penalty) and outside: same tokens, same random state afterwards."""
+    model = tiny_model("mlra_4", dtype=torch.float32).to("cuda")
+    ids = random_ids(2, 9).to("cuda")
+    settings = {"max_new_tokens": 24, "do_sample": True, "top_p": 0.9, "temperature": 0.8, "repetition_penalty": penalty}
+    results = []
+    for cache in ({}, {"cache_implementation": "static"}):
+        torch.manual_seed(0)
+        tokens = model.generate(ids, **settings, **cache)
+        results.append((tokens, torch.rand(1, device="cuda")))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
 def test_obstacles_name_what_is_in_the_way():
     assert "float32" in obstacle(tiny_model(dtype=torch.float32), 1)
     model = tiny_model(dtype=torch.bfloat16)
