@@ -18,9 +18,10 @@ R latent, D_N / E / V positionless key, RoPE and value widths.
 """
 
 import torch
-from torch import distributed, nn
+from torch import nn
 
 from .tensor_parallel_mlra import (
+    gather_output,
     is_parallel,
     local_sizes,
     local_tensor,
@@ -361,7 +362,7 @@ class FusedStep:
             self._add(mlp.down_proj, self.mlp)
         self._linear(self.hidden, [self.model.lm_head], self.logits, norm=base.norm)
         self.counters.add_(1)
-        return self._gathered(self.logits)
+        return self.logits if self.mesh is None else gather_output(self.logits, self.mesh.get_group())
 
     def _embed(self, weight: torch.Tensor, token_ids: torch.Tensor) -> None:
         """The embedding of each token, from the rank that keeps its row."""
@@ -378,15 +379,6 @@ class FusedStep:
         self._linear(x, [layer], self.hidden, residual=self.hidden)
         if self.mesh is not None:
             sum_output(self.hidden, self.mesh.get_group())
-
-    def _gathered(self, shares: torch.Tensor) -> torch.Tensor:
-        """`[M, N / T]` of every rank to `[M, N]`."""
-        if self.mesh is None:
-            return shares
-        size, group = self.mesh.size(), self.mesh.get_group()
-        gathered = shares.new_empty(size * self.num_sequences, shares.shape[1])
-        distributed.all_gather_into_tensor(gathered, shares, group=group)
-        return gathered.unflatten(0, (size, -1)).transpose(0, 1).flatten(1)
 
     def _linear(self, x, layers, out, norm=None, scale=1.0, swiglu=False, residual=None):
         weights = [local_tensor(layer.weight) for layer in layers]

@@ -150,6 +150,15 @@ def sum_output(x: torch.Tensor, group) -> torch.Tensor:
     return x
 
 
+def gather_output(x: torch.Tensor, group) -> torch.Tensor:
+    """`[M, N]` of each of the T ranks to `[M, T*N]`, without gradient."""
+    gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor  # older torch
+    size = distributed.get_world_size(group)
+    gathered = x.new_empty(size * x.shape[0], x.shape[1])
+    gather(gathered, x, group=group)
+    return gathered.unflatten(0, (size, -1)).transpose(0, 1).flatten(1)
+
+
 @contextlib.contextmanager
 def local_parameters(module: nn.Module, group) -> Iterator[None]:
     """Let `module` see its parameters as this rank's plain tensors, their gradients summed over `group`."""
