@@ -61,7 +61,7 @@ def read_config(name: str, layers: int | None) -> MLRAConfig:
     """A released architecture, "wide_" before its name for a stack of four layers of 64 heads."""
     file = CONFIGURATION / f"{name.removeprefix('wide_')}.json"
     if not file.is_file():
-        raise UserError(f"--models {name}: there is no {file}")
+        raise UserError(f"model {name}: there is no {file}")
     settings = json.loads(file.read_text(encoding="utf-8"))
     if name.startswith("wide_"):
         settings |= WIDE
