@@ -39,13 +39,19 @@ from tokenization.build import FOLDER as GPT2_TOKENIZER
 
 # The demo's. Not dict-wn: it repeats a definition under each of its words, so held-out text would be known already.
 PACKAGES = (
+    "apache2-doc",
     "debian-handbook",
+    "debian-history",
+    "debian-policy",
     "debian-reference-en",
     "developers-reference",
     "dict-foldoc",
     "dict-gcide",
     "dict-jargon",
     "git-doc",
+    "harden-doc",
+    "installation-guide-amd64",
+    "libreoffice-help-en-us",
     "linux-doc-6.1",
     "maint-guide",
     "perl-doc",
@@ -53,6 +59,7 @@ PACKAGES = (
     "python-django-doc",
     "python3.11-doc",
     "sqlite3-doc",
+    "vim-doc",
 )
 NON_FREE = ("non-free", "contrib", "restricted", "multiverse")
 SUFFIXES = (".html", ".htm", ".txt", ".rst", ".pod", ".text")
