@@ -37,10 +37,10 @@ from modeling_mlra.fused_mlra import FusedStep
 from modeling_mlra.generation_mlra import DecodingStep, captured_decodes
 from modeling_mlra.kernels_mlra import latent_attention
 from modeling_mlra.tensor_parallel_mlra import (
+    check_tensor_parallel_size,
     local_sizes,
     tensor_parallel_layout,
     tensor_parallel_mesh,
-    tensor_parallel_sizes,
 )
 from scripts.cli import UserError, run
 
@@ -355,8 +355,11 @@ def measure(args: argparse.Namespace) -> None:
     token_configs = {name: read_config(name, args.token_layers) for name in args.token_models or args.models}
     sizes = args.sizes or [size for size in (1, 2, 4, 8) if world % size == 0]
     for name, config in (*configs.items(), *token_configs.items()):
-        if missing := [size for size in sizes if size not in tensor_parallel_sizes(config)]:
-            raise UserError(f"{name} cannot be split over {missing[0]} ranks, but {tensor_parallel_sizes(config)}")
+        for size in sizes:
+            try:
+                check_tensor_parallel_size(config, size)
+            except ValueError as error:
+                raise UserError(f"{name}: {error}") from None
     if bad := [size for size in sizes if world % size]:
         raise UserError(f"--sizes {bad[0]} does not divide the {world} processes")
     if cuda:

@@ -30,6 +30,7 @@ from modeling_mlra.tensor_parallel_mlra import (
     tensor_parallel_layout,
     tensor_parallel_sizes,
 )
+from scripts import bench_tp
 from scripts.generate import main as generate
 from tests.fused_checks import decode_two_tokens
 from tests.models import VARIANTS, rms_ratio, tiny_config, tiny_model
@@ -604,3 +605,33 @@ def test_generate_script_under_torchrun(converted, tmp_path, capsys):
     result = torchrun(tmp_path, "-m", "scripts.generate", *flags, "--device", "cpu")
     assert result.returncode != 0
     assert "error: --device cpu cannot be given under torchrun" in result.stderr
+
+
+def test_the_benchmark_names_what_it_cannot_run(monkeypatch, capsys, tmp_path):
+    flags = ["--output", str(tmp_path / "tp.json"), "--models", "mlra_4", "--token-models", "mlra_5"]
+    assert bench_tp.main(flags) == 2
+    assert "start this with torchrun" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert bench_tp.main(flags) == 2
+    assert "error: model mlra_5: there is no" in capsys.readouterr().err
+    assert bench_tp.main([*flags[:-1], "mla", "--sizes", "3"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: mlra_4: tensor parallel size 3 cannot split") and error.endswith(
+        "work: 1, 2, 4, 8\n"
+    )
+    assert bench_tp.main([*flags[:-1], "mla", "--sizes", "2"]) == 2
+    assert capsys.readouterr().err == "error: --sizes 2 does not divide the 3 processes\n"
+
+
+def test_the_benchmark_compares_with_mla_of_the_same_size():
+    cell = {"layout": {}, "weight_bytes": 1}
+    decode = {
+        name: {"4": {**cell, "1024": {"kernel_us_per_layer": kernel, "token_us": 10.0}}}
+        for name, kernel in {"mlra_4": 2.0, "mla": 6.0, "wide_mlra_4": 4.0, "wide_mla": 20.0}.items()
+    }
+    decode["mlra_4"]["2"] = cell  # MLA was not timed there
+    assert bench_tp.against_mla(decode) == {
+        "mlra_4": {"4": {"1024": {"kernel_us_per_layer": 3.0, "token_us": 1.0}}},
+        "wide_mlra_4": {"4": {"1024": {"kernel_us_per_layer": 5.0, "token_us": 1.0}}},
+    }
