@@ -253,8 +253,8 @@ def measure_tokens(config: MLRAConfig, meshes: dict, new_tokens: int, device: to
     reference: dict[str, torch.Tensor] = {}
     result: dict = {}
     for size, mesh in meshes.items():
+        config.decode_implementation = "torch"  # the kernels are made for 16-bit numbers
         model = build(config, mesh, torch.float32, device)
-        model.config.decode_implementation = "torch"  # the kernels are made for 16-bit numbers
         with torch.no_grad():
             logits = model(ids, attention_mask=mask).logits
         reference.setdefault("logits", logits)
@@ -264,6 +264,7 @@ def measure_tokens(config: MLRAConfig, meshes: dict, new_tokens: int, device: to
             reference.setdefault("tokens", tokens)
             result[str(size)]["same"][way] = torch.equal(tokens, reference["tokens"])
         del model
+        config.decode_implementation = "auto"
         model = build(config, mesh, torch.bfloat16, device)
         before = captured_decodes["fused"]
         output = model.generate(  # one sequence, so that the kernels are those of the decode part
