@@ -91,12 +91,16 @@ class ExportSettings:
         dtype: what to store the weights as.
         license: Hub identifier of the weights' licence.
         provenance: a sentence for the card: what the model was trained on.
+        limits: another: what it cannot do.
+        remote_code: whether the folder holds the model's code; without it, loading needs this package.
     """
 
     folder: str
     dtype: str = "bfloat16"
     license: str = "unknown"
     provenance: str = "Trained with scripts.train."
+    limits: str = ""
+    remote_code: bool = True
 
 
 @dataclass
@@ -650,7 +654,6 @@ def train_recipe(
 
 def export_trained(folder: Path, recipe: Recipe, result: dict) -> None:
     """Write the Hub folder of a trained model, with the tokenizer it was trained with and its held-out perplexity."""
-    target = Path(recipe.export.folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     config.use_cache = True  # the Trainer turns it off
     sentences = [recipe.export.provenance]
@@ -659,19 +662,17 @@ def export_trained(folder: Path, recipe: Recipe, result: dict) -> None:
         f"{recipe.data.block_size}): {values['perplexity']:.3f}, as `python -m evals.perplexity` computes it."
         for name, values in result.get("heldout_exported", {}).items()
     ]
-    temporary = target.with_name(f".{target.name}.export-{os.getpid()}")
     export_folder(
-        temporary,
+        Path(recipe.export.folder),
         config,
         read_saved_tensors(folder, parameter_shapes(config)),
         DTYPES[recipe.export.dtype],
         provenance=" ".join(sentences),
+        limits=recipe.export.limits,
         license_id=recipe.export.license,
+        tokenizer=None if recipe.data.tokenizer is None else Path(recipe.data.tokenizer),
+        remote_code=recipe.export.remote_code,
     )
-    if recipe.data.tokenizer is not None:
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            (temporary / name).write_bytes((Path(recipe.data.tokenizer) / name).read_bytes())
-    os.replace(temporary, target)
 
 
 def describe(result: dict) -> str:

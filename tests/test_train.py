@@ -495,7 +495,7 @@ def test_prepared_text(unpacked, tmp_path):
     assert "word7\n  A made-up word that stands for the number 7." in everything
     sources = json.loads((tmp_path / "a" / "sources.json").read_text())
     assert sources["packages"][0]["licences"] == ["GFDL-1.3", "GPL-2+"]
-    assert "GFDL-1.3; GPL-2+" in (tmp_path / "a" / "SOURCES.md").read_text()
+    assert "characters: GFDL-1.3, GPL-2+\n" in (tmp_path / "a" / "SOURCES.md").read_text()
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a" / "tokenizer")
     assert len(tokenizer) == 300 and tokenizer.eos_token_id == 299
@@ -504,6 +504,8 @@ def test_prepared_text(unpacked, tmp_path):
         assert tokens[0] == 299 and (tokens == 299).sum() == len(documents[part])
         decoded = tokenizer.decode(tokens).split("<|endoftext|>")[1:]
         assert sorted(decoded) == sorted(documents[part])
+    sample, heldout = (read_token_file(tmp_path / "a" / f"{name}.bin") for name in ("heldout_sample", "heldout"))
+    assert np.array_equal(sample, heldout[: prepare_text.SAMPLE_TOKENS])
 
     again = prepared(unpacked, tmp_path / "b")
     assert again == documents
