@@ -95,7 +95,7 @@ def export_folder(
     total_bytes = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
     with new_folder(dst, total_bytes) as folder:
         write_weights(folder, tensors, shapes, dtype, max_shard_bytes)
-        config.save_pretrained(folder)
+        config.to_json_file(folder / "config.json")  # save_pretrained would add one file of the code
         generation_config.save_pretrained(folder)
         for file in remote_code_files() if remote_code else ():
             shutil.copyfile(file, folder / file.name)

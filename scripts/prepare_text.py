@@ -72,7 +72,7 @@ SHORTEST_ENTRY = 40  # of a dictionary's entry
 LONGEST = 40_000  # a longer document is cut between paragraphs, so that the held-out part is spread over many
 REPEATED = 48  # a paragraph of at least so many characters is kept only the first time
 LETTERS = 0.6  # smallest share of letters and spaces
-SAMPLE_TOKENS = 32 * 512 + 1
+SAMPLE_TOKENS = 16 * 512 + 1
 DICT_DIGITS = {
     digit: value for value, digit in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")
 }
