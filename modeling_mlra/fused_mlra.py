@@ -10,6 +10,9 @@ append, gates and residuals ride along, in float32. The parameters are the model
     3  q_latent = q_nope W_uk; RoPE; append the row    7  m = silu(norm(x) W_gate) * (norm(x) W_up)
     4  z = latent attention, in parts                  8  x += m W_down
 
+Under tensor parallelism each rank runs these kernels on its share of latents, heads, MLP and vocabulary. Kernels 6 and
+8 then add its part of the product to an equal part of the residual, and an all-reduce behind each gives x.
+
 Legend: M sequences, K and N widths of a linear map, G groups, C branches, L = G * C latents, H heads per group,
 R latent, D_N / E / V positionless key, RoPE and value widths.
 """
@@ -17,6 +20,15 @@ R latent, D_N / E / V positionless key, RoPE and value widths.
 import torch
 from torch import nn
 
+from .tensor_parallel_mlra import (
+    gather_output,
+    is_parallel,
+    local_sizes,
+    local_tensor,
+    plan_obstacle,
+    sum_output,
+    tensor_parallel_mesh,
+)
 from .triton_mlra import combine, decode, launch_options
 
 try:
@@ -75,7 +87,7 @@ if triton is not None:
 
     @triton.jit
     def _linear_kernel(
-        x, x_stride, gamma, scale, eps, residual, out, out_stride,
+        x, x_stride, gamma, scale, eps, residual, residual_share, out, out_stride,
         w0, w1, w2, w3, n0, n1, n2, n3,
         K: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
         NORM: tl.constexpr, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
@@ -129,7 +141,7 @@ if triton is not None:
             if SWIGLU:
                 y = y * tl.sigmoid(y) * (tl.sum(acc_up, axis=1) * factor)
             if RESIDUAL:
-                y += before
+                y += before * residual_share
             tl.store(out + target, y.to(out.dtype.element_ty), mask=rows < n)
 
     @triton.jit
@@ -290,21 +302,22 @@ def obstacle(model: nn.Module, num_sequences: int) -> str | None:
     if config.decode_implementation not in ("auto", "triton"):
         return f"decode_implementation={config.decode_implementation!r} was asked for"
     for name, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-            return f"module {name!r} has hooks or a replaced forward (tensor parallelism, offloading)"
+        replaced = "forward" in vars(module) and not is_parallel(module)
+        if replaced or module._forward_hooks or module._forward_pre_hooks:
+            return f"module {name!r} has hooks or a replaced forward (offloading, sharded data parallelism)"
         if name.endswith(("_proj", "lm_head")) and type(module) is not nn.Linear and not hasattr(module, "weight"):
             return f"module {name!r} is a {type(module).__name__}, no plain linear layer"
     dtypes = {parameter.dtype for parameter in model.parameters()}
     if len(dtypes) > 1 or any(isinstance(module, nn.Linear) and module.bias is not None for module in model.modules()):
         return "its weights are not all of one dtype and without bias"
-    return None
+    return plan_obstacle(model)
 
 
 class FusedStep:
     """The kernels of one decoding step, bound to a model, a static cache and buffers for `num_sequences` sequences.
 
     Args:
-        model: an `MLRAForCausalLM` that has no `obstacle`.
+        model: an `MLRAForCausalLM` that has no `obstacle`; of a tensor-parallel one every rank makes its step.
         cache: a static `MLRACache` that holds the prompt.
         counters: int32 `[1 + 2 * M]`: the cache row to write, then each sequence's RoPE position, then each one's
             number of rows in use, this token's included.
@@ -316,8 +329,12 @@ class FusedStep:
         self.model, self.cache, self.counters = model, cache, counters
         self.kv_start, self.key_mask = kv_start, key_mask
         self.num_sequences = (counters.numel() - 1) // 2
-        heads = config.num_attention_heads
-        self.widths_a = [config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim]
+        self.mesh = tensor_parallel_mesh(model)
+        self.residual_share = 1.0 if self.mesh is None else 1 / self.mesh.size()
+        self.local_sizes = local_sizes(model.model.layers[0].self_attn)
+        latents, heads_per_latent, groups = self.local_sizes
+        heads = groups * heads_per_latent
+        self.widths_a = [config.q_lora_rank, latents * config.latent_head_dim, config.qk_rope_head_dim]
         if config.attn_output_gate:
             self.widths_a.append(heads * config.v_head_dim)
 
@@ -326,46 +343,63 @@ class FusedStep:
 
         self.hidden, self.a = buffer(config.hidden_size), buffer(sum(self.widths_a))
         self.q, self.q_rope = buffer(heads * config.qk_head_dim), buffer(heads * config.qk_rope_head_dim)
-        self.q_latent = buffer(heads * config.num_branches * config.latent_head_dim)
-        self.heads, self.mlp = buffer(heads * config.v_head_dim), buffer(config.intermediate_size)
-        self.logits = buffer(config.vocab_size)
+        self.q_latent = buffer(latents * heads_per_latent * config.latent_head_dim)
+        self.heads = buffer(heads * config.v_head_dim)
+        self.mlp = buffer(local_tensor(model.model.layers[0].mlp.up_proj.weight).shape[0])
+        self.logits = buffer(local_tensor(model.lm_head.weight).shape[0])
         self.early = counters.device.type == "cuda" and torch.cuda.get_device_capability(counters.device)[0] >= 9
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Logits `[M, vocab_size]` after `token_ids` `[M]`; appends their rows to the cache and counts them."""
         base = self.model.model
-        torch.index_select(base.embed_tokens.weight, 0, token_ids, out=self.hidden)
+        self._embed(local_tensor(base.embed_tokens.weight), token_ids)
         for layer, cache_layer in zip(base.layers, self.cache.layers, strict=True):
             self._attention(layer.self_attn, layer.input_layernorm, cache_layer.rows)
             mlp = layer.mlp
             self._linear(
                 self.hidden, [mlp.gate_proj, mlp.up_proj], self.mlp, norm=layer.post_attention_layernorm, swiglu=True
             )
-            self._linear(self.mlp, [mlp.down_proj], self.hidden, residual=self.hidden)
+            self._add(mlp.down_proj, self.mlp)
         self._linear(self.hidden, [self.model.lm_head], self.logits, norm=base.norm)
         self.counters.add_(1)
-        return self.logits
+        return self.logits if self.mesh is None else gather_output(self.logits, self.mesh.get_group())
+
+    def _embed(self, weight: torch.Tensor, token_ids: torch.Tensor) -> None:
+        """The embedding of each token, from the rank that keeps its row."""
+        if self.mesh is None:
+            torch.index_select(weight, 0, token_ids, out=self.hidden)
+            return
+        rows = token_ids - self.mesh.get_local_rank() * weight.shape[0]
+        kept = (rows >= 0) & (rows < weight.shape[0])
+        torch.index_select(weight, 0, rows.clamp(0, weight.shape[0] - 1), out=self.hidden)
+        sum_output(self.hidden.mul_(kept[:, None]), self.mesh.get_group())
+
+    def _add(self, layer, x) -> None:
+        """hidden += layer(x), the input features of `layer` split over the ranks."""
+        self._linear(x, [layer], self.hidden, residual=self.hidden)
+        if self.mesh is not None:
+            sum_output(self.hidden, self.mesh.get_group())
 
     def _linear(self, x, layers, out, norm=None, scale=1.0, swiglu=False, residual=None):
-        inner = layers[0].weight.shape[1]
+        weights = [local_tensor(layer.weight) for layer in layers]
+        inner = weights[0].shape[1]
         plan = linear_plan(inner, swiglu, residual is not None)
-        sizes = [layer.weight.shape[0] for layer in layers]
+        sizes = [weight.shape[0] for weight in weights]
         blocks = triton.cdiv(sizes[0], plan["ROWS"]) if swiglu else sum(triton.cdiv(n, plan["ROWS"]) for n in sizes)
-        weights = [layer.weight for layer in layers]
         weights += [weights[-1]] * (4 - len(weights))
         sizes += [0] * (4 - len(sizes))
         _linear_kernel[(blocks,)](
             x, x.stride(0), x if norm is None else norm.weight, scale, 0.0 if norm is None else norm.variance_epsilon,
-            out if residual is None else residual, out, out.stride(0), *weights, *sizes,
+            out if residual is None else residual, self.residual_share, out, out.stride(0), *weights, *sizes,
             K=inner, M=self.num_sequences, NORM=norm is not None, SWIGLU=swiglu,
             RESIDUAL=residual is not None, PDL=self.early, **plan, **launch_options(self.early),
         )  # fmt: skip
 
     def _attention(self, attention, norm, rows):
         config, batch = attention.config, self.num_sequences
-        latents, branches, rank = config.num_latent_heads, config.num_branches, config.latent_head_dim
-        groups, rope = config.num_head_groups, config.qk_rope_head_dim
-        heads = config.num_attention_heads // groups
+        latents, heads, groups = self.local_sizes
+        branches, rank, rope = latents // groups, config.latent_head_dim, config.qk_rope_head_dim
+        kv_b, latent_gamma = (local_tensor(m.weight) for m in (attention.kv_b_proj, attention.kv_a_layernorm))
         nope, value = config.qk_nope_head_dim, config.v_head_dim
         first = [attention.q_a_proj, attention.kv_a_proj, attention.k_rope_proj]
         if config.attn_output_gate:
@@ -379,8 +413,8 @@ class FusedStep:
         columns = min(padded_rank, max(16, 8192 // padded_nope))
         rotary = self.model.model.rotary_emb
         _absorb_kernel[(latents * heads, triton.cdiv(rank, columns))](
-            self.q, self.a, self.a.stride(0), config.q_lora_rank, attention.kv_b_proj.weight,
-            attention.kv_a_layernorm.weight, rotary.inv_freq, self.counters, self.q_latent, self.q_rope,
+            self.q, self.a, self.a.stride(0), config.q_lora_rank, kv_b, latent_gamma, rotary.inv_freq,
+            self.counters, self.q_latent, self.q_rope,
             rows, rows.stride(0), rows.stride(2), attention.alpha_kv, attention.kv_a_layernorm.variance_epsilon,
             rotary.attention_scaling, M=batch, L=latents, C=branches, H=heads, R=rank, DN=nope, E=rope, V=value,
             DNP=padded_nope, RP=padded_rank, RB=columns, EP=triton.next_power_of_2(rope // 2), PDL=self.early,
@@ -405,8 +439,8 @@ class FusedStep:
         plan = value_plan(branches, rank, value, not reduced and results.programs > 1)
         _value_kernel[(groups * heads, triton.cdiv(value, plan["VB"]))](
             results.out, results.part, results.lse, results.kv_end, results.kv_start, batch, results.programs,
-            attention.kv_b_proj.weight, self.a[:, sum(self.widths_a[:3]) :], self.a.stride(0), self.heads,
+            kv_b, self.a[:, sum(self.widths_a[:3]) :], self.a.stride(0), self.heads,
             attention.alpha_attn, M=batch, L=latents, C=branches, H=heads, R=rank, DN=nope, V=value,
             GATE=config.attn_output_gate, PDL=self.early, **plan, **results.deal, **launch_options(self.early),
         )  # fmt: skip
-        self._linear(self.heads, [attention.o_proj], self.hidden, residual=self.hidden)
+        self._add(attention.o_proj, self.heads)

@@ -16,6 +16,7 @@ states and every parameter that several ranks hold alike, gets its gradient summ
 """
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -41,6 +42,9 @@ SPLIT_DIMENSIONS: dict[str, tuple[int | None, int | None, int | None]] = {
     "g_proj": (0, None, 0),
     "o_proj": (1, None, 1),
 }
+
+# The dimension of the other parameters that all ranks split, by the library's own styles.
+VOCABULARY_AND_MLP = {"embed_tokens": 0, "gate_proj": 0, "up_proj": 0, "down_proj": 1, "lm_head": 0}
 
 
 class TensorParallelLayout(NamedTuple):
@@ -146,14 +150,22 @@ def sum_output(x: torch.Tensor, group) -> torch.Tensor:
     return x
 
 
+def gather_output(x: torch.Tensor, group) -> torch.Tensor:
+    """`[M, N]` of each of the T ranks to `[M, T*N]`, without gradient."""
+    gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor  # older torch
+    size = distributed.get_world_size(group)
+    gathered = x.new_empty(size * x.shape[0], x.shape[1])
+    gather(gathered, x, group=group)
+    return gathered.unflatten(0, (size, -1)).transpose(0, 1).flatten(1)
+
+
 @contextlib.contextmanager
 def local_parameters(module: nn.Module, group) -> Iterator[None]:
     """Let `module` see its parameters as this rank's plain tensors, their gradients summed over `group`."""
     originals = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
     local: dict[str, Any] = {}
     for name, parameter in originals.items():
-        plain = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        local[name] = sum_gradient(plain, group)
+        local[name] = sum_gradient(local_tensor(parameter), group)
     module._parameters.update(local)
     try:
         yield
@@ -178,6 +190,49 @@ class _LocalShard(TensorParallelLayer):
 
     def transform_output_post_forward(self, module, output, mesh):
         return output if self.output_group is None else sum_output(output, self.output_group)
+
+
+def local_tensor(parameter: torch.Tensor) -> torch.Tensor:
+    """This rank's share of a parameter, as a plain tensor."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def local_sizes(attention: nn.Module) -> tuple[int, int, int]:
+    """Latents, heads per latent and head groups that this rank keeps of an `MLRAAttention`."""
+    config = attention.config
+    latents, rows, queries = (
+        local_tensor(module.weight).shape[0]
+        for module in (attention.kv_a_layernorm, attention.kv_b_proj, attention.q_b_proj)
+    )
+    heads = rows // (latents * (config.qk_nope_head_dim + config.v_head_dim))
+    return latents, heads, queries // (config.qk_head_dim * heads)
+
+
+def tensor_parallel_mesh(model: nn.Module):
+    """The one-dimensional device mesh that an `MLRAForCausalLM` is split over, or None."""
+    weight = model.model.layers[0].self_attn.kv_b_proj.weight  # every rank keeps rows of its own
+    return weight.device_mesh if isinstance(weight, DTensor) else None
+
+
+def is_parallel(module: nn.Module) -> bool:
+    """Whether the library's tensor parallelism, and nothing else, replaced the forward of `module`."""
+    forward, installer = vars(module).get("forward"), TensorParallelLayer.install_forward
+    return inspect.isfunction(forward) and forward.__qualname__.startswith(installer.__qualname__)
+
+
+def plan_obstacle(model: nn.Module) -> str | None:
+    """What of an `MLRAForCausalLM` is not split as `tp_plan="auto"` splits it, or None; None on one device too."""
+    mesh = tensor_parallel_mesh(model)
+    for name, module in model.named_modules():
+        dimension = VOCABULARY_AND_MLP.get(name.rpartition(".")[2])
+        if dimension is None:
+            continue
+        expected = None if mesh is None else (Shard(dimension),)
+        if getattr(module.weight, "placements", None) != expected:
+            return f"module {name!r} is not split as tp_plan='auto' splits it"
+    if mesh is not None and model.config.vocab_size % mesh.size():
+        return f"vocab_size={model.config.vocab_size} is not divisible by the {mesh.size()} ranks"
+    return None
 
 
 def _axes_of(layout: TensorParallelLayout, dimensions) -> list[tuple[int, int | None]]:

@@ -5,9 +5,10 @@
         --contexts 131072 524288 1048576 --output evals/results/tp_4gpu.json
 
 Weights are random and the same for every size; each rank creates its own share, no checkpoint is read. With T ranks of
-N the model runs N / T times side by side, so that no GPU idles. One decode step is one CUDA graph; times are medians
-over replays, of the slowest rank. The share of all-reduce is what the step gains when its all-reduces are left out.
-Parts that are measured again replace those of an existing file.
+N the model runs N / T times side by side, so that no GPU idles. A decode step is the one that `generate()` takes for a
+static cache, greedy choice included, as one CUDA graph; times are medians over replays, of the slowest rank. The share
+of all-reduce is what the step gains when its all-reduces are left out. An existing file is added to: what is measured
+again replaces what it holds.
 """
 
 import argparse
@@ -32,11 +33,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.integrations.tensor_parallel import apply_tensor_parallelism
 
 from modeling_mlra import MLRACache, MLRAConfig, MLRAForCausalLM
-from modeling_mlra.attention_mlra import CacheRows
 from modeling_mlra.fused_mlra import FusedStep
-from modeling_mlra.fused_mlra import obstacle as fused_obstacle
+from modeling_mlra.generation_mlra import DecodingStep, captured_decodes
 from modeling_mlra.kernels_mlra import latent_attention
-from modeling_mlra.tensor_parallel_mlra import tensor_parallel_layout, tensor_parallel_sizes
+from modeling_mlra.tensor_parallel_mlra import (
+    local_sizes,
+    tensor_parallel_layout,
+    tensor_parallel_mesh,
+    tensor_parallel_sizes,
+)
 from scripts.cli import UserError, run
 
 try:
@@ -110,8 +115,7 @@ def draw(name: str, parameter: torch.Tensor, device: torch.device) -> torch.Tens
 def random_cache(model: MLRAForCausalLM, context: int, capacity: int, device: torch.device) -> tuple[MLRACache, int]:
     """A static cache with `context` random rows of this rank's share, and the bytes its allocation took."""
     config = model.config
-    latents = model.model.layers[0].self_attn.kv_a_layernorm.weight
-    width = (latents.to_local() if isinstance(latents, DTensor) else latents).numel()
+    width = local_sizes(model.model.layers[0].self_attn)[0] * config.latent_head_dim
     cache = MLRACache(config, max_cache_len=capacity)
     before = allocated(device)
     for layer in cache.layers:
@@ -176,32 +180,35 @@ def slowest(value: float, device: torch.device) -> float:
 
 
 def measure_decode(model: MLRAForCausalLM, context: int, replays: int, device: torch.device) -> dict:
-    """Time per token at `context`, what all-reduce takes of it, the attention's part, and the cache's bytes."""
-    config, layers = model.config, model.model.layers
-    cache, taken = random_cache(model, context, context + 64, device)
-    token = torch.zeros(1, 1, dtype=torch.long, device=device)
-    position = torch.full((1, 1), context, device=device)
+    """Time per token from `context` on, what all-reduce takes of it, the attention's part, and the cache's bytes."""
+    config, layers, mesh = model.config, model.model.layers, tensor_parallel_mesh(model)
+    cache, taken = random_cache(model, context, context + 2 * (replays + 8), device)
+    token = torch.zeros(1, dtype=torch.long, device=device)
+    step = DecodingStep(model, cache, torch.full((1,), context, device=device))
+    fused = isinstance(step.run, FusedStep)
 
-    def step():
-        logits = model(token, position_ids=position, past_key_values=cache, use_cache=True).logits
-        token.copy_(logits[:, -1:].argmax(-1))
-        cache.set_seq_length(context)
+    def decode():
+        token.copy_(step(token).argmax(-1))
 
-    rows = CacheRows(torch.full((1,), context + 1, dtype=torch.int32, device=device))
-    hidden = torch.randn(1, 1, config.hidden_size, dtype=model.dtype, device=device)
-    tables = model.model.rotary_emb(hidden, position_ids=position)
+    result = {
+        "cache_bytes_allocated": taken,
+        "cache_bytes_expected": cache.bytes_per_token() * cache.get_max_length(),
+        "cache_head_widths": taken
+        / (cache.get_max_length() * len(cache.layers) * HEAD_WIDTH * cache.layers[0].rows.element_size()),
+        "step": "fused" if fused else "modules",
+        "token_us": median_time(decode, device, replays),
+    }
+    if mesh is not None:
+        with no_all_reduce():
+            # `slowest` needs the real one, so the time is this rank's
+            result["token_us_without_all_reduce"] = median_time(decode, device, replays)
+        result["all_reduce_share"] = 1 - result["token_us_without_all_reduce"] / result["token_us"]
 
-    def attention():
-        for layer in layers:
-            layer.self_attn(
-                hidden, position_embeddings=tables, attention_mask=rows, past_key_values=cache, absorbed=True
-            )
-        cache.set_seq_length(context)
-
-    latents, heads, groups = local_sizes(model)
+    latents, heads, groups = local_sizes(layers[0].self_attn)
     width, rope = config.latent_head_dim, config.qk_rope_head_dim
     q_latent = torch.randn(1, 1, latents, heads, width, dtype=model.dtype, device=device)
     q_rope = torch.randn(1, 1, groups, heads, rope, dtype=model.dtype, device=device)
+    in_use = torch.full((1,), context + 1, dtype=torch.int32, device=device)
 
     def kernels():
         for layer in cache.layers:
@@ -211,65 +218,43 @@ def measure_decode(model: MLRAForCausalLM, context: int, replays: int, device: t
                 q_rope,
                 held[..., : latents * width].unflatten(-1, (latents, width)),
                 held[..., latents * width :],
-                kv_end=rows.kv_end,
+                kv_end=in_use,
                 scaling=config.qk_head_dim**-0.5,
                 implementation=config.decode_implementation,
             )
 
-    result = {
-        "cache_bytes_allocated": taken,
-        "cache_bytes_expected": cache.bytes_per_token() * cache.get_max_length(),
-        "cache_head_widths": taken
-        / (cache.get_max_length() * len(cache.layers) * HEAD_WIDTH * cache.layers[0].rows.element_size()),
-        "token_us": median_time(step, device, replays),
-        "attention_us_per_layer": median_time(attention, device, replays) / len(layers),
-        "kernel_us_per_layer": median_time(kernels, device, replays) / len(layers),
-    }
-    if device.type == "cuda" and fused_obstacle(model, 1) is None:  # what generate() runs on one GPU
-        counters = torch.tensor([context, context, context + 1], dtype=torch.int32, device=device)
-        fused = FusedStep(model, cache, counters)
+    result["kernel_us_per_layer"] = median_time(kernels, device, replays) / len(layers)
+    if fused:  # kernels 1 to 6 and their all-reduce
 
-        def fused_step():
-            token.copy_(fused(token[:, 0])[:, None].argmax(-1))
-            counters.sub_(1)
+        def attention():
+            for layer, cached in zip(layers, cache.layers, strict=True):
+                step.run._attention(layer.self_attn, layer.input_layernorm, cached.rows)
 
-        result["token_us_fused"] = median_time(fused_step, device, replays)
-    if isinstance(model.model.embed_tokens.weight, DTensor):
-        with no_all_reduce():
-            # `slowest` needs the real one, so the time is this rank's
-            result["token_us_without_all_reduce"] = median_time(step, device, replays)
-        result["all_reduce_share"] = 1 - result["token_us_without_all_reduce"] / result["token_us"]
+        result["attention_us_per_layer"] = median_time(attention, device, replays) / len(layers)
     return result
 
 
-def local_sizes(model: MLRAForCausalLM) -> tuple[int, int, int]:
-    """Latents, heads per latent and head groups that this rank keeps."""
-    config, attention = model.config, model.model.layers[0].self_attn
-    latents, rows, queries = (
-        (weight.to_local() if isinstance(weight, DTensor) else weight).shape[0]
-        for weight in (attention.kv_a_layernorm.weight, attention.kv_b_proj.weight, attention.q_b_proj.weight)
-    )
-    heads = rows // (latents * (config.qk_nope_head_dim + config.v_head_dim))
-    return latents, heads, queries // (config.qk_head_dim * heads)
-
-
 def measure_tokens(config: MLRAConfig, meshes: dict, new_tokens: int, device: torch.device) -> dict:
-    """Greedy tokens in float32 by every size and every way to decode, compared with one rank's."""
+    """Greedy tokens of every size compared with one rank's: in float32 by every way to decode, in bfloat16 fused.
+
+    In float32 all tokens are to be the same. In bfloat16 sums are rounded in another order, and tokens differ from
+    the first near tie on: the tokens before it are counted, and their logits compared.
+    """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, config.vocab_size, (2, 48), generator=generator).to(device)
     mask = torch.ones_like(ids)
     mask[1, :17] = 0
+    options = {"max_new_tokens": new_tokens, "do_sample": False}
+    ways = {
+        "dynamic": {},
+        "static": {"cache_implementation": "static", "disable_compile": True},
+        "static, captured": {"cache_implementation": "static"},
+    }
     reference: dict[str, torch.Tensor] = {}
     result: dict = {}
     for size, mesh in meshes.items():
         model = build(config, mesh, torch.float32, device)
         model.config.decode_implementation = "torch"  # the kernels are made for 16-bit numbers
-        options = {"max_new_tokens": new_tokens, "do_sample": False}
-        ways = {
-            "dynamic": {},
-            "static": {"cache_implementation": "static", "disable_compile": True},
-            "static, captured": {"cache_implementation": "static"},
-        }
         with torch.no_grad():
             logits = model(ids, attention_mask=mask).logits
         reference.setdefault("logits", logits)
@@ -279,7 +264,29 @@ def measure_tokens(config: MLRAConfig, meshes: dict, new_tokens: int, device: to
             reference.setdefault("tokens", tokens)
             result[str(size)]["same"][way] = torch.equal(tokens, reference["tokens"])
         del model
-    return {"logits_std": reference["logits"].std().item(), "new_tokens": new_tokens, "sizes": result}
+        model = build(config, mesh, torch.bfloat16, device)
+        before = captured_decodes["fused"]
+        output = model.generate(  # one sequence, so that the kernels are those of the decode part
+            ids[:1], **options, **ways["static, captured"], output_logits=True, return_dict_in_generate=True
+        )
+        tokens, logits = output.sequences[0, ids.shape[1] :], torch.cat(output.logits)
+        reference.setdefault("tokens16", tokens)
+        reference.setdefault("logits16", logits)
+        same = int((tokens == reference["tokens16"]).int().cumprod(0).sum())
+        compared = slice(min(same + 1, new_tokens))  # the logits behind equal tokens
+        difference = (logits - reference["logits16"])[compared].pow(2).mean().sqrt()
+        result[str(size)]["bfloat16"] = {
+            "step": "fused" if captured_decodes["fused"] > before else "modules",
+            "tokens_before_the_first_difference": same,
+            "logits_ratio": (difference / reference["logits16"][compared].pow(2).mean().sqrt()).item(),
+        }
+        del model
+    return {
+        "layers": config.num_hidden_layers,
+        "logits_std": reference["logits"].std().item(),
+        "new_tokens": new_tokens,
+        "sizes": result,
+    }
 
 
 def measure_compiled(config: MLRAConfig, mesh, new_tokens: int, device: torch.device) -> dict:
@@ -345,8 +352,9 @@ def measure(args: argparse.Namespace) -> None:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     configs = {name: read_config(name, args.layers) for name in args.models}
+    token_configs = {name: read_config(name, args.token_layers) for name in args.token_models or args.models}
     sizes = args.sizes or [size for size in (1, 2, 4, 8) if world % size == 0]
-    for name, config in configs.items():
+    for name, config in (*configs.items(), *token_configs.items()):
         if missing := [size for size in sizes if size not in tensor_parallel_sizes(config)]:
             raise UserError(f"{name} cannot be split over {missing[0]} ranks, but {tensor_parallel_sizes(config)}")
     if bad := [size for size in sizes if world % size]:
@@ -357,12 +365,14 @@ def measure(args: argparse.Namespace) -> None:
     else:
         distributed.init_process_group("gloo", timeout=TIMEOUT)
     try:
-        measure_all(args, configs, sizes, device)
+        measure_all(args, configs, token_configs, sizes, device)
     finally:
         distributed.destroy_process_group()
 
 
-def measure_all(args: argparse.Namespace, configs: dict, sizes: list[int], device: torch.device) -> None:
+def measure_all(
+    args: argparse.Namespace, configs: dict, token_configs: dict, sizes: list[int], device: torch.device
+) -> None:
     world, rank = distributed.get_world_size(), distributed.get_rank()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     meshes = {size: None for size in sizes if size == 1}
@@ -370,7 +380,14 @@ def measure_all(args: argparse.Namespace, configs: dict, sizes: list[int], devic
         if size > 1:
             mesh = init_device_mesh(device.type, (world // size, size), mesh_dim_names=(f"side{size}", f"tp{size}"))
             meshes[size] = mesh[f"tp{size}"]
-    results: dict = {"runs": [], "tokens": {}, "compiled": None, "projection_forms": {}, "decode": {}}
+    results: dict = {
+        "runs": [],
+        "tokens": {},
+        "compiled": None,
+        "projection_forms": {},
+        "decode": {},
+        "against_mla": {},
+    }
     if args.output.exists():
         results |= json.loads(args.output.read_text(encoding="utf-8"))
     results["runs"].append(
@@ -395,8 +412,8 @@ def measure_all(args: argparse.Namespace, configs: dict, sizes: list[int], devic
             args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
     if "tokens" in args.parts:
-        for name in args.models[: args.token_models]:
-            results["tokens"][name] = measure_tokens(configs[name], meshes, args.new_tokens, device)
+        for name, config in token_configs.items():
+            results["tokens"][name] = measure_tokens(config, meshes, args.new_tokens, device)
             report(f"tokens {name}", results["tokens"][name])
     largest, first = meshes[sizes[-1]], configs[args.models[0]]
     if "projections" in args.parts and tensor_parallel_layout(first, sizes[-1]).branches > 1:
@@ -404,22 +421,39 @@ def measure_all(args: argparse.Namespace, configs: dict, sizes: list[int], devic
         results["projection_forms"] = {"model": args.models[0], "size": sizes[-1], "batch": forms}
         report("projection forms", forms)
     for name, config in configs.items() if "decode" in args.parts else ():
-        results["decode"][name] = {str(size): {} for size in sizes}
         for size in sizes:
             before = allocated(device)
             model = build(config, meshes[size], dtype, device)
-            cell = results["decode"][name][str(size)]
+            cell = results["decode"].setdefault(name, {}).setdefault(str(size), {})
             cell["layout"] = tensor_parallel_layout(config, size)._asdict()
             cell["weight_bytes"] = allocated(device) - before
             for context in args.contexts:
                 cell[str(context)] = measure_decode(model, context, args.replays, device)
                 report(f"{name} TP{size} {context}", cell[str(context)])
             del model
+    results["against_mla"] = against_mla(results["decode"])
+    report("times faster than mla", results["against_mla"])
     if "compiled" in args.parts:
         results["compiled"] = measure_compiled(read_config(args.models[0], 2), largest, 16, device)
         report("compiled", results["compiled"])
     if rank == 0 and plt is not None and results["decode"]:
         print(plot(results, args.output.with_suffix(".png")))
+
+
+def against_mla(decode: dict) -> dict:
+    """How many times faster than MLA of the same size, on as many ranks: the attention kernel, and a token."""
+    ratios: dict = {}
+    for name, by_size in decode.items():
+        other = "wide_mla" if name.startswith("wide_") else "mla"
+        if name == other:
+            continue
+        for size, cell in by_size.items():
+            for context in filter(str.isdigit, cell):
+                if reference := decode.get(other, {}).get(size, {}).get(context):
+                    ratios.setdefault(name, {}).setdefault(size, {})[context] = {
+                        key: reference[key] / cell[context][key] for key in ("kernel_us_per_layer", "token_us")
+                    }
+    return ratios
 
 
 def plot(results: dict, file: Path) -> Path:
@@ -458,9 +492,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", default=["mlra_4", "mla"], help="names in configuration/, or wide_NAME")
     parser.add_argument("--contexts", nargs="+", type=int, default=[131072, 524288], help="cached tokens")
     parser.add_argument("--sizes", nargs="+", type=int, help="ranks per model (default: 1, 2, 4, 8 as they fit)")
-    parser.add_argument("--layers", type=int, help="decoder layers (default: the architecture's)")
+    parser.add_argument("--layers", type=int, help="decoder layers to time (default: the architecture's)")
     parser.add_argument("--replays", type=int, default=20, help="timed decode steps")
-    parser.add_argument("--token-models", type=int, default=1, help="for how many models to compare tokens in float32")
+    parser.add_argument("--token-models", nargs="+", help="models whose tokens to compare (default: --models)")
+    parser.add_argument("--token-layers", type=int, help="decoder layers of those (default: the architecture's)")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens to compare")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:3], help="default: all but compiled")
     return run(measure, parser.parse_args(argv))

@@ -22,6 +22,8 @@ from transformers import core_model_loading
 from transformers.distributed import DistributedConfig
 
 from modeling_mlra import MLRACache, MLRAConfig, MLRAForCausalLM
+from modeling_mlra.fused_mlra import FusedStep
+from modeling_mlra.generation_mlra import captured_decode
 from modeling_mlra.tensor_parallel_mlra import (
     check_tensor_parallel_size,
     register_parallel_styles,
@@ -29,9 +31,10 @@ from modeling_mlra.tensor_parallel_mlra import (
     tensor_parallel_sizes,
 )
 from scripts.generate import main as generate
-from tests.models import VARIANTS, tiny_config, tiny_model
+from tests.fused_checks import decode_two_tokens
+from tests.models import VARIANTS, rms_ratio, tiny_config, tiny_model
 from tests.paths import REPOSITORY
-from tests.tolerances import PARALLEL_GRADIENT_RTOL, PARALLEL_LOGITS_ATOL
+from tests.tolerances import FUSED_FLOAT32_RATIO, PARALLEL_GRADIENT_RTOL, PARALLEL_LOGITS_ATOL
 
 SIZES = (2, 4, 8)
 MODELS = [(variant, gated) for variant in VARIANTS for gated in (False, True)]
@@ -59,7 +62,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def behaviour(model: MLRAForCausalLM) -> dict:
-    """Logits, greedy tokens by either cache, and the gradients after two equal backward passes."""
+    """Logits, greedy tokens by either cache, tokens sampled, and the gradients after two equal backward passes."""
     ids, padded, mask = batch()
     with torch.no_grad():
         logits = model(ids).logits
@@ -68,6 +71,9 @@ def behaviour(model: MLRAForCausalLM) -> dict:
         "dynamic": model.generate(padded, attention_mask=mask, **greedy),
         "static": model.generate(padded, attention_mask=mask, cache_implementation="static", **greedy),
     }
+    torch.manual_seed(5)
+    sampled = {"max_new_tokens": NEW_TOKENS, "do_sample": True, "cache_implementation": "static"}
+    tokens["sampled"] = model.generate(padded, attention_mask=mask, custom_generate=captured_decode, **sampled)
     model.train()
     for _ in range(2):
         model(ids, labels=ids).loss.backward()
@@ -90,7 +96,8 @@ def references(tmp_path_factory) -> Path:
         folder = root / name_of(variant, gated)
         model.save_pretrained(folder, max_shard_size="12KB")
         assert (folder / "model.safetensors.index.json").is_file()
-        torch.save(behaviour(model), folder / "behaviour.pt")
+        decoded = decode_two_tokens(model, fused=False)["logits"]
+        torch.save({**behaviour(model), "decoded": decoded}, folder / "behaviour.pt")
     return root
 
 
@@ -150,6 +157,20 @@ def count_collectives(model: MLRAForCausalLM) -> dict:
     return {**seen, "all": counts}
 
 
+def examine_fused_step(model: MLRAForCausalLM, expected: torch.Tensor) -> dict:
+    """RMS ratio of two fused steps' logits to the modules' on one process, and the collectives of one step."""
+    with torch.no_grad():
+        cache = MLRACache(model.config, max_cache_len=4)
+        model(batch()[0][:1, :2], past_key_values=cache)
+        step = FusedStep(model, cache, torch.tensor([2, 2, 3], dtype=torch.int32))
+        with CommDebugMode() as counter:
+            step(torch.tensor([5]))
+    return {
+        "logits": rms_ratio(expected, decode_two_tokens(model, fused=True)["logits"]),
+        "collectives": sorted(counter.get_comm_counts().values()),
+    }
+
+
 def measure_cache(model: MLRAForCausalLM) -> dict:
     ids, _, _ = batch()
     sizes = {}
@@ -170,6 +191,7 @@ def examine(model: MLRAForCausalLM, reference: dict) -> dict:
         "tokens": {kind: torch.equal(ids, reference["tokens"][kind]) for kind, ids in seen["tokens"].items()},
         "gradients": relative_errors(seen["gradients"], reference["gradients"]),
         "collectives": count_collectives(model),
+        "fused": examine_fused_step(model, reference["decoded"]),
         "cache": measure_cache(model),
         "latent_rows": attention.kv_a_proj.weight.to_local()[:, 0].tolist()
         if isinstance(attention.kv_a_proj.weight, DTensor)
@@ -323,7 +345,7 @@ def test_logits_and_tokens_are_those_of_one_process(measured, size, variant, gat
     for rank in measured(size)[0]:
         seen = rank[name_of(variant, gated)]
         assert seen["logits"] <= PARALLEL_LOGITS_ATOL
-        assert seen["tokens"] == {"dynamic": True, "static": True}
+        assert seen["tokens"] == {"dynamic": True, "static": True, "sampled": True}
 
 
 @every_model
@@ -341,6 +363,14 @@ def test_one_all_reduce_per_attention_and_per_mlp(measured, size, variant, gated
         assert collectives["self_attn"] == collectives["mlp"] == [1, 1]
         # one more for the embedding, and the output embedding's slices of the logits are gathered
         assert sorted(collectives["all"].values()) in ([1, 5], [1, 1, 4])
+
+
+@every_model
+def test_the_fused_step_on_a_share_of_the_model(measured, size, variant, gated):
+    for rank in measured(size)[0]:
+        fused = rank[name_of(variant, gated)]["fused"]
+        assert fused["logits"] < FUSED_FLOAT32_RATIO
+        assert fused["collectives"] == [1, 5]  # gathered logits; embedding, two attentions and two MLPs
 
 
 # Released sizes, in head widths d_h = 128 per token and layer (paper, table 1).
