@@ -28,17 +28,8 @@ from transformers import PreTrainedConfig
 from evals.common import Results, fingerprint, markdown_table, publish_table
 from scripts.cli import UserError, run
 from scripts.generate import positive_int
-from scripts.train import (
-    Recipe,
-    apply_changes,
-    count_parameters,
-    make_recipe,
-    matmul_rate,
-    model_config,
-    read_configuration,
-    train_recipe,
-    training_arguments,
-)
+from scripts.recipe import Recipe, apply_changes, make_recipe, model_config, read_configuration, training_arguments
+from scripts.train import count_parameters, matmul_rate, train_recipe
 
 try:
     import matplotlib
