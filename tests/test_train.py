@@ -422,8 +422,15 @@ def test_comparison_is_matched_and_goes_on(data, tmp_path, capsys):
     assert compare_architectures.main([str(config), "--output", str(output), "--only", "mlra_4"]) == 0
     first = json.loads(output.read_text())["results"]
     assert list(first) == ["mlra_4_seed0", "mlra_4_seed1"]
-    assert compare_architectures.main([str(config), "--output", str(output)]) == 0
+    elsewhere = ["--output", str(tmp_path / "elsewhere.json")]
+    arguments = ["--only", "gqa", "--set", f"training.output_dir={tmp_path / 'elsewhere'}", "--set", "seeds=[0]"]
+    assert compare_architectures.main([str(config), *elsewhere, *arguments]) == 0
+    other = json.loads((tmp_path / "elsewhere.json").read_text())["results"]
+    assert list(other) == ["gqa_seed0"]
+    assert compare_architectures.main([str(config), "--output", str(output), "--merge", elsewhere[1]]) == 0
     stored = json.loads(output.read_text())
+    assert stored["results"]["gqa_seed0"] == other["gqa_seed0"]
+    assert not (tmp_path / "runs" / "gqa_seed0").exists() and (tmp_path / "runs" / "gqa_seed1").exists()
     assert {name: stored["results"][name] for name in first} == first
     assert len(stored["results"]) == 4
     sizes = [entry["parameters"] for entry in stored["results"].values()]
@@ -437,6 +444,8 @@ def test_comparison_is_matched_and_goes_on(data, tmp_path, capsys):
     capsys.readouterr()
     assert compare_architectures.main([str(config), "--output", str(output), "--set", "training.max_steps=7"]) == 2
     assert "max_steps = 6" in capsys.readouterr().err
+    assert compare_architectures.main([str(config), "--output", str(output), "--merge", "nothing.json"]) == 2
+    assert "--merge nothing.json: no such file" in capsys.readouterr().err.splitlines()[-1]
 
 
 # Text
