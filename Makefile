@@ -8,11 +8,11 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: demo test check format evals clean help
 
 help:
-	@echo "make demo    convert a released-form checkpoint into a Hub folder and generate from it"
+	@echo "make demo    let a small trained model continue a sentence"
 	@echo "make test    run the checks and the tests"
 	@echo "make check   linters and types only"
 	@echo "make format  apply the formatter"
-	@echo "make evals   run every evaluation on a golden checkpoint and refresh evals/results/"
+	@echo "make evals   run every evaluation on the demo checkpoint and refresh evals/results/"
 
 $(VENV)/run.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,9 +26,8 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp
 	@touch $@
 
 demo: $(VENV)/run.stamp
-	@rm -rf build/demo && mkdir -p build
-	$(BIN)/python -m scripts.convert_checkpoint tests/golden/mlra_4 build/demo
-	$(BIN)/python -m scripts.generate --model build/demo --prompt "Multi-head attention" --max-new-tokens 16
+	$(BIN)/python -m scripts.generate --model checkpoints/mlra_4_demo --max-new-tokens 120 \
+		--prompt "The Linux kernel is"
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -44,17 +43,16 @@ format: $(VENV)/dev.stamp
 
 evals: $(VENV)/dev.stamp
 	@rm -rf build/evals && mkdir -p build
-	$(BIN)/python -m scripts.convert_checkpoint tests/golden/mlra_4 build/evals/mlra_4_golden
-	$(BIN)/python -m evals.prepare_tokens --tokenizer build/evals/mlra_4_golden --output build/evals --data LICENSE
-	$(BIN)/python -m evals.perplexity --model build/evals/mlra_4_golden --overwrite \
-		--data build/evals/LICENSE.bin tests/golden/README.md dataset:evals/tasks,column=question \
-		--output evals/results/perplexity_golden.json
-	$(BIN)/python -m evals.downstream --model build/evals/mlra_4_golden --tasks mlra_demo --batch-size 8 --overwrite \
-		--output evals/results/downstream_golden.json
+	$(BIN)/python -m evals.prepare_tokens --tokenizer checkpoints/mlra_4_demo --output build/evals --data LICENSE
+	$(BIN)/python -m evals.perplexity --model checkpoints/mlra_4_demo --overwrite \
+		--data checkpoints/heldout_sample.bin build/evals/LICENSE.bin docs/training.md dataset:evals/tasks,column=question \
+		--output evals/results/perplexity_demo.json
+	$(BIN)/python -m evals.downstream --model checkpoints/mlra_4_demo --tasks mlra_demo --batch-size 8 --overwrite \
+		--output evals/results/downstream_demo.json
 	$(BIN)/python -m evals.equivariance --output evals/results/equivariance.json
 	$(BIN)/python -m evals.cache_tables --output evals/results/cache_tables.json
 	$(BIN)/python -m evals.plots --cache evals/results/cache_tables.json \
-		--perplexity evals/results/perplexity_golden.json
+		--perplexity evals/results/perplexity_demo.json
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .ruff_cache .mypy_cache

@@ -10,7 +10,8 @@ An architecture with `model_type` "llama" is the library's Llama with the same w
 
 A seed sets a model's initial weights and the order of the data, which is the same for all models. Runs go seed by
 seed. A finished run is kept in OUTPUT at once, an unfinished one in its checkpoints below `training.output_dir`, so
-the same command goes on after --time-budget or an interruption. The table and the curves are written beside OUTPUT.
+the same command goes on after --time-budget or an interruption. Several devices share the work by --only, each with an
+OUTPUT of its own, which --merge brings together. The table and the curves are written beside OUTPUT.
 """
 
 import argparse
@@ -28,17 +29,8 @@ from transformers import PreTrainedConfig
 from evals.common import Results, fingerprint, markdown_table, publish_table
 from scripts.cli import UserError, run
 from scripts.generate import positive_int
-from scripts.train import (
-    Recipe,
-    apply_changes,
-    count_parameters,
-    make_recipe,
-    matmul_rate,
-    model_config,
-    read_configuration,
-    train_recipe,
-    training_arguments,
-)
+from scripts.recipe import Recipe, apply_changes, make_recipe, model_config, read_configuration, training_arguments
+from scripts.train import count_parameters, matmul_rate, train_recipe
 
 try:
     import matplotlib
@@ -283,6 +275,12 @@ def compare(args: argparse.Namespace) -> None:
         },
     }
     results = Results(args.output, settings, args.overwrite)
+    for path in args.merge:
+        if not path.is_file():
+            raise UserError(f"--merge {path}: no such file")
+        for name, entry in Results(path, settings).entries.items():
+            if name not in results.entries:
+                results.add(name, entry)
     corpus = Path(first.data.heldout[0].removeprefix("dataset:").split(",")[0]).stem
     expected = len(models) * len(content["seeds"])
     peak = None
@@ -320,6 +318,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="results; .md and .png are written beside it")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="train these architectures only")
+    parser.add_argument(
+        "--merge", nargs="+", type=Path, default=[], metavar="FILE.json", help="take runs over from these"
+    )
     parser.add_argument("--plan", action="store_true", help="print the matched sizes and stop")
     parser.add_argument("--time-budget", type=positive_int, metavar="SECONDS", help="save and stop after so long")
     parser.add_argument("--overwrite", action="store_true", help="start over instead of going on from --output")

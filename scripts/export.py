@@ -1,8 +1,10 @@
 """Write a complete Hub folder: weights, config with auto_map, remote code, tokenizer, generation config, model card.
 
+    python -m scripts.export checkpoints/mlra_4_demo build/demo
     python -m scripts.export SRC DST [--dtype bfloat16] [--license apache-2.0]
 
-SRC is a folder that `save_pretrained` wrote, such as a training checkpoint. DST appears whole or not at all.
+SRC is a folder that `save_pretrained` wrote, such as a training checkpoint. Its tokenizer goes along; without one, DST
+gets the GPT-2 tokenizer. DST appears whole or not at all.
 """
 
 import argparse
@@ -29,6 +31,7 @@ from scripts.model_card import render_card
 from tokenization.build import end_of_text_id, write_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 MAX_SHARD_BYTES = 10**9  # one shard is in memory while it is collected
 AUTO_MAP = {
     "AutoConfig": "configuration_mlra.MLRAConfig",
@@ -47,8 +50,11 @@ def export_folder(
     dtype: torch.dtype,
     *,
     provenance: str,
+    limits: str = "",
     released: bool = False,
     license_id: str = "unknown",
+    tokenizer: Path | None = None,
+    remote_code: bool = True,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write everything a Hub repository of an `MLRAForCausalLM` holds into the new folder `dst`.
@@ -60,8 +66,11 @@ def export_folder(
             most one shard of them is kept in memory, so a generator can stream a model larger than memory.
         dtype: what to store them as.
         provenance: where the weights come from, a sentence for the model card.
+        limits: what the model cannot do, a sentence for the card.
         released: whether the weights are the authors', so that the card may quote the numbers they published.
         license_id: the Hub's identifier of the weights' licence.
+        tokenizer: folder of the model's own tokenizer (default: the shipped GPT-2 tokenizer).
+        remote_code: whether the folder gets the model's code, without which it needs this package.
         max_shard_bytes: largest size of one weight file.
 
     Raises:
@@ -72,7 +81,10 @@ def export_folder(
     config = copy.deepcopy(config)
     config.bos_token_id = config.eos_token_id = config.pad_token_id = end_of_text
     config.architectures = ["MLRAForCausalLM"]
-    config.auto_map = dict(AUTO_MAP)
+    if remote_code:
+        config.auto_map = dict(AUTO_MAP)
+    elif hasattr(config, "auto_map"):
+        del config.auto_map
     config.dtype = dtype
     generation_config = GenerationConfig(
         bos_token_id=end_of_text,
@@ -83,12 +95,24 @@ def export_folder(
     total_bytes = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
     with new_folder(dst, total_bytes) as folder:
         write_weights(folder, tensors, shapes, dtype, max_shard_bytes)
-        config.save_pretrained(folder)
+        config.to_json_file(folder / "config.json")  # save_pretrained would add one file of the code
         generation_config.save_pretrained(folder)
-        for file in remote_code_files():
+        for file in remote_code_files() if remote_code else ():
             shutil.copyfile(file, folder / file.name)
-        write_tokenizer(folder, config.vocab_size, config.max_position_embeddings)
-        card = render_card(config, dtype, provenance, released, license_id)
+        if tokenizer is None:
+            write_tokenizer(folder, config.vocab_size, config.max_position_embeddings)
+        else:
+            for name in TOKENIZER_FILES:
+                shutil.copyfile(tokenizer / name, folder / name)
+        card = render_card(
+            config,
+            dtype,
+            provenance,
+            released=released,
+            license_id=license_id,
+            limits=limits,
+            remote_code=remote_code,
+        )
         (folder / "README.md").write_text(card, encoding="utf-8")
         for file in folder.glob("*.safetensors"):  # written readable by their owner alone
             shutil.copymode(folder / "README.md", file)
@@ -223,6 +247,7 @@ def export(args: argparse.Namespace) -> None:
         DTYPES[args.dtype] if args.dtype else config.dtype or torch.float32,
         provenance=f"Exported from the checkpoint `{args.src.resolve().name}`.",
         license_id=args.license,
+        tokenizer=args.src if (args.src / "tokenizer.json").is_file() else None,
     )
 
 

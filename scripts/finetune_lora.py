@@ -1,11 +1,12 @@
-"""LoRA fine-tuning with PEFT on a text file, one example per line; prints the losses before and after.
+r"""LoRA fine-tuning with PEFT on a text file, one example per line; prints the losses before and after.
 
-    python -m scripts.finetune_lora --model build/mlra_4 --data lines.txt --output build/adapter
+    python -m scripts.finetune_lora --model checkpoints/mlra_4_demo --output build/adapter \
+        --data configuration/training/devils_dictionary.txt --prompt "LAWYER, n."
     python -m scripts.finetune_lora --model build/mlra_4 --data lines.txt --output build/adapter --merge build/merged
 
 Every tenth line is held out. The adapter acts on all linear projections of attention and MLP; the up-projection of the
 latents (`kv_b_proj`) is no linear layer and stays as it is. OUTPUT becomes a PEFT adapter folder; --merge also writes
-the model with the adapter merged in, as `save_pretrained` does.
+the model with the adapter merged in, as `save_pretrained` does. --prompt shows a greedy continuation before and after.
 """
 
 import argparse
@@ -36,6 +37,7 @@ except ImportError:
 
 TARGETS = ("q_a_proj", "q_b_proj", "kv_a_proj", "k_rope_proj", "g_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 HELDOUT_EVERY = 10
+NEW_TOKENS = 48  # of the continuations shown
 RESULT_FILE = "finetune_result.json"
 
 
@@ -122,9 +124,19 @@ def finetune(args: argparse.Namespace) -> None:
     def losses() -> dict[str, float]:
         return {part: trainer.evaluate(data)["eval_loss"] for part, data in (("train", train), ("held out", heldout))}
 
+    def continuation() -> str:
+        ids = tokenizer(args.prompt, return_tensors="pt").to(model.device)
+        tokens = model.eval().generate(**ids, max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=True)
+        return tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+    shown = {}
     before = losses()
+    if args.prompt:
+        shown["before"] = continuation()
     trainer.train()
     after = losses()
+    if args.prompt:
+        shown["after"] = continuation()
     model.save_pretrained(args.output)
     trainable, total = model.get_nb_trainable_parameters()
     result = {
@@ -135,6 +147,7 @@ def finetune(args: argparse.Namespace) -> None:
         "target_modules": targets,
         "trainable_parameters": trainable,
         "parameters": total,
+        "continuation": shown,
     }
     write_json(args.output / RESULT_FILE, result)
     if args.merge is not None:
@@ -142,6 +155,8 @@ def finetune(args: argparse.Namespace) -> None:
         model.merge_and_unload().save_pretrained(args.merge)
         tokenizer.save_pretrained(args.merge)
     rows = [[part, f"{before[part]:.4f}", f"{after[part]:.4f}"] for part in before]
+    for when, text in shown.items():
+        print(f"{when}: {' '.join(text.split())}")
     print(markdown_table(["loss", "before", "after"], rows), end="")
     print(f"{trainable:,} of {total:,} parameters trained, {args.steps} steps; the adapter is in {args.output}")
 
@@ -152,6 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="UTF-8 text, one example per line")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="adapter folder to create")
     parser.add_argument("--merge", type=Path, metavar="DIR", help="also write the merged model here")
+    parser.add_argument("--prompt", metavar="TEXT", help="continue this before and after")
     parser.add_argument("--rank", type=positive_int, default=8)
     parser.add_argument("--steps", type=positive_int, default=100)
     parser.add_argument("--batch-size", type=positive_int, default=4, help="blocks per step")

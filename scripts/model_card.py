@@ -11,6 +11,12 @@ from scripts.released import ATTENTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 
+REMOTE_CODE_NOTE = """\
+`trust_remote_code=True` runs the Python files of this folder; read them first. With the `mlra` package installed,
+`import modeling_mlra` registers the same classes and the flag is not needed."""
+PACKAGE_NOTE = """\
+`python -m scripts.export THIS_FOLDER DST` writes a Hub folder that holds the code and needs no package."""
+
 CORPORA = ("Wikipedia", "C4", "Pile", "RefinedWeb", "Cosmopedia", "FineWeb", "FineWeb-Edu", "average")
 PUBLISHED_PERPLEXITY = {  # arXiv 2603.02188; one row per architecture, columns as CORPORA
     "mla": (14.567, 16.345, 12.965, 18.523, 8.966, 15.440, 9.284, 13.727),
@@ -84,7 +90,16 @@ def published_section(name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def render_card(config: MLRAConfig, dtype: torch.dtype, provenance: str, released: bool, license_id: str) -> str:
+def render_card(
+    config: MLRAConfig,
+    dtype: torch.dtype,
+    provenance: str,
+    *,
+    released: bool,
+    license_id: str,
+    limits: str = "",
+    remote_code: bool = True,
+) -> str:
     """The model card of one exported folder.
 
     Args:
@@ -93,6 +108,8 @@ def render_card(config: MLRAConfig, dtype: torch.dtype, provenance: str, release
         provenance: a sentence saying where the weights come from.
         released: whether they are the authors'; only then does the card quote published numbers.
         license_id: the Hub's identifier of their licence.
+        limits: what the model cannot do, a sentence.
+        remote_code: whether the folder holds the model's code.
     """
     with torch.device("meta"):
         parameters = MLRAForCausalLM(config).num_parameters()
@@ -111,6 +128,10 @@ def render_card(config: MLRAConfig, dtype: torch.dtype, provenance: str, release
         license=license_id,
         title=title.replace("_", "-"),
         provenance=provenance,
+        package="" if remote_code else "import modeling_mlra  # of the package mlra: this folder holds no code\n",
+        trust=remote_code,
+        code_note=REMOTE_CODE_NOTE if remote_code else PACKAGE_NOTE,
+        limits=f"- {limits}\n" if limits else "",
         about="It is an architecture of the paper Multi-Head Low-Rank Attention "
         "([arXiv 2603.02188](https://arxiv.org/abs/2603.02188), ICLR 2026), which splits the compressed key-value "
         "state of latent attention into several latents, so that the cache can be divided among devices.",

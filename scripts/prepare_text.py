@@ -9,8 +9,9 @@ Text comes from HTML, plain text, reStructuredText, POD and dict dictionaries, c
 seen before are dropped (navigation, licences), then documents that are short or not mostly words. A document is held
 out by its digest, so the same text is always split the same way, whatever else is there.
 
-OUTPUT gets train.bin, heldout.bin (the format of evals.corpora), tokenizer/ (a byte-level BPE trained on the training
-part, or GPT-2's), text/ (JSON lines), and sources.json and SOURCES.md: every package with version, licences and sizes.
+OUTPUT gets train.bin, heldout.bin (the format of evals.corpora), heldout_sample.bin (its first tokens, small enough to
+be checked in), tokenizer/ (a byte-level BPE trained on the training part, or GPT-2's), text/ (JSON lines), licences/
+(the copyright files), and sources.json and SOURCES.md: every package with version, licences and sizes.
 A package of Debian's non-free section, or without a copyright file, is refused.
 """
 
@@ -29,8 +30,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 
-from evals.common import markdown_table, write_json, write_text
-from evals.corpora import MAX_TOKENS, Corpus
+from evals.common import write_json, write_text
+from evals.corpora import MAX_TOKENS, Corpus, read_token_file, token_file_header
 from evals.prepare_tokens import load_tokenizer, write_token_file
 from scripts.cli import UserError, run
 from scripts.generate import positive_int
@@ -71,6 +72,7 @@ SHORTEST_ENTRY = 40  # of a dictionary's entry
 LONGEST = 40_000  # a longer document is cut between paragraphs, so that the held-out part is spread over many
 REPEATED = 48  # a paragraph of at least so many characters is kept only the first time
 LETTERS = 0.6  # smallest share of letters and spaces
+SAMPLE_TOKENS = 16 * 512 + 1
 DICT_DIGITS = {
     digit: value for value, digit in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")
 }
@@ -131,9 +133,8 @@ def licences(root: Path, name: str) -> tuple[list[str], str]:
     text = "\n\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
     named = {name.strip() for name in re.findall(r"^License:[ \t]*(\S[^\n]*)", text, re.MULTILINE)}
     named = {name for name in named if LICENCE_NAME.fullmatch(name)}
-    named |= {
-        f"{found} (common-licenses)" for found in re.findall(r"common-licenses/([A-Za-z0-9.+-]*[A-Za-z0-9+])", text)
-    }
+    common = set(re.findall(r"common-licenses/([A-Za-z0-9.+-]*[A-Za-z0-9+])", text))
+    named |= {name for name in common if not any(other.startswith(name) for other in named)}  # GPL-2, GPL-2+
     if not named:
         lowered = " ".join(text.lower().split())
         known = {
@@ -383,6 +384,21 @@ def texts(file: Path) -> Iterator[str]:
             yield json.loads(line)["text"]
 
 
+def sources_page(sources: list[dict], tokens: dict[str, int]) -> str:
+    """SOURCES.md: what `collect` returned, one line per package, and the number of tokens of each part."""
+    lines = [
+        f"- **{source['name']}** {source.get('version', '')}, {source['train_characters']:,} characters: "
+        f"{', '.join(source['licences'])}\n"
+        for source in sources
+    ]
+    return (
+        "# Training text\n\nText of Debian packages, prepared by `python -m scripts.prepare_text`: "
+        f"{tokens['train']:,} tokens to train on, {tokens['heldout']:,} held out. The licences are those that a "
+        "package's copyright file names, often for a whole source package of which this text is a part.\n\n"
+        + "".join(lines)
+    )
+
+
 def prepare(args: argparse.Namespace) -> None:
     if not 0 < args.heldout < 1:
         raise UserError(f"--heldout {args.heldout} must be a share between 0 and 1")
@@ -403,17 +419,10 @@ def prepare(args: argparse.Namespace) -> None:
         corpus = Corpus(part, f"dataset:{(args.output / 'text' / part).resolve()}")
         tokens[part] = write_token_file(args.output / f"{part}.bin", corpus, tokenizer, settings, options)
         print(f"{args.output / f'{part}.bin'}: {tokens[part]:,} tokens")
+    sample = read_token_file(args.output / "heldout.bin")[:SAMPLE_TOKENS]
+    (args.output / "heldout_sample.bin").write_bytes(token_file_header(len(sample)) + sample.tobytes())
     write_json(args.output / "sources.json", {"settings": settings, "tokens": tokens, "packages": sources})
-    rows = [
-        [source["name"], source.get("version", ""), "; ".join(source["licences"]), f"{source['train_characters']:,}"]
-        for source in sources
-    ]
-    write_text(
-        args.output / "SOURCES.md",
-        "# Training text\n\nText of Debian packages, prepared by `python -m scripts.prepare_text`; each package's "
-        f"copyright file is under licences/. {tokens['train']:,} tokens to train on, {tokens['heldout']:,} held out."
-        "\n\n" + markdown_table(["package", "version", "licences", "characters"], rows),
-    )
+    write_text(args.output / "SOURCES.md", sources_page(sources, tokens))
 
 
 def main(argv: list[str] | None = None) -> int:

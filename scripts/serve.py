@@ -1,5 +1,6 @@
 """Serve a model folder over an OpenAI-compatible API: `transformers serve`, made to find this architecture.
 
+    python -m scripts.export checkpoints/mlra_4_demo build/demo
     python -m scripts.serve build/demo --trust-remote-code --port 8000
     python -m scripts.serve build/demo --trust-remote-code --port 8000 --continuous-batching
     transformers chat build/demo http://localhost:8000/v1

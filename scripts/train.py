@@ -22,18 +22,14 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
-from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import ConcatDataset, Dataset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    HfArgumentParser,
     PreTrainedConfig,
     PreTrainedModel,
     Trainer,
@@ -43,217 +39,29 @@ from transformers import (
     set_seed,
 )
 
-from evals.common import first_line, load_model, write_json
-from evals.corpora import MAX_TOKENS, Corpus, find_corpora, read_token_file
+from evals.common import load_model, write_json
+from evals.corpora import Corpus, find_corpora, read_token_file
 from evals.perplexity import Blocks, total_loss
 from evals.prepare_tokens import load_tokenizer, write_token_file
 from scripts.cli import UserError, run
 from scripts.export import DTYPES, export_folder, parameter_shapes, read_saved_tensors
 from scripts.generate import positive_int
+from scripts.recipe import (
+    DataSettings,
+    Recipe,
+    apply_changes,
+    make_recipe,
+    model_config,
+    read_configuration,
+    training_arguments,
+)
 from tokenization.build import FOLDER as GPT2_TOKENIZER
 from tokenization.build import end_of_text_id
 
 TRAINING_BYTES_PER_PARAMETER = 16  # float32: weight, gradient and Adam's two moments
 CHECKED_TOKENS = 2**26  # of each file before the start; every block is checked again when it is read
 STATE_FILE, CONFIG_FILE, RESULT_FILE = "trainer_state.json", "train_config.json", "train_result.json"
-# Settings of `training` that change no loss, so that a resumed run may have others
-FREE_SETTINGS = ("output_dir", "report_to", "run_name", "logging_", "save_", "eval_", "dataloader_", "disable_tqdm")
 ZERO_AT_START = ("o_proj.weight", "down_proj.weight")
-
-
-@dataclass
-class DataSettings:
-    """What to train on.
-
-    Args:
-        train: token files (.bin, also as a pattern with *), text files or dataset:PATH, as evals.corpora names them.
-        heldout: likewise, for the perplexity at the end and `eval_steps` in between; may be empty.
-        block_size: tokens T per block.
-        tokenizer: folder of the tokenizer that `train` was or is to be encoded with (default: GPT-2).
-        max_tokens: encode at most so many tokens of a text or dataset.
-        shuffle_buffer: documents to shuffle a dataset among while encoding it.
-    """
-
-    train: list[str]
-    heldout: list[str]
-    block_size: int = 2048
-    tokenizer: str | None = None
-    max_tokens: int = MAX_TOKENS
-    shuffle_buffer: int = 10_000
-
-
-@dataclass
-class ExportSettings:
-    """The Hub folder to write at the end, by scripts.export.
-
-    Args:
-        folder: path to create.
-        dtype: what to store the weights as.
-        license: Hub identifier of the weights' licence.
-        provenance: a sentence for the card: what the model was trained on.
-    """
-
-    folder: str
-    dtype: str = "bfloat16"
-    license: str = "unknown"
-    provenance: str = "Trained with scripts.train."
-
-
-@dataclass
-class Recipe:
-    """A training run as its configuration file gives it; see docs/training.md."""
-
-    model: str | dict
-    data: DataSettings
-    blocks_per_step: int
-    training: dict
-    export: ExportSettings | None = None
-    attn_implementation: str = "sdpa"
-
-    def settings(self) -> dict:
-        """Everything that the losses depend on."""
-        training = {name: value for name, value in self.training.items() if not name.startswith(FREE_SETTINGS)}
-        data = {**vars(self.data), "heldout": None}
-        return {"model": self.model, "data": data, "blocks_per_step": self.blocks_per_step, "training": training}
-
-
-def read_configuration(path: Path) -> dict:
-    """The mapping in a JSON or YAML file.
-
-    Raises:
-        UserError: for a file that is missing or malformed.
-    """
-    if not path.is_file():
-        raise UserError(f"no configuration file {path}")
-    text = path.read_text(encoding="utf-8")
-    try:
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is no valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no mapping of settings")
-    return content
-
-
-def apply_changes(content: dict, changes: list[str]) -> None:
-    """Make changes such as "training.max_steps=10" to a configuration, in place.
-
-    Raises:
-        UserError: for a change that is no NAME=VALUE, or goes into something that is no mapping.
-    """
-    for change in changes:
-        name, equals, value = change.partition("=")
-        *parents, last = name.split(".")
-        if not equals or not last:
-            raise UserError(f"--set {change}: write NAME=VALUE, such as training.max_steps=10")
-        place = content
-        for parent in parents:
-            place = place.setdefault(parent, {})
-            if not isinstance(place, dict):
-                raise UserError(f"--set {change}: {parent} is {place!r}, which has no parts")
-        try:
-            place[last] = json.loads(value)
-        except ValueError:
-            place[last] = value
-
-
-def make_recipe(content: dict, source: object) -> Recipe:
-    """The recipe of a configuration; `source` is what errors call it.
-
-    Raises:
-        UserError: for unknown, missing and unusable settings.
-    """
-
-    def build(kind: type, values: object, where: str):
-        if not isinstance(values, dict):
-            raise UserError(f"{source}: {where} must be a mapping, not {values!r}")
-        known = [field.name for field in fields(kind)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise UserError(f"{source}: unknown {where} setting {unknown[0]!r}; known are {', '.join(known)}")
-        try:
-            return kind(**values)
-        except TypeError as error:
-            raise UserError(f"{source}: {where}: {first_line(error).partition('() ')[2]}") from error
-
-    recipe = build(Recipe, content, "top-level")
-    recipe.data = build(DataSettings, recipe.data, "data")
-    if recipe.export is not None:
-        recipe.export = build(ExportSettings, recipe.export, "export")
-        if recipe.export.dtype not in DTYPES:
-            raise UserError(f"{source}: export.dtype {recipe.export.dtype!r} is none of {', '.join(DTYPES)}")
-    if not isinstance(recipe.training, dict) or "output_dir" not in recipe.training:
-        raise UserError(f"{source}: training needs an output_dir")
-    for name, value in (("blocks_per_step", recipe.blocks_per_step), ("data.block_size", recipe.data.block_size)):
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f"{source}: {name} must be a positive whole number, not {value!r}")
-    if not recipe.data.train:
-        raise UserError(f"{source}: data.train names no corpus")
-    return recipe
-
-
-def training_arguments(recipe: Recipe) -> TrainingArguments:
-    """The library's arguments; gradient accumulation follows from `blocks_per_step`.
-
-    Raises:
-        UserError: for unknown or unusable settings, and for devices that cannot share a step's blocks evenly.
-    """
-    given = {"report_to": "none", "disable_tqdm": not sys.stderr.isatty()}
-    given |= {"use_cpu": not torch.accelerator.is_available(), **recipe.training}
-    for name in ("gradient_accumulation_steps", "num_train_epochs"):
-        if name in given:
-            raise UserError(f"training.{name} follows from blocks_per_step and max_steps: leave it out")
-    numbers = {field.name: field.type for field in fields(TrainingArguments) if field.type in (int, float)}
-    try:  # YAML reads 1e-8 as a word
-        given |= {
-            name: numbers[name](value) for name, value in given.items() if name in numbers and isinstance(value, str)
-        }
-    except ValueError as error:
-        raise UserError(f"training settings: {first_line(error)}") from error
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    per_device = given.setdefault("per_device_train_batch_size", math.gcd(recipe.blocks_per_step // world or 1, 8))
-    if not isinstance(per_device, int) or per_device < 1 or recipe.blocks_per_step % (per_device * world):
-        raise UserError(
-            f"blocks_per_step {recipe.blocks_per_step} is no multiple of per_device_train_batch_size {per_device} x "
-            f"{world} processes: change one of them"
-        )
-    given.setdefault("per_device_eval_batch_size", per_device)
-    given["gradient_accumulation_steps"] = recipe.blocks_per_step // (per_device * world)
-    given |= {"remove_unused_columns": False, "label_names": ["labels"], "prediction_loss_only": True}
-    try:
-        (args,) = HfArgumentParser(TrainingArguments).parse_dict(given)
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        raise UserError(f"training settings: {first_line(error)}") from error
-    if args.max_steps < 1:
-        raise UserError("training.max_steps must say how many steps to train")
-    if args.warmup_steps > args.max_steps:
-        raise UserError(f"training.warmup_steps {args.warmup_steps} is more than max_steps {args.max_steps}")
-    if args.n_gpu > 1:
-        raise UserError(f"{args.n_gpu} GPUs are visible to one process: use accelerate launch or CUDA_VISIBLE_DEVICES")
-    return args
-
-
-def model_config(model: str | dict) -> PreTrainedConfig:
-    """The configuration of a recipe's `model`: fields, an architecture file, or a checkpoint folder.
-
-    Raises:
-        UserError: when it is none of these, or its sizes cannot be combined.
-    """
-    source = model if isinstance(model, str) else "model"
-    try:
-        if isinstance(model, str):
-            path = Path(model)
-            if path.is_dir():
-                return AutoConfig.from_pretrained(path, trust_remote_code=False)
-            if not path.is_file():
-                raise UserError(f"model {path} is neither an architecture file nor a checkpoint folder")
-            model = json.loads(path.read_text(encoding="utf-8"))
-        sizes = {"model_type": "mlra", **model}
-        return AutoConfig.for_model(sizes.pop("model_type"), **sizes)
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
-        raise UserError(f"{source} cannot be used: {error}") from error
 
 
 def build_model(recipe: Recipe, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
@@ -650,7 +458,6 @@ def train_recipe(
 
 def export_trained(folder: Path, recipe: Recipe, result: dict) -> None:
     """Write the Hub folder of a trained model, with the tokenizer it was trained with and its held-out perplexity."""
-    target = Path(recipe.export.folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     config.use_cache = True  # the Trainer turns it off
     sentences = [recipe.export.provenance]
@@ -659,19 +466,17 @@ def export_trained(folder: Path, recipe: Recipe, result: dict) -> None:
         f"{recipe.data.block_size}): {values['perplexity']:.3f}, as `python -m evals.perplexity` computes it."
         for name, values in result.get("heldout_exported", {}).items()
     ]
-    temporary = target.with_name(f".{target.name}.export-{os.getpid()}")
     export_folder(
-        temporary,
+        Path(recipe.export.folder),
         config,
         read_saved_tensors(folder, parameter_shapes(config)),
         DTYPES[recipe.export.dtype],
         provenance=" ".join(sentences),
+        limits=recipe.export.limits,
         license_id=recipe.export.license,
+        tokenizer=None if recipe.data.tokenizer is None else Path(recipe.data.tokenizer),
+        remote_code=recipe.export.remote_code,
     )
-    if recipe.data.tokenizer is not None:
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            (temporary / name).write_bytes((Path(recipe.data.tokenizer) / name).read_bytes())
-    os.replace(temporary, target)
 
 
 def describe(result: dict) -> str:

@@ -21,7 +21,9 @@ from evals.corpora import read_token_file, token_file_header
 from evals.perplexity import main as perplexity
 from modeling_mlra import MLRAForCausalLM
 from scripts import compare_architectures, finetune_lora, prepare_text, train
+from scripts import recipe as recipes
 from scripts.cli import UserError
+from scripts.export import main as export
 from tests.paths import REPOSITORY
 from tests.tolerances import LOSS_ATOL
 
@@ -87,12 +89,12 @@ def settings(data: Path, output: Path, **changes) -> dict:
             "disable_tqdm": True,
         },
     }
-    train.apply_changes(content, [f"{name.replace('__', '.')}={json.dumps(v)}" for name, v in changes.items()])
+    recipes.apply_changes(content, [f"{name.replace('__', '.')}={json.dumps(v)}" for name, v in changes.items()])
     return content
 
 
-def recipe(*args, **changes) -> train.Recipe:
-    return train.make_recipe(settings(*args, **changes), "test")
+def recipe(*args, **changes) -> recipes.Recipe:
+    return recipes.make_recipe(settings(*args, **changes), "test")
 
 
 def losses(result: dict) -> list[float]:
@@ -172,17 +174,17 @@ def test_killed_and_resumed_run_has_the_same_next_losses(trained, data, tmp_path
     assert begun is not None and not (tmp_path / "run" / train.RESULT_FILE).exists()
     (tmp_path / "run" / "checkpoint-99").mkdir()  # as a kill in the middle of saving leaves it
     with pytest.raises(UserError, match="holds a run already"):
-        train.train_recipe(train.make_recipe(content, "test"))
+        train.train_recipe(recipes.make_recipe(content, "test"))
     other = settings(data, tmp_path / "run", training__learning_rate=1e-3)
     with pytest.raises(UserError, match="was begun with training"):
-        train.train_recipe(train.make_recipe(other, "test"), resume=True)
+        train.train_recipe(recipes.make_recipe(other, "test"), resume=True)
     steps = []
 
     class Count(train.TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             steps.append(state.global_step)
 
-    resumed = train.train_recipe(train.make_recipe(content, "test"), resume=True, callbacks=[Count()])
+    resumed = train.train_recipe(recipes.make_recipe(content, "test"), resume=True, callbacks=[Count()])
     assert steps == list(range(int(begun.name.partition("-")[2]) + 1, 13))
     assert losses(resumed) == losses(result)
     assert resumed["heldout"] == result["heldout"]
@@ -228,9 +230,9 @@ def test_evaluation_during_training_is_that_of_perplexity(data, tmp_path):
 
 def block_trainer(data, tmp_path, **changes) -> train.BlockTrainer:
     content = recipe(data, tmp_path / "run", **changes)
-    model = train.build_model(content, train.model_config(content.model), 0)
+    model = train.build_model(content, recipes.model_config(content.model), 0)
     return train.BlockTrainer(
-        model=model, args=train.training_arguments(content), tokens_per_step=1, flops_per_token=1, peak=1
+        model=model, args=recipes.training_arguments(content), tokens_per_step=1, flops_per_token=1, peak=1
     )
 
 
@@ -245,8 +247,8 @@ def test_weight_decay_covers_all_parameters(data, tmp_path):
 
 def test_paper_recipe():
     """Section 4 of the paper's appendix: optimizer, schedule, batch."""
-    content = train.make_recipe(train.read_configuration(TRAINING / "paper.json"), "paper.json")
-    args = train.training_arguments(content)
+    content = recipes.make_recipe(recipes.read_configuration(TRAINING / "paper.json"), "paper.json")
+    args = recipes.training_arguments(content)
     assert (args.adam_beta1, args.adam_beta2, args.adam_epsilon) == (0.9, 0.95, 1e-8)
     assert (args.weight_decay, args.max_grad_norm, args.max_steps) == (0.1, 1.0, 100_000)
     assert args.optim == "adamw_torch_fused" and args.bf16
@@ -271,13 +273,13 @@ def test_paper_recipe():
 
 @pytest.mark.parametrize("name", ["demo.json", "compare.json"])
 def test_presets_can_be_read(name):
-    content = train.read_configuration(TRAINING / name)
+    content = recipes.read_configuration(TRAINING / name)
     for key in ("architectures", "seeds"):
         content.pop(key, None)
-    content = train.make_recipe(content, name)
-    args = train.training_arguments(content)
+    content = recipes.make_recipe(content, name)
+    args = recipes.training_arguments(content)
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps == content.blocks_per_step
-    assert train.count_parameters(train.model_config(content.model)) * 2 < 21e6  # about 20 MB in bfloat16
+    assert train.count_parameters(recipes.model_config(content.model)) * 2 < 21e6  # about 20 MB in bfloat16
 
 
 def test_learning_rate_of_a_run(data, tmp_path):
@@ -295,13 +297,13 @@ def test_learning_rate_of_a_run(data, tmp_path):
 @pytest.mark.parametrize("model", [MODEL, LLAMA], ids=["mlra", "llama"])
 def test_output_projections_start_at_zero(model, data, tmp_path):
     content = recipe(data, tmp_path / "run", model=model)
-    built = train.build_model(content, train.model_config(model), 3)
+    built = train.build_model(content, recipes.model_config(model), 3)
     for name, parameter in built.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             assert not parameter.any(), name
         elif "norm" not in name and parameter.numel() > 200:
             assert 0.015 < parameter.std() < 0.025, name
-    again = train.build_model(content, train.model_config(model), 3)
+    again = train.build_model(content, recipes.model_config(model), 3)
     assert all(torch.equal(a, b) for a, b in zip(built.parameters(), again.parameters(), strict=True))
 
 
@@ -310,7 +312,7 @@ def test_flops_are_those_that_the_profiler_counts(model, data, tmp_path):
     """Eager attention computes every pair of positions; the formula counts the half that causality needs."""
     content = recipe(data, tmp_path / "run", model=model)
     content.attn_implementation = "eager"
-    built = train.build_model(content, train.model_config(model), 0)
+    built = train.build_model(content, recipes.model_config(model), 0)
     length = 24
     ids = torch.randint(0, 300, (1, length))
     with FlopCounterMode(display=False) as counter:
@@ -385,8 +387,8 @@ def test_yaml_with_words_for_numbers(data, tmp_path):
     content = settings(data, tmp_path / "run")
     content["training"]["adam_epsilon"] = "1e-9"  # what YAML makes of 1e-9
     (tmp_path / "recipe.yaml").write_text(json.dumps(content), encoding="utf-8")
-    read = train.make_recipe(train.read_configuration(tmp_path / "recipe.yaml"), "test")
-    assert train.training_arguments(read).adam_epsilon == 1e-9
+    read = recipes.make_recipe(recipes.read_configuration(tmp_path / "recipe.yaml"), "test")
+    assert recipes.training_arguments(read).adam_epsilon == 1e-9
 
 
 # Comparing architectures
@@ -420,8 +422,15 @@ def test_comparison_is_matched_and_goes_on(data, tmp_path, capsys):
     assert compare_architectures.main([str(config), "--output", str(output), "--only", "mlra_4"]) == 0
     first = json.loads(output.read_text())["results"]
     assert list(first) == ["mlra_4_seed0", "mlra_4_seed1"]
-    assert compare_architectures.main([str(config), "--output", str(output)]) == 0
+    elsewhere = ["--output", str(tmp_path / "elsewhere.json")]
+    arguments = ["--only", "gqa", "--set", f"training.output_dir={tmp_path / 'elsewhere'}", "--set", "seeds=[0]"]
+    assert compare_architectures.main([str(config), *elsewhere, *arguments]) == 0
+    other = json.loads((tmp_path / "elsewhere.json").read_text())["results"]
+    assert list(other) == ["gqa_seed0"]
+    assert compare_architectures.main([str(config), "--output", str(output), "--merge", elsewhere[1]]) == 0
     stored = json.loads(output.read_text())
+    assert stored["results"]["gqa_seed0"] == other["gqa_seed0"]
+    assert not (tmp_path / "runs" / "gqa_seed0").exists() and (tmp_path / "runs" / "gqa_seed1").exists()
     assert {name: stored["results"][name] for name in first} == first
     assert len(stored["results"]) == 4
     sizes = [entry["parameters"] for entry in stored["results"].values()]
@@ -435,6 +444,8 @@ def test_comparison_is_matched_and_goes_on(data, tmp_path, capsys):
     capsys.readouterr()
     assert compare_architectures.main([str(config), "--output", str(output), "--set", "training.max_steps=7"]) == 2
     assert "max_steps = 6" in capsys.readouterr().err
+    assert compare_architectures.main([str(config), "--output", str(output), "--merge", "nothing.json"]) == 2
+    assert "--merge nothing.json: no such file" in capsys.readouterr().err.splitlines()[-1]
 
 
 # Text
@@ -495,7 +506,7 @@ def test_prepared_text(unpacked, tmp_path):
     assert "word7\n  A made-up word that stands for the number 7." in everything
     sources = json.loads((tmp_path / "a" / "sources.json").read_text())
     assert sources["packages"][0]["licences"] == ["GFDL-1.3", "GPL-2+"]
-    assert "GFDL-1.3; GPL-2+" in (tmp_path / "a" / "SOURCES.md").read_text()
+    assert "characters: GFDL-1.3, GPL-2+\n" in (tmp_path / "a" / "SOURCES.md").read_text()
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a" / "tokenizer")
     assert len(tokenizer) == 300 and tokenizer.eos_token_id == 299
@@ -504,6 +515,8 @@ def test_prepared_text(unpacked, tmp_path):
         assert tokens[0] == 299 and (tokens == 299).sum() == len(documents[part])
         decoded = tokenizer.decode(tokens).split("<|endoftext|>")[1:]
         assert sorted(decoded) == sorted(documents[part])
+    sample, heldout = (read_token_file(tmp_path / "a" / f"{name}.bin") for name in ("heldout_sample", "heldout"))
+    assert np.array_equal(sample, heldout[: prepare_text.SAMPLE_TOKENS])
 
     again = prepared(unpacked, tmp_path / "b")
     assert again == documents
@@ -515,15 +528,25 @@ def test_export_carries_the_tokenizer_it_was_trained_with(unpacked, tmp_path):
     prepared(unpacked, tmp_path / "text")
     content = settings(tmp_path / "text", tmp_path / "run", training__max_steps=4)
     content["data"]["tokenizer"] = str(tmp_path / "text" / "tokenizer")
-    content["export"] = {"folder": str(tmp_path / "hub")}
+    content["export"] = {"folder": str(tmp_path / "hub"), "remote_code": False, "limits": "It cannot sing."}
     wrong = json.loads(json.dumps(content))
     wrong["model"]["vocab_size"] = 400
     with pytest.raises(UserError, match="set vocab_size to the tokenizer's 300"):
-        train.train_recipe(train.make_recipe(wrong, "test"))
-    train.train_recipe(train.make_recipe(content, "test"))
+        train.train_recipe(recipes.make_recipe(wrong, "test"))
+    train.train_recipe(recipes.make_recipe(content, "test"))
     stored = (tmp_path / "hub" / "tokenizer.json").read_bytes()
     assert stored == (tmp_path / "text" / "tokenizer" / "tokenizer.json").read_bytes()
     assert MLRAForCausalLM.from_pretrained(tmp_path / "hub").config.eos_token_id == 299
+    assert not list((tmp_path / "hub").glob("*.py"))
+    assert "auto_map" not in json.loads((tmp_path / "hub" / "config.json").read_text())
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert (
+        "- It cannot sing.\n" in card and "import modeling_mlra  #" in card and "=True" not in card.split("padding")[0]
+    )
+    assert export(["--license", "mit", str(tmp_path / "hub"), str(tmp_path / "complete")]) == 0
+    assert (tmp_path / "complete" / "tokenizer.json").read_bytes() == stored
+    complete = AutoModelForCausalLM.from_pretrained(tmp_path / "complete", trust_remote_code=True)
+    assert complete.num_parameters() == MLRAForCausalLM.from_pretrained(tmp_path / "hub").num_parameters()
 
 
 def test_a_dataset_is_encoded_once_and_trained_on(unpacked, tmp_path):
@@ -534,7 +557,7 @@ def test_a_dataset_is_encoded_once_and_trained_on(unpacked, tmp_path):
         "tokenizer": str(tmp_path / "text" / "tokenizer"),
         "heldout": [],
     }
-    result = train.train_recipe(train.make_recipe(content, "test"))
+    result = train.train_recipe(recipes.make_recipe(content, "test"))
     assert result["finished"] and "heldout" not in result
     tokens = read_token_file(tmp_path / "run" / "tokens" / "train.bin")
     assert (tokens == 299).sum() == len(documents["train"])

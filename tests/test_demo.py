@@ -1,0 +1,173 @@
+"""The demo checkpoint: its card's perplexity, its text, and what only a model with real statistics can show."""
+
+import copy
+import json
+import re
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, QuantizedCache, QuantoConfig
+from transformers.utils import is_bitsandbytes_available, is_optimum_quanto_available
+
+from evals.corpora import read_token_file
+from evals.perplexity import main as perplexity
+from modeling_mlra import MLRAForCausalLM
+from scripts import finetune_lora, generate
+from tests.paths import DEMO, HELDOUT, REPOSITORY
+from tests.tolerances import DEMO_PERPLEXITY_RTOL
+
+BLOCK = 512
+LINES = REPOSITORY / "configuration" / "training" / "devils_dictionary.txt"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(DEMO)
+
+
+@pytest.fixture(scope="module")
+def model() -> MLRAForCausalLM:
+    return MLRAForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def blocks() -> torch.Tensor:
+    """Four blocks of held-out text, `[4, BLOCK]`."""
+    return torch.from_numpy(read_token_file(HELDOUT)[: 4 * BLOCK].astype("int64")).view(4, BLOCK)
+
+
+@torch.no_grad()
+def loss(model, blocks: torch.Tensor, **settings) -> float:
+    return model(blocks, labels=blocks, use_cache=False, **settings).loss.item()
+
+
+# The card
+
+
+def test_perplexity_is_that_of_the_card(tmp_path):
+    output = tmp_path / "perplexity.json"
+    assert perplexity(["--model", str(DEMO), "--data", str(HELDOUT), "--output", str(output)]) == 0
+    measured = json.loads(output.read_text())["results"][HELDOUT.stem]
+    card = (DEMO / "README.md").read_text(encoding="utf-8")
+    sentence = rf"`{HELDOUT.stem}` \(([\d,]+) predicted, blocks of {BLOCK}\): ([\d.]+),"
+    tokens, stated = re.search(sentence, card).groups()
+    assert int(tokens.replace(",", "")) == measured["tokens"] == 16 * BLOCK
+    assert measured["perplexity"] == pytest.approx(float(stated), rel=DEMO_PERPLEXITY_RTOL)
+
+
+def test_folder_is_plain_and_small():
+    """Configuration, weights, tokenizer and card: the code comes from the package."""
+    names = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+    assert {file.name for file in DEMO.iterdir()} == names | {"tokenizer.json", "tokenizer_config.json"}
+    assert "auto_map" not in json.loads((DEMO / "config.json").read_text())
+    assert sum(file.stat().st_size for file in DEMO.iterdir()) < 21e6
+    assert MLRAForCausalLM.from_pretrained(DEMO).dtype == torch.bfloat16
+
+
+# Its text
+
+
+@pytest.mark.parametrize("entry", ['Sunlight \\Sun"light`\\, n.', 'Quicken \\Quick"en\\, v. t.'])
+def test_dictionary_entries_are_finished(entry, capsys):
+    """A definition in words, the dictionary's mark below it, and the end of the document."""
+    assert generate.main(["--model", str(DEMO), "--prompt", entry, "--max-new-tokens", "150"]) == 0
+    text = capsys.readouterr().out.removeprefix(entry).strip()
+    words = re.findall(r"[A-Za-z]{3,}", text)
+    assert "[1913 Webster]" in text and len(words) > 6 and len(set(words)) > len(words) / 3, text
+
+
+def test_order_of_the_context_matters(model, blocks):
+    """Far more than the frequencies of tokens has been learned."""
+    shuffled = blocks[:, torch.randperm(BLOCK, generator=torch.Generator().manual_seed(0))]
+    assert loss(model, shuffled) > loss(model, blocks) + 2
+
+
+# What rounding, quantization, speculation and long contexts do to a trained model
+
+
+def test_every_branch_is_used(model, blocks):
+    exact = loss(model, blocks)
+    for latent in range(model.config.num_latent_heads):
+        cut = copy.deepcopy(model)
+        width = model.config.latent_head_dim
+        with torch.no_grad():
+            for layer in cut.model.layers:
+                layer.self_attn.kv_a_proj.weight[latent * width : (latent + 1) * width] = 0
+        assert loss(cut, blocks) > exact + 0.1, latent
+
+
+def test_rounding_of_weights(model, blocks):
+    rounded = MLRAForCausalLM.from_pretrained(DEMO, dtype=torch.bfloat16)
+    assert loss(rounded, blocks[:1]) == pytest.approx(loss(model, blocks[:1]), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("library", "bits", "cost"), [("bitsandbytes", 8, 0.03), ("quanto", 8, 0.03), ("quanto", 4, 0.3)]
+)
+def test_quantized_weights(library, bits, cost, model, blocks):
+    """Nats per token that quantization costs, at most."""
+    if not (is_bitsandbytes_available() if library == "bitsandbytes" else is_optimum_quanto_available()):
+        pytest.skip(f"{library} is not installed")
+    settings = QuantoConfig(weights=f"int{bits}") if library == "quanto" else BitsAndBytesConfig(load_in_8bit=True)
+    small = AutoModelForCausalLM.from_pretrained(
+        DEMO, dtype=torch.float32, quantization_config=settings, device_map="cpu"
+    )
+    assert 0 < abs(loss(small, blocks[:1]) - loss(model, blocks[:1])) < cost
+
+
+def test_quantized_cache(model, blocks):
+    """The second half of a block after the first, cached in 4 bits."""
+    if not is_optimum_quanto_available():
+        pytest.skip("the library's quantized cache needs optimum-quanto or hqq")
+    first, second = blocks[:, : BLOCK // 2], blocks[:, BLOCK // 2 :]
+    losses = {}
+    for name, settings in {"exact": None, "4 bit": {"backend": "quanto", "nbits": 4, "q_group_size": 16}}.items():
+        cache = settings and QuantizedCache(config=model.config, residual_length=1, **settings)
+        with torch.no_grad():
+            cache = model(first, past_key_values=cache, use_cache=True).past_key_values
+            losses[name] = model(second, labels=second, past_key_values=cache).loss.item()
+            losses["nothing"] = loss(model, second)
+    assert 0 < abs(losses["4 bit"] - losses["exact"]) < (losses["nothing"] - losses["exact"]) / 3
+
+
+def test_speculation_saves_forwards(model, tokenizer):
+    """Text that repeats itself is looked up in the prompt: same tokens in fewer forwards."""
+    text = "The function returns the number of elements in the list. " * 3 + "The function returns"
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    expected = model.generate(ids, max_new_tokens=40, do_sample=False)
+    forwards = []
+    handle = model.register_forward_hook(lambda *_: forwards.append(1))
+    tokens = model.generate(ids, max_new_tokens=40, do_sample=False, prompt_lookup_num_tokens=5)
+    handle.remove()
+    assert torch.equal(tokens, expected)
+    assert len(forwards) < 0.7 * (expected.shape[1] - ids.shape[1])
+
+
+def test_yarn_reads_beyond_the_trained_context(blocks):
+    """Twice the trained context: YaRN loses less than plain extrapolation on the second half."""
+    text = blocks.view(2, 2 * BLOCK)
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": BLOCK, "rope_theta": 10000.0}
+    changes = {"plain": {}, "yarn": {"rope_parameters": yarn, "max_position_embeddings": 2 * BLOCK}}
+    losses = {}
+    for name, changed in changes.items():
+        model = MLRAForCausalLM.from_pretrained(DEMO, dtype=torch.float32, **changed)
+        with torch.no_grad():
+            logits = model(text, use_cache=False).logits[:, BLOCK:-1]
+        losses[name] = torch.nn.functional.cross_entropy(logits.flatten(0, 1), text[:, BLOCK + 1 :].flatten()).item()
+    assert losses["yarn"] < losses["plain"] - 0.02
+
+
+# Fine-tuning
+
+
+def test_lora_on_the_lines_of_the_example(tmp_path, capsys):
+    lines = tmp_path / "lines.txt"
+    lines.write_text("".join(LINES.read_text().splitlines(keepends=True)[:120]))
+    arguments = ["--model", str(DEMO), "--data", str(lines), "--output", str(tmp_path / "adapter"), "--steps", "12"]
+    arguments += ["--block-size", "96", "--batch-size", "4", "--prompt", "LAWYER, n."]
+    assert finetune_lora.main(arguments) == 0
+    result = json.loads((tmp_path / "adapter" / finetune_lora.RESULT_FILE).read_text())
+    assert result["after"]["held out"] < result["before"]["held out"] - 0.2
+    printed = capsys.readouterr().out
+    assert result["continuation"]["before"] != result["continuation"]["after"]
+    assert all(" ".join(text.split()) in printed for text in result["continuation"].values())
