@@ -204,8 +204,8 @@ def report(args: argparse.Namespace, results: Results, models: dict[str, dict], 
         f"{settings['max_steps']} steps of {settings['blocks_per_step']} x {settings['block_size']} tokens, "
         f"{len(results.entries)} of {expected} runs done. Sorted by mean held-out perplexity; ± is the standard "
         "deviation over seeds (initial weights and order of the data), and a difference of that size says nothing. "
-        f"Trained on {' and '.join(machines)}. Cache: numbers per token, layer and device. Training loss: mean over the last tenth of the steps. Command: "
-        f"`python -m scripts.compare_architectures {args.config}`.",
+        "Cache: numbers per token, layer and device. Training loss: mean over the last tenth of the steps. Trained on "
+        f"{' and '.join(machines)} by `python -m scripts.compare_architectures {args.config}`.",
     )
     if plt is not None:
         draw(args.output.with_suffix(".png"), summary, settings["blocks_per_step"] * settings["block_size"])
