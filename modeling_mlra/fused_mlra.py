@@ -8,7 +8,7 @@ append, gates and residuals ride along, in float32. The parameters are the model
     1  [q_a | kv_a | k_rope | gate] = norm(x) W        5  o = alpha_attn * sum over branches of z W_uv, gated
     2  q = norm(q_a) W_qb                              6  x += o W_o
     3  q_latent = q_nope W_uk; RoPE; append the row    7  m = silu(norm(x) W_gate) * (norm(x) W_up)
-    4  z = latent attention, in parts                  8  x += m W_down
+    4  z = latent_attention(...)                       8  x += m W_down
 
 Under tensor parallelism each rank runs these kernels on its share of latents, heads, MLP and vocabulary. Kernels 6 and
 8 then add its part of the product to an equal part of the residual, and an all-reduce behind each gives x.
@@ -20,6 +20,7 @@ R latent, D_N / E / V positionless key, RoPE and value widths.
 import torch
 from torch import nn
 
+from .kernels_mlra import latent_attention
 from .tensor_parallel_mlra import (
     gather_output,
     is_parallel,
@@ -29,17 +30,14 @@ from .tensor_parallel_mlra import (
     sum_output,
     tensor_parallel_mesh,
 )
-from .triton_mlra import combine, decode, launch_options
+from .triton_mlra import launch_options
 
 try:
     import triton
     import triton.language as tl
-
-    from .triton_mlra import _parts_of
 except ImportError:
     triton = tl = None
 
-MAX_REDUCED = 64  # partial results of all sequences that the value kernel reduces itself
 MAX_SEQUENCES = 4  # beyond, the products are no longer free and cuBLAS reads the weights as fast
 
 if triton is not None:
@@ -48,11 +46,8 @@ if triton is not None:
     def _wait(PDL: tl.constexpr):
         """Let the kernel behind load its weights, and wait for the one in front."""
         if PDL:
-            if PDL == 2:
-                tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_launch_dependents()
             tl.extra.cuda.gdc_wait()
-            if PDL == 1:
-                tl.extra.cuda.gdc_launch_dependents()
 
     @triton.jit
     def _block_of(block, w0, w1, w2, w3, n0, n1, n2, n3, ROWS: tl.constexpr):
@@ -197,23 +192,17 @@ if triton is not None:
                         source = a + m * a_stride + kv_first + L * R
                         _rotate(source, row + L * R, inv_freq, position, rope_scale, E, EP)
 
-    @triton.jit(do_not_specialize=["B", "P"])
+    @triton.jit
     def _value_kernel(
-        z, part, lse, kv_end, kv_start, B, P, kv_b, gate, gate_stride, out, alpha,
+        z, kv_b, gate, gate_stride, out, alpha,
         M: tl.constexpr, L: tl.constexpr, C: tl.constexpr, H: tl.constexpr, R: tl.constexpr, DN: tl.constexpr,
-        V: tl.constexpr, CP: tl.constexpr, RP: tl.constexpr, VB: tl.constexpr, GATE: tl.constexpr,
-        SPLITS: tl.constexpr, UNIT: tl.constexpr, MIN_UNITS: tl.constexpr, BLOCK_B: tl.constexpr,
-        HAS_START: tl.constexpr, BIG: tl.constexpr, PDL: tl.constexpr,
+        V: tl.constexpr, CP: tl.constexpr, RP: tl.constexpr, VB: tl.constexpr, GATE: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        """out[m, i] = alpha * sum over branches of W_uv[l, i] z[m, l, i], times sigmoid(gate).
-
-        With SPLITS > 0 z is reduced here from the decode kernel's partial results, SPLITS at a time.
-        """
+        """out[m, i] = alpha * sum over branches of W_uv[l, i] z[m, l, i], times sigmoid(gate)."""
         query_head = tl.program_id(0)
         branch, rank = tl.arange(0, CP), tl.arange(0, RP)
         values = tl.program_id(1) * VB + tl.arange(0, VB)
-        latent = (query_head // H) * C + branch  # [C]
-        latent_head = latent * H + query_head % H
+        latent_head = ((query_head // H) * C + branch) * H + query_head % H  # [C]
         rows = latent_head[:, None] * (DN + V) + DN + values[None, :]  # [C, VB]
         mask = (branch < C)[:, None] & (values < V)[None, :]
         weight = tl.load(
@@ -221,40 +210,10 @@ if triton is not None:
             mask=mask[:, :, None] & (rank < R)[None, None, :],
             other=0.0,
         )
-        ok = (branch < C)[:, None] & (rank < R)[None, :]
+        _wait(PDL)
         for m in tl.static_range(M):
-            if SPLITS > 0:
-                slot, p_first, p_last = _parts_of(m, kv_end, kv_start, B, P, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG)
-            if m == 0:
-                _wait(PDL)
-            whole = z + (m * L * H + latent_head)[:, None] * R + rank[None, :]
-            if SPLITS == 0:  # noqa: SIM114 (decided at compile time)
-                latents = tl.load(whole, mask=ok, other=0.0).to(tl.float32)
-            elif p_first == p_last:
-                latents = tl.load(whole, mask=ok, other=0.0).to(tl.float32)
-            else:
-                top = tl.full([CP], float("-inf"), tl.float32)
-                norm = tl.zeros([CP], tl.float32)
-                latents = tl.zeros([CP, RP], tl.float32)
-                for p0 in tl.range(p_first, p_last + 1, SPLITS):
-                    p = p0 + tl.arange(0, SPLITS)
-                    part_rows = tl.where(p == p_first, slot, 2 * p)[:, None] * (L * H) + latent_head[None, :]
-                    ok_p = (p <= p_last)[:, None] & (branch < C)[None, :]
-                    part_lse = tl.load(lse + part_rows, mask=ok_p, other=float("-inf"))
-                    part_z = tl.load(
-                        part + part_rows[:, :, None] * R + rank[None, None, :],
-                        mask=ok_p[:, :, None] & (rank < R)[None, None, :],
-                        other=0.0,
-                    )
-                    new_top = tl.maximum(top, tl.max(part_lse, 0))
-                    ref = tl.where(new_top == float("-inf"), 0.0, new_top)
-                    scale = tl.exp2(part_lse - ref[None, :])
-                    alpha_top = tl.exp2(top - ref)
-                    norm = norm * alpha_top + tl.sum(scale, 0)
-                    latents = latents * alpha_top[:, None] + tl.sum(part_z * scale[:, :, None], 0)
-                    top = new_top
-                latents *= tl.where(norm > 0, 1.0 / norm, 0.0)[:, None]
-                latents = latents.to(z.dtype.element_ty).to(tl.float32)  # as the kernel that reduces would store them
+            source = z + (m * L * H + latent_head)[:, None] * R + rank[None, :]
+            latents = tl.load(source, mask=(branch < C)[:, None] & (rank < R)[None, :], other=0.0).to(tl.float32)
             total = tl.sum(tl.sum(weight.to(tl.float32) * latents[:, None, :], axis=2), axis=0) * alpha
             column = query_head * V + values
             if GATE:
@@ -273,17 +232,6 @@ def linear_plan(inner: int, swiglu: bool, residual: bool) -> dict[str, int]:
     else:
         width, tile = triton.next_power_of_2(inner), 8192 if swiglu else 16384
     return {"ROWS": max(1, tile // width), "WIDTH": width, "num_warps": 4}
-
-
-def value_plan(branches: int, rank: int, value: int, reduce: bool) -> dict[str, int]:
-    """Tile of the value kernel: CP branches, RP latent columns, VB values, and SPLITS partial results at a time."""
-    padded_branches, padded_rank = triton.next_power_of_2(branches), triton.next_power_of_2(rank)
-    tile = 8192 if reduce else 16384
-    block = min(triton.next_power_of_2(value), max(4, tile // (padded_branches * padded_rank)))
-    plan = {"CP": padded_branches, "RP": padded_rank, "VB": block, "SPLITS": 0, "num_warps": 4}
-    if reduce:
-        plan |= {"SPLITS": max(1, min(32, 16384 // (padded_branches * padded_rank))), "num_warps": 8}
-    return plan
 
 
 def obstacle(model: nn.Module, num_sequences: int) -> str | None:
@@ -421,26 +369,23 @@ class FusedStep:
             num_warps=4, **launch_options(self.early),
         )  # fmt: skip
         cached = rows.squeeze(1)
-        results = decode(
+        z = latent_attention(
             self.q_latent.view(batch, 1, latents, heads, rank),
             self.q_rope.view(batch, 1, groups, heads, rope),
             cached[..., : latents * rank].unflatten(-1, (latents, rank)),
             cached[..., latents * rank :],
-            self.counters[1 + batch :],
-            self.kv_start,
-            self.key_mask,
-            None,
-            0,
-            attention.scaling,
+            kv_end=self.counters[1 + batch :],
+            kv_start=self.kv_start,
+            key_mask=self.key_mask,
+            scaling=attention.scaling,
+            implementation="triton",
         )
-        reduced = results.programs > MAX_REDUCED
-        if reduced:
-            combine(results)
-        plan = value_plan(branches, rank, value, not reduced and results.programs > 1)
-        _value_kernel[(groups * heads, triton.cdiv(value, plan["VB"]))](
-            results.out, results.part, results.lse, results.kv_end, results.kv_start, batch, results.programs,
-            kv_b, self.a[:, sum(self.widths_a[:3]) :], self.a.stride(0), self.heads,
+        padded_branches = triton.next_power_of_2(branches)
+        block = min(triton.next_power_of_2(value), max(4, 16384 // (padded_branches * padded_rank)))
+        _value_kernel[(groups * heads, triton.cdiv(value, block))](
+            z, kv_b, self.a[:, sum(self.widths_a[:3]) :], self.a.stride(0), self.heads,
             attention.alpha_attn, M=batch, L=latents, C=branches, H=heads, R=rank, DN=nope, V=value,
-            GATE=config.attn_output_gate, PDL=self.early, **plan, **results.deal, **launch_options(self.early),
+            CP=padded_branches, RP=padded_rank, VB=block, GATE=config.attn_output_gate, PDL=self.early,
+            num_warps=4, **launch_options(self.early),
         )  # fmt: skip
         self._add(attention.o_proj, self.heads)

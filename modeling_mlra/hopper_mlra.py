@@ -18,7 +18,7 @@ try:
 
     _barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 except ImportError:
-    gluon = gl = TensorDescriptor = rows_kernel = columns_kernel = None
+    gluon = gl = TensorDescriptor = rows_kernel = None
 
 if gluon is not None:
 
@@ -104,12 +104,11 @@ if gluon is not None:
 
     @gluon.jit
     def _copy_tiles(
-        kv_start, c_desc, k_desc, c_buf, k_buf, full, empty, kv_end, B, P, S, p, latent,
-        NL: gl.constexpr, R: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr,
-        MIN_UNITS: gl.constexpr, BLOCK_B: gl.constexpr, HAS_START: gl.constexpr, BIG: gl.constexpr,
+        c_desc, k_desc, c_buf, k_buf, full, empty, kv_end, kv_start, B, P, S, p, latent,
+        R: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr, MIN_UNITS: gl.constexpr,
+        BLOCK_B: gl.constexpr, HAS_START: gl.constexpr, BIG: gl.constexpr,
     ):  # fmt: skip
-        """The copying warp: every tile of the share in turn, NL latents from `latent` on and the rotary keys, as soon
-        as its buffer is free."""
+        """The copying warp: every tile of the share in turn, as soon as its buffer is free."""
         starts, ends, units, cum, b, pos, last_pos = _deal(
             kv_end, kv_start, B, P, p, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG, 1
         )
@@ -122,11 +121,9 @@ if gluon is not None:
                 stage = g % STAGES
                 bar = full.index(stage)
                 mbarrier.wait(empty.index(stage), ((g // STAGES) & 1) ^ 1)
-                mbarrier.expect(bar, NL * c_desc.block_type.nbytes + k_desc.block_type.nbytes)
+                mbarrier.expect(bar, c_desc.block_type.nbytes + k_desc.block_type.nbytes)
                 tma.async_copy_global_to_shared(k_desc, [b * S + j, 0], bar, k_buf.index(stage))
-                for i in gl.static_range(NL):
-                    c_tile = c_buf.index(stage * NL + i)
-                    tma.async_copy_global_to_shared(c_desc, [b * S + j, (latent + i) * R], bar, c_tile)
+                tma.async_copy_global_to_shared(c_desc, [b * S + j, latent * R], bar, c_buf.index(stage))
                 g += 1
             pos = stop_pos
             b += 1
@@ -141,30 +138,31 @@ if gluon is not None:
 
     @gluon.jit
     def _attend(
-        q_buf, qr_buf, c_buf, k_buf, full, empty, turn, merge_buf, merge_stats, merge_full, merge_empty,
-        q, q_rope, out, part, part_lse, kv_end, kv_start, key_mask, B, T, P, p, latent, row0, scale_log2,
-        q_b, q_t, q_l, q_h, qr_b, qr_t, qr_g, qr_h, o_b, o_t, o_l, o_h, mask_b,
-        WG: gl.constexpr, SHARE_ROWS: gl.constexpr,
+        WG: gl.constexpr, GROUP_SIZE: gl.constexpr, SHARE_ROWS: gl.constexpr,
         L: gl.constexpr, GROUPS: gl.constexpr, H: gl.constexpr, R: gl.constexpr, E: gl.constexpr,
         BN: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr, MIN_UNITS: gl.constexpr,
         BLOCK_B: gl.constexpr, HAS_START: gl.constexpr, HAS_MASK: gl.constexpr, CAUSAL: gl.constexpr,
-        BIG: gl.constexpr,
+        BIG: gl.constexpr, kv_start, key_mask,
+        q_buf, qr_buf, c_buf, k_buf, full, empty, merge_buf, merge_stats, merge_full, merge_empty,
+        q, q_rope, out, part, part_lse, kv_end, B, T, P, p, latent, row0, scale_log2,
+        q_b, q_t, q_l, q_h, qr_b, qr_t, qr_g, qr_h, o_b, o_t, o_l, o_h, mask_b,
     ):  # fmt: skip
-        """One of the two computing warpgroups, with 64 query rows: those of its own on every tile, or (SHARE_ROWS) the
-        same rows on every second tile, merged by the first. They overlap each other: one multiplies matrices while the
-        other is in its softmax. With rows of its own the second would fall into step with the first; `turn` holds it
-        back by one score product."""
+        """One of GROUP_SIZE computing warpgroups, with 64 query rows: those of its own on every tile, or (SHARE_ROWS)
+        the same rows on every GROUP_SIZE-th tile, merged by the first. They overlap each other: one multiplies
+        matrices while another is in its softmax."""
         S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
         O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, R, 16])
         P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
         S_ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
         O_ROWS: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
         Q_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-        STEP: gl.constexpr = 2 if SHARE_ROWS else 1
+        STEP: gl.constexpr = GROUP_SIZE if SHARE_ROWS else 1
         OFFSET: gl.constexpr = WG if SHARE_ROWS else 0
         dtype: gl.constexpr = q.dtype.element_ty
         M = T * H
         first_row = row0 if SHARE_ROWS else row0 + WG * 64
+        q_buf = q_buf.index(0 if SHARE_ROWS else WG)
+        qr_buf = qr_buf.index(0 if SHARE_ROWS else WG)
         starts, ends, units, cum, b, first_pos, last_pos = _deal(
             kv_end, kv_start, B, P, p, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG, 4
         )
@@ -204,13 +202,9 @@ if gluon is not None:
                 j = lo + it * BN
                 c_tile = c_buf.index(stage)
                 mbarrier.wait(full.index(stage), ((g + it) // STAGES) & 1)
-                if WG == 1 and not SHARE_ROWS:
-                    mbarrier.wait(turn.index(stage), ((g + it) // STAGES) & 1)
                 s = warpgroup_mma(qr_buf, k_buf.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
                 s = warpgroup_mma(q_buf, c_tile.permute((1, 0)), s, is_async=True)
                 s = warpgroup_mma_wait(0, deps=(s,))
-                if WG == 0 and not SHARE_ROWS:
-                    mbarrier.arrive(turn.index(stage), count=1)
                 if HAS_MASK:
                     ok_n = offs_n < hi - j
                     ok_n = ok_n & (gl.load(key_mask + b64 * mask_b + j + offs_n, mask=ok_n, other=0) != 0)
@@ -238,28 +232,33 @@ if gluon is not None:
                 mbarrier.arrive(empty.index(stage), count=1)
 
             offs_o = gl.arange(0, 64, layout=O_ROWS)
-            if SHARE_ROWS and WG == 1:
+            merges = segments * (GROUP_SIZE - 1)  # of the segments before this one
+            if SHARE_ROWS and WG > 0:
+                for i in gl.static_range(WG - 1):
+                    mbarrier.wait(merge_empty, (merges + i) & 1)
                 merge_buf.store(acc)
                 merge_stats.index(0).store(m)
                 merge_stats.index(1).store(norm)
                 _barrier()
                 mbarrier.arrive(merge_full, count=1)
-                mbarrier.wait(merge_empty, segments & 1)
+                for i in gl.static_range(WG - 1, GROUP_SIZE - 1):
+                    mbarrier.wait(merge_empty, (merges + i) & 1)
             else:
                 m = gl.convert_layout(m, O_ROWS)
                 norm = gl.convert_layout(norm, O_ROWS)
                 if SHARE_ROWS:
-                    mbarrier.wait(merge_full, segments & 1)
-                    m_other = merge_stats.index(0).load(O_ROWS)
-                    top = gl.maximum(m, m_other)
-                    ref = gl.where(top == float("-inf"), 0.0, top)
-                    mine = gl.exp2(m - ref)
-                    other = gl.exp2(m_other - ref)
-                    norm = norm * mine + merge_stats.index(1).load(O_ROWS) * other
-                    acc = acc * gl.expand_dims(mine, 1) + merge_buf.load(O_LAYOUT) * gl.expand_dims(other, 1)
-                    m = top
-                    _barrier()
-                    mbarrier.arrive(merge_empty, count=1)
+                    for i in gl.static_range(GROUP_SIZE - 1):
+                        mbarrier.wait(merge_full, (merges + i) & 1)
+                        m_other = merge_stats.index(0).load(O_ROWS)
+                        top = gl.maximum(m, m_other)
+                        ref = gl.where(top == float("-inf"), 0.0, top)
+                        mine = gl.exp2(m - ref)
+                        other = gl.exp2(m_other - ref)
+                        norm = norm * mine + merge_stats.index(1).load(O_ROWS) * other
+                        acc = acc * gl.expand_dims(mine, 1) + merge_buf.load(O_LAYOUT) * gl.expand_dims(other, 1)
+                        m = top
+                        _barrier()
+                        mbarrier.arrive(merge_empty, count=1)
                 slot = 2 * p + (pos != first_pos).to(gl.int32)
                 z = acc * gl.expand_dims(gl.where(norm > 0, 1.0 / norm, 0.0), 1)
                 offs_o = first_row + offs_o
@@ -282,12 +281,13 @@ if gluon is not None:
         c_desc, k_desc, q, q_rope, out, part, part_lse, kv_end, kv_start, key_mask,
         B, T, P, S, scale_log2,
         q_b, q_t, q_l, q_h, qr_b, qr_t, qr_g, qr_h, o_b, o_t, o_l, o_h, mask_b,
-        L: gl.constexpr, GROUPS: gl.constexpr, H: gl.constexpr, R: gl.constexpr, E: gl.constexpr, NL: gl.constexpr,
+        L: gl.constexpr, GROUPS: gl.constexpr, H: gl.constexpr, R: gl.constexpr, E: gl.constexpr,
         BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr, MIN_UNITS: gl.constexpr,
         BLOCK_B: gl.constexpr, HAS_START: gl.constexpr, HAS_MASK: gl.constexpr, CAUSAL: gl.constexpr,
-        BIG: gl.constexpr, PDL: gl.constexpr, num_warps: gl.constexpr,
+        BIG: gl.constexpr, PDL: gl.constexpr, GROUP_SIZE: gl.constexpr, num_warps: gl.constexpr,
     ):  # fmt: skip
-        """NL = 1 latent and BM = 64 or 128 query rows: one copying warp and two computing warpgroups."""
+        """One latent and BM query rows: one copying warp and GROUP_SIZE computing warpgroups, two or three of them for
+        64 rows and two for 128."""
         SHARE_ROWS: gl.constexpr = BM == 64
         dtype: gl.constexpr = q.dtype.element_ty
         Q_COPIES: gl.constexpr = 1 if SHARE_ROWS else 2
@@ -307,13 +307,11 @@ if gluon is not None:
         merge_stats = gl.allocate_shared_memory(gl.float32, [2, 64], FLAT_SHARED)
         full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        turn = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         merge_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
         merge_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
         for i in gl.static_range(STAGES):
             mbarrier.init(full.index(i), count=1)
             mbarrier.init(empty.index(i), count=1 if SHARE_ROWS else 2)
-            mbarrier.init(turn.index(i), count=1)
         mbarrier.init(merge_full, count=1)
         mbarrier.init(merge_empty, count=1)
         fence_async_shared()
@@ -326,227 +324,76 @@ if gluon is not None:
         row0 = (lane // L) * BM
         _program_wait(PDL)
         _program_release(PDL)
-        gl.warp_specialize(
-            [
-                (
-                    _attend,
-                    (
-                        q_buf.index(0), qr_buf.index(0), c_buf, k_buf, full, empty, turn,
-                        merge_buf, merge_stats, merge_full, merge_empty, q, q_rope, out, part, part_lse,
-                        kv_end, kv_start, key_mask,
-                        B, T, P, p, latent, row0, scale_log2,
-                        q_b, q_t, q_l, q_h, qr_b, qr_t, qr_g, qr_h, o_b, o_t, o_l, o_h, mask_b,
-                        0, SHARE_ROWS, L, GROUPS, H, R, E, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B, HAS_START, HAS_MASK,
-                        CAUSAL, BIG,
-                    ),
-                ),
-                (
-                    _attend,
-                    (
-                        q_buf.index(Q_COPIES - 1), qr_buf.index(Q_COPIES - 1), c_buf, k_buf, full, empty, turn,
-                        merge_buf, merge_stats, merge_full, merge_empty, q, q_rope, out, part, part_lse,
-                        kv_end, kv_start, key_mask,
-                        B, T, P, p, latent, row0, scale_log2,
-                        q_b, q_t, q_l, q_h, qr_b, qr_t, qr_g, qr_h, o_b, o_t, o_l, o_h, mask_b,
-                        1, SHARE_ROWS, L, GROUPS, H, R, E, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B, HAS_START, HAS_MASK,
-                        CAUSAL, BIG,
-                    ),
-                ),
-                (
-                    _copy_tiles,
-                    (
-                        kv_start, c_desc, k_desc, c_buf, k_buf, full, empty, kv_end, B, P, S, p, latent,
-                        NL, R, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG,
-                    ),
-                ),
-            ],
-            [4, 1],
-            [240 if BM == 128 else 216, 24],
-        )  # fmt: skip
-
-    @gluon.jit
-    def _attend_columns(
-        WG: gl.constexpr, NL: gl.constexpr, L: gl.constexpr, GROUPS: gl.constexpr, H: gl.constexpr, R: gl.constexpr,
-        E: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr,
-        MIN_UNITS: gl.constexpr, BLOCK_B: gl.constexpr, HAS_START: gl.constexpr, HAS_MASK: gl.constexpr,
-        CAUSAL: gl.constexpr, BIG: gl.constexpr, kv_start, key_mask,
-        q_buf, qr_buf, w_buf, c_buf, k_buf, full, empty, q, q_rope, out, part, part_lse, kv_end,
-        B, T, P, p, latent, row0, scale_log2,
-        q_b, q_t, q_l, q_h, qr_b, qr_t, qr_g, qr_h, o_b, o_t, o_l, o_h, mask_b,
-    ):  # fmt: skip
-        """One of NL computing warpgroups, with its own latent and BM query rows, transposed: cached rows are the
-        matrix unit's 64 rows and query rows its columns, so that few of them fill no tile with zeros."""
-        S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])  # also of the sums [R, BM]
-        COLUMNS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
-        ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-        Q_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-        dtype: gl.constexpr = q.dtype.element_ty
-        M = T * H
-        q_buf = q_buf.index(WG)
-        qr_buf = qr_buf.index(WG)
-        w_buf = w_buf.index(WG)
-        latent += WG
-        starts, ends, units, cum, b, first_pos, last_pos = _deal(
-            kv_end, kv_start, B, P, p, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG, 4
-        )
-        offs_m = row0 + gl.arange(0, BM, layout=gl.SliceLayout(1, Q_LAYOUT))
-        ok_m = gl.expand_dims(offs_m < M, 1)
-        offs_d = gl.expand_dims(gl.arange(0, R, layout=gl.SliceLayout(0, Q_LAYOUT)), 0)
-        offs_e = gl.expand_dims(gl.arange(0, E, layout=gl.SliceLayout(0, Q_LAYOUT)), 0)
-        q_rows = gl.expand_dims(offs_m // H * q_t + offs_m % H * q_h, 1)
-        qr_rows = gl.expand_dims(offs_m // H * qr_t + offs_m % H * qr_h, 1)
-        offs_n = gl.arange(0, BN, layout=ROWS)
-        row = row0 + gl.arange(0, BM, layout=COLUMNS)
-        pos = first_pos
-        g = p * 0  # tiles of the segments before this one
-        while pos < last_pos:
-            stop_pos, starts_here, ends_here, lo, hi, end = _segment(
-                starts, ends, units, cum, b, pos, last_pos, UNIT, BLOCK_B, 4
-            )
-            tiles = (hi - lo + (BN - 1)) // BN
-            b64 = b.to(gl.int64)
-            q_base = q + b64 * q_b + latent * q_l
-            qr_base = q_rope + b64 * qr_b + (latent // (L // GROUPS)) * qr_g
-            q_buf.store(gl.load(q_base + q_rows + offs_d, mask=ok_m, other=0.0))
-            qr_buf.store(gl.load(qr_base + qr_rows + offs_e, mask=ok_m, other=0.0))
-            fence_async_shared()
-            _barrier()
-
-            limit = gl.expand_dims(end - (T - 1) + row // H, 0)
-            acc = gl.zeros([R, BM], gl.float32, layout=S_LAYOUT)
-            m = gl.full([BM], float("-inf"), gl.float32, layout=COLUMNS)
-            norms = gl.zeros([BN, BM], gl.float32, layout=S_LAYOUT)
-            zeros = gl.zeros([BN, BM], gl.float32, layout=S_LAYOUT)
-            for it in range(tiles):
-                stage = (g + it) % STAGES
-                j = lo + it * BN
-                c_tile = c_buf.index(stage * NL + WG)
-                mbarrier.wait(full.index(stage), ((g + it) // STAGES) & 1)
-                s = warpgroup_mma(k_buf.index(stage), qr_buf.permute((1, 0)), zeros, use_acc=False, is_async=True)
-                s = warpgroup_mma(c_tile, q_buf.permute((1, 0)), s, is_async=True)
-                s = warpgroup_mma_wait(0, deps=(s,))
-                if HAS_MASK:
-                    ok_n = offs_n < hi - j
-                    ok_n = ok_n & (gl.load(key_mask + b64 * mask_b + j + offs_n, mask=ok_n, other=0) != 0)
-                    s = gl.where(gl.expand_dims(ok_n, 1), s, float("-inf"))
-                if j + BN > hi:
-                    s = gl.where(gl.expand_dims(offs_n < hi - j, 1), s, float("-inf"))
-                if CAUSAL:  # noqa: SIM102 (the outer one is decided at compile time)
-                    if j + BN > end - T:
-                        s = gl.where(gl.expand_dims(j + offs_n, 1) < limit, s, float("-inf"))
-                m_new = gl.maximum(m, gl.max(s, 0) * scale_log2)
-                m_ref = gl.where(m_new == float("-inf"), 0.0, m_new)
-                w = gl.exp2(s * scale_log2 - gl.expand_dims(m_ref, 0))
-                alpha = gl.expand_dims(gl.exp2(m - m_ref), 0)
-                m = m_new
-                norms = norms * alpha + w
-                acc = acc * alpha
-                w_buf.store(w.to(dtype))
-                if j + BN > end:
-                    _zero_tail(c_tile, end - j, BN)
-                fence_async_shared()
-                _barrier()
-                acc = warpgroup_mma(c_tile.permute((1, 0)), w_buf, acc, is_async=True)
-                acc = warpgroup_mma_wait(0, deps=(acc,))
-                _barrier()
-                mbarrier.arrive(empty.index(stage), count=1)
-
-            norm = gl.sum(norms, 0)
-            slot = 2 * p + (pos != first_pos).to(gl.int32)
-            z = acc * gl.expand_dims(gl.where(norm > 0, 1.0 / norm, 0.0), 0)
-            offs_r = gl.expand_dims(gl.arange(0, R, layout=ROWS), 1)
-            ok_o = gl.expand_dims(row < M, 0)
-            if starts_here & ends_here:
-                o_rows = gl.expand_dims((row // H) * o_t + (row % H) * o_h, 0)
-                gl.store(out + b64 * o_b + latent * o_l + o_rows + offs_r, z.to(dtype), mask=ok_o)
-            else:
-                base = (slot.to(gl.int64) * L + latent) * M
-                gl.store(part + base * R + gl.expand_dims(row * R, 0) + offs_r, z, mask=ok_o)
-                gl.store(part_lse + base + row, m + gl.log2(norm), mask=row < M)
-            g += tiles
-            pos = stop_pos
-            b += 1
-
-    @gluon.jit(do_not_specialize=["B", "P", "S"])
-    def columns_kernel(
-        c_desc, k_desc, q, q_rope, out, part, part_lse, kv_end, kv_start, key_mask,
-        B, T, P, S, scale_log2,
-        q_b, q_t, q_l, q_h, qr_b, qr_t, qr_g, qr_h, o_b, o_t, o_l, o_h, mask_b,
-        L: gl.constexpr, GROUPS: gl.constexpr, H: gl.constexpr, R: gl.constexpr, E: gl.constexpr, NL: gl.constexpr,
-        BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr, MIN_UNITS: gl.constexpr,
-        BLOCK_B: gl.constexpr, HAS_START: gl.constexpr, HAS_MASK: gl.constexpr, CAUSAL: gl.constexpr,
-        BIG: gl.constexpr, PDL: gl.constexpr, num_warps: gl.constexpr,
-    ):  # fmt: skip
-        """NL = 4 latents and BM <= 32 query rows: one copying warp and a computing warpgroup per latent, so that
-        the rotary keys are read once for all of them."""
-        dtype: gl.constexpr = q.dtype.element_ty
-        q_buf = gl.allocate_shared_memory(dtype, [NL, BM, R], gl.NVMMASharedLayout.get_default_for([BM, R], dtype))
-        qr_buf = gl.allocate_shared_memory(dtype, [NL, BM, E], gl.NVMMASharedLayout.get_default_for([BM, E], dtype))
-        w_buf = gl.allocate_shared_memory(dtype, [NL, BN, BM], gl.NVMMASharedLayout.get_default_for([BN, BM], dtype))
-        c_buf = gl.allocate_shared_memory(dtype, [STAGES * NL, BN, R], c_desc.layout)
-        k_buf = gl.allocate_shared_memory(dtype, [STAGES, BN, E], k_desc.layout)
-        full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(STAGES):
-            mbarrier.init(full.index(i), count=1)
-            mbarrier.init(empty.index(i), count=NL)
-        fence_async_shared()
-        _barrier()
-
-        lanes = (L // NL) * ((T * H + BM - 1) // BM)
-        p = gl.program_id(0) // lanes
-        lane = gl.program_id(0) % lanes
-        latent = lane % (L // NL) * NL
-        row0 = (lane // (L // NL)) * BM
-        _program_wait(PDL)
-        _program_release(PDL)
         shared = (
-            q_buf, qr_buf, w_buf, c_buf, k_buf, full, empty, q, q_rope, out, part, part_lse, kv_end,
-            B, T, P, p, latent, row0, scale_log2,
+            q_buf, qr_buf, c_buf, k_buf, full, empty, merge_buf, merge_stats, merge_full, merge_empty,
+            q, q_rope, out, part, part_lse, kv_end, B, T, P, p, latent, row0, scale_log2,
             q_b, q_t, q_l, q_h, qr_b, qr_t, qr_g, qr_h, o_b, o_t, o_l, o_h, mask_b,
         )  # fmt: skip
-        gl.warp_specialize(
-            [
-                (
-                    _attend_columns,
+        if GROUP_SIZE == 2:
+            gl.warp_specialize(
+                [
                     (
-                        0, NL, L, GROUPS, H, R, E, BM, BN, STAGES, UNIT, MIN_UNITS,
-                        BLOCK_B, HAS_START, HAS_MASK, CAUSAL, BIG, kv_start, key_mask,
-                    )
-                    + shared,
-                ),
-                (
-                    _attend_columns,
-                    (
-                        1, NL, L, GROUPS, H, R, E, BM, BN, STAGES, UNIT, MIN_UNITS,
-                        BLOCK_B, HAS_START, HAS_MASK, CAUSAL, BIG, kv_start, key_mask,
-                    )
-                    + shared,
-                ),
-                (
-                    _attend_columns,
-                    (
-                        2, NL, L, GROUPS, H, R, E, BM, BN, STAGES, UNIT, MIN_UNITS,
-                        BLOCK_B, HAS_START, HAS_MASK, CAUSAL, BIG, kv_start, key_mask,
-                    )
-                    + shared,
-                ),
-                (
-                    _attend_columns,
-                    (
-                        3, NL, L, GROUPS, H, R, E, BM, BN, STAGES, UNIT, MIN_UNITS,
-                        BLOCK_B, HAS_START, HAS_MASK, CAUSAL, BIG, kv_start, key_mask,
-                    )
-                    + shared,
-                ),
-                (
-                    _copy_tiles,
-                    (
-                        kv_start, c_desc, k_desc, c_buf, k_buf, full, empty, kv_end, B, P, S, p, latent,
-                        NL, R, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG,
+                        _attend,
+                        (
+                            0, GROUP_SIZE, SHARE_ROWS, L, GROUPS, H, R, E, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B,
+                            HAS_START, HAS_MASK, CAUSAL, BIG, kv_start, key_mask,
+                        )
+                        + shared,
                     ),
-                ),
-            ],
-            [4, 4, 4, 1],
-            [112, 112, 112, 24],
-        )  # fmt: skip
+                    (
+                        _attend,
+                        (
+                            1, GROUP_SIZE, SHARE_ROWS, L, GROUPS, H, R, E, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B,
+                            HAS_START, HAS_MASK, CAUSAL, BIG, kv_start, key_mask,
+                        )
+                        + shared,
+                    ),
+                    (
+                        _copy_tiles,
+                        (
+                            c_desc, k_desc, c_buf, k_buf, full, empty, kv_end, kv_start, B, P, S, p, latent,
+                            R, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG,
+                        ),
+                    ),
+                ],
+                [4, 1],
+                [240 if BM == 128 else 216, 24],
+            )  # fmt: skip
+        else:
+            gl.warp_specialize(
+                [
+                    (
+                        _attend,
+                        (
+                            0, GROUP_SIZE, SHARE_ROWS, L, GROUPS, H, R, E, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B,
+                            HAS_START, HAS_MASK, CAUSAL, BIG, kv_start, key_mask,
+                        )
+                        + shared,
+                    ),
+                    (
+                        _attend,
+                        (
+                            1, GROUP_SIZE, SHARE_ROWS, L, GROUPS, H, R, E, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B,
+                            HAS_START, HAS_MASK, CAUSAL, BIG, kv_start, key_mask,
+                        )
+                        + shared,
+                    ),
+                    (
+                        _attend,
+                        (
+                            2, GROUP_SIZE, SHARE_ROWS, L, GROUPS, H, R, E, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B,
+                            HAS_START, HAS_MASK, CAUSAL, BIG, kv_start, key_mask,
+                        )
+                        + shared,
+                    ),
+                    (
+                        _copy_tiles,
+                        (
+                            c_desc, k_desc, c_buf, k_buf, full, empty, kv_end, kv_start, B, P, S, p, latent,
+                            R, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG,
+                        ),
+                    ),
+                ],
+                [4, 4, 1],
+                [160, 160, 24],
+            )  # fmt: skip

@@ -14,11 +14,10 @@ log2-sum-exp, which the second kernel reduces. It is launched early and waits on
 import functools
 import math
 import os
-from typing import Any, NamedTuple
 
 import torch
 
-from .hopper_mlra import TensorDescriptor, columns_kernel, gl, rows_kernel
+from .hopper_mlra import TensorDescriptor, gl, rows_kernel
 
 try:
     import triton
@@ -391,30 +390,18 @@ def _fits_hopper(latents, k_rope, block_table) -> bool:
     )
 
 
-def decode_plan(
-    rows: int, num_latents: int, groups: int, width: int, rope_width: int, itemsize: int, hopper: bool, tiles: int = 0
-) -> dict:
-    """Block sizes for M = `rows` query rows per latent; see evals/results/decode_notes.md for what was measured.
-
-    `tiles` says how many tiles of 64 cached rows a multiprocessor gets if it takes all latents of a row.
-    """
+def decode_plan(rows: int, num_latents: int, groups: int, width: int, rope_width: int, itemsize: int, hopper: bool):
+    """Block sizes for M = `rows` query rows per latent; see evals/results/decode_notes.md for what was measured."""
     padded = max(16, triton.next_power_of_2(width))
     rope_padded = max(16, triton.next_power_of_2(rope_width))
     branches = num_latents // groups
     plan = {"kernel": "plain", "RP": padded, "EP": rope_padded, "UNIT": 32, "MIN_UNITS": 1, "NL": 1, "num_stages": 3}
     plan["programs_per_sm"] = 1
-    if hopper and rows <= 32 and num_latents % 4 == 0 and tiles > 0:
-        columns = {"NL": 4, "BM": 16 if rows <= 16 else 32, "BN": 64, "UNIT": 64, "num_warps": 4}
-        per_row = 4 * width + rope_width
-        held = 4 * itemsize * columns["BM"] * (width + rope_width + 64)
-        stages = (HOPPER_SHARED_BYTES - held) // (64 * per_row * itemsize)
-        if stages >= 2:
-            return plan | columns | {"kernel": "columns", "num_stages": min(stages, 6)}
     if hopper and rows <= 64:
-        plan |= {"kernel": "rows", "BM": 64, "BN": 64, "UNIT": 64, "num_warps": 4, "num_stages": 7}
+        plan |= {"kernel": "rows", "BM": 64, "BN": 64, "UNIT": 64, "num_warps": 4, "num_stages": 7, "GROUP_SIZE": 2}
         plan["MIN_UNITS"] = 2  # a tile for each of the two warpgroups
     elif hopper:
-        plan |= {"kernel": "rows", "BM": 128, "BN": 128, "UNIT": 128, "num_warps": 4, "num_stages": 3}
+        plan |= {"kernel": "rows", "BM": 128, "BN": 128, "UNIT": 128, "num_warps": 4, "num_stages": 3, "GROUP_SIZE": 2}
     elif rows <= 32 and padded <= 128 and branches in (2, 4, 8):
         plan |= {"NL": branches, "BM": 16 if rows <= 16 else 32, "BN": 16, "num_stages": 4, "num_warps": branches}
         plan["programs_per_sm"] = 8 // branches
@@ -424,8 +411,6 @@ def decode_plan(
         plan["num_warps"] = 4 if padded <= 256 else 8
     return plan
 
-
-HOPPER_SHARED_BYTES = 226 * 1024  # of a block, less what barriers and reductions take
 
 # What to change in a plan, one after the other, if its tiles do not fit a GPU's shared memory (float32, wide latents).
 SMALLER_PLANS: tuple[dict[str, int], ...] = (
@@ -438,39 +423,11 @@ SMALLER_PLANS: tuple[dict[str, int], ...] = (
 _fitting_plans: dict[tuple, int] = {}
 
 
-class PartialResults(NamedTuple):
-    """What the decode kernel leaves behind, for a kernel that reduces it.
-
-    Args:
-        out: `[B, T, L, H, R]`, written for the sequences that lie in one program's share.
-        part, lse: float32 `[2 * programs, L, M, R]` and `[2 * programs, L, M]`, normalised partial results of the
-            others and their log2-sum-exp.
-        programs: how many programs share the rows; with one, `out` is complete.
-        kv_end, kv_start: as in `latent_attention`.
-        deal: the constants of `_parts_of`, by which a kernel finds a sequence's slots.
-        early: whether that kernel can be launched early.
-    """
-
-    out: torch.Tensor
-    part: torch.Tensor
-    lse: torch.Tensor
-    programs: int
-    kv_end: torch.Tensor
-    kv_start: torch.Tensor | None
-    deal: dict
-    early: bool
-
-
-def triton_latent_attention(*arguments, **tuning) -> torch.Tensor:
+def triton_latent_attention(q_latent, q_rope, *arguments, **tuning) -> torch.Tensor:
     """Run the kernels with the largest plan that fits; arguments as in `latent_attention`.
 
     `tuning` overrides entries of `decode_plan`.
     """
-    return combine(decode(*arguments, **tuning))
-
-
-def decode(q_latent, q_rope, *arguments, **tuning) -> PartialResults:
-    """The first kernel alone; arguments as in `triton_latent_attention`."""
     key = (q_latent.device, q_latent.dtype, q_latent.shape[1:], q_rope.shape[2:])
     for index in range(_fitting_plans.get(key, 0), len(SMALLER_PLANS) - 1):
         try:
@@ -482,34 +439,12 @@ def decode(q_latent, q_rope, *arguments, **tuning) -> PartialResults:
     return _launch(q_latent, q_rope, *arguments, **(SMALLER_PLANS[-1] | tuning))
 
 
-def combine(results: PartialResults) -> torch.Tensor:
-    """The second kernel: `out` with all partial results reduced into it."""
-    out, programs = results.out, results.programs
-    batch, length, num_latents, heads, width = out.shape
-    rows = length * heads
-    if programs > 1:
-        # Many small reductions take their splits one after the other, a few wide ones all at once
-        padded = max(16, triton.next_power_of_2(width))
-        splits = min(256, max(8, triton.next_power_of_2(triton.cdiv(programs, batch) + 1)))
-        splits = 1 if splits == 8 and batch * num_latents * rows > 8192 else splits
-        columns = padded if splits == 1 else max(16, min(padded, 4096 // splits))
-        combined = min(16, triton.next_power_of_2(rows)) if splits == 1 else 1
-        combine_kernel[(triton.cdiv(width, columns), num_latents * triton.cdiv(rows, combined), batch)](
-            out, results.part, results.lse, results.kv_end, results.kv_start, batch, length, programs,
-            *out.stride()[:4], L=num_latents, H=heads, R=width, ROWS=combined, BD=columns, SPLITS=splits,
-            PDL=results.early, num_warps=1 if splits == 8 else 4, **results.deal, **launch_options(results.early),
-        )  # fmt: skip
-    return out
-
-
-def launch_options(early: bool) -> dict:
-    """Of a kernel that waits on the device for the one in front of it."""
+def launch_options(early: bool) -> dict[str, bool]:
+    """Of a kernel that waits on the device for the one in front of it, and may be launched before that has ended."""
     return {"launch_pdl": True} if early else {}
 
 
-def _launch(
-    q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling, **tuning
-) -> PartialResults:
+def _launch(q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling, **tuning):
     batch, length, num_latents, heads, width = q_latent.shape
     groups, rope_width = q_rope.shape[2:5:2]
     device = q_latent.device
@@ -526,8 +461,7 @@ def _launch(
     else:
         capacity = block_table.shape[1] * page_size
         c_strides, k_strides = (0, *latents.stride()), (0, *k_rope.stride())
-    tiles = batch * capacity // (64 * multiprocessors)
-    plan = decode_plan(rows, num_latents, groups, width, rope_width, latents.element_size(), hopper, tiles) | tuning
+    plan = decode_plan(rows, num_latents, groups, width, rope_width, latents.element_size(), hopper) | tuning
     lanes = (num_latents // plan["NL"]) * triton.cdiv(rows, plan["BM"])
     programs = max(1, multiprocessors * plan["programs_per_sm"] // lanes)
     most_units = batch * (triton.cdiv(capacity, plan["UNIT"]) + 1)
@@ -543,30 +477,40 @@ def _launch(
         key_mask = key_mask.view(torch.uint8) if key_mask.dtype == torch.bool else key_mask
     mask_stride = 0 if key_mask is None else key_mask.stride(0)
     scale_log2 = scaling * math.log2(math.e)
-    constants: dict[str, Any] = {
-        "L": num_latents, "H": heads, "R": width, "GROUPS": groups, "E": rope_width, "NL": plan["NL"],
+    constants = {
+        "L": num_latents, "H": heads, "R": width, "GROUPS": groups, "E": rope_width,
         "HAS_MASK": key_mask is not None, "CAUSAL": length > 1, "PDL": early,
     }  # fmt: skip
-    constants |= {k: plan[k] for k in ("BM", "BN", "num_warps", "maxnreg") if k in plan} | deal | launch_options(early)
+    constants |= {k: plan[k] for k in ("BM", "BN", "num_warps")} | deal | launch_options(early)
     if plan["kernel"] == "plain":
         decode_kernel[(programs * lanes,)](
             q_latent, q_rope, latents, k_rope, out, part, part_lse, kv_end, kv_start, key_mask, block_table,
             batch, length, programs, scale_log2,
             *q_latent.stride()[:4], *q_rope.stride()[:4], *c_strides[:3], *k_strides[:2], *out.stride()[:4],
             mask_stride, 0 if block_table is None else block_table.stride(0),
-            PAGE=page_size if block_table is not None else 0, RP=plan["RP"], EP=plan["EP"],
+            PAGE=page_size if block_table is not None else 0, RP=plan["RP"], EP=plan["EP"], NL=plan["NL"],
             num_stages=plan["num_stages"], **constants,
         )  # fmt: skip
     else:
-        kernels: dict[str, Any] = {"rows": rows_kernel, "columns": columns_kernel}
-        kernels[plan["kernel"]][(programs * lanes,)](
+        rows_kernel[(programs * lanes,)](
             _rows_descriptor(latents, plan["BN"], width), _rows_descriptor(k_rope, plan["BN"], rope_width),
             q_latent, q_rope, out, part, part_lse, kv_end, kv_start, key_mask,
             batch, length, programs, capacity, scale_log2,
             *q_latent.stride()[:4], *q_rope.stride()[:4], *out.stride()[:4], mask_stride,
-            STAGES=plan["num_stages"], **constants,
+            STAGES=plan["num_stages"], GROUP_SIZE=plan["GROUP_SIZE"], **constants,
         )  # fmt: skip
-    return PartialResults(out, part, part_lse, programs, kv_end, kv_start, deal, early)
+    if programs > 1:
+        # Many small reductions take their splits one after the other, a few wide ones all at once
+        splits = min(256, max(8, triton.next_power_of_2(triton.cdiv(programs, batch) + 1)))
+        splits = 1 if splits == 8 and batch * num_latents * rows > 8192 else splits
+        columns = plan["RP"] if splits == 1 else max(16, min(plan["RP"], 4096 // splits))
+        combined = min(16, triton.next_power_of_2(rows)) if splits == 1 else 1
+        combine_kernel[(triton.cdiv(width, columns), num_latents * triton.cdiv(rows, combined), batch)](
+            out, part, part_lse, kv_end, kv_start, batch, length, programs, *out.stride()[:4],
+            L=num_latents, H=heads, R=width, ROWS=combined, BD=columns, SPLITS=splits, PDL=early,
+            num_warps=1 if splits == 8 else 4, **deal, **launch_options(early),
+        )  # fmt: skip
+    return out
 
 
 def _rows_descriptor(tensor: torch.Tensor, block_rows: int, block_columns: int):

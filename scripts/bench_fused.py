@@ -18,7 +18,8 @@ import triton
 
 from modeling_mlra import MLRAForCausalLM, fused_mlra
 from modeling_mlra.kernels_mlra import latent_attention
-from scripts.bench_generate import FilledCache, build, read_rate
+from scripts.bench_decode import read_ceiling
+from scripts.bench_generate import FilledCache, build
 from tests.fused_checks import compare
 from tests.tolerances import FUSED_FLOAT32_RATIO
 
@@ -161,16 +162,21 @@ def main(argv: list[str] | None = None) -> int:
         "date": date.today().isoformat(),
         "command": "python -m scripts.bench_fused " + " ".join(argv if argv is not None else sys.argv[1:]),
         "check": check,
-        "read_rate_GB_s": read_rate() / 1e9,
+        "read_ceiling_GB_s": read_ceiling(),
         "step_ms": {},
         "kernels_us": {},
     }
     token = torch.zeros(1, dtype=torch.long, device="cuda")
+
+    def at_context(step):
+        step(token)
+        step.counters.sub_(1)  # the next one writes the same row
+
     for context in arguments.contexts:
         step = filled_step(model, context)
-        report["step_ms"][str(context)] = {"shipped": graph_seconds(lambda step=step: step(token)) * 1e3}
+        report["step_ms"][str(context)] = {"shipped": graph_seconds(lambda step=step: at_context(step)) * 1e3}
         step.early = False
-        without = graph_seconds(lambda step=step: step(token)) * 1e3
+        without = graph_seconds(lambda step=step: at_context(step)) * 1e3
         report["step_ms"][str(context)]["without programmatic dependent launch"] = without
         step.early = True
         if context == arguments.contexts[0]:
@@ -189,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(plan_name, {name: round(entry["us"], 2) for name, entry in times.items()})
             fused_mlra.linear_plan = shipped
         del step
-    print(json.dumps({key: report[key] for key in ("read_rate_GB_s", "step_ms")}, indent=1))
+    print(json.dumps({key: report[key] for key in ("read_ceiling_GB_s", "step_ms")}, indent=1))
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")

@@ -37,10 +37,10 @@ from modeling_mlra.fused_mlra import FusedStep
 from modeling_mlra.generation_mlra import DecodingStep, captured_decodes
 from modeling_mlra.kernels_mlra import latent_attention
 from modeling_mlra.tensor_parallel_mlra import (
+    check_tensor_parallel_size,
     local_sizes,
     tensor_parallel_layout,
     tensor_parallel_mesh,
-    tensor_parallel_sizes,
 )
 from scripts.cli import UserError, run
 
@@ -61,7 +61,7 @@ def read_config(name: str, layers: int | None) -> MLRAConfig:
     """A released architecture, "wide_" before its name for a stack of four layers of 64 heads."""
     file = CONFIGURATION / f"{name.removeprefix('wide_')}.json"
     if not file.is_file():
-        raise UserError(f"--models {name}: there is no {file}")
+        raise UserError(f"model {name}: there is no {file}")
     settings = json.loads(file.read_text(encoding="utf-8"))
     if name.startswith("wide_"):
         settings |= WIDE
@@ -253,8 +253,8 @@ def measure_tokens(config: MLRAConfig, meshes: dict, new_tokens: int, device: to
     reference: dict[str, torch.Tensor] = {}
     result: dict = {}
     for size, mesh in meshes.items():
+        config.decode_implementation = "torch"  # the kernels are made for 16-bit numbers
         model = build(config, mesh, torch.float32, device)
-        model.config.decode_implementation = "torch"  # the kernels are made for 16-bit numbers
         with torch.no_grad():
             logits = model(ids, attention_mask=mask).logits
         reference.setdefault("logits", logits)
@@ -264,6 +264,7 @@ def measure_tokens(config: MLRAConfig, meshes: dict, new_tokens: int, device: to
             reference.setdefault("tokens", tokens)
             result[str(size)]["same"][way] = torch.equal(tokens, reference["tokens"])
         del model
+        config.decode_implementation = "auto"
         model = build(config, mesh, torch.bfloat16, device)
         before = captured_decodes["fused"]
         output = model.generate(  # one sequence, so that the kernels are those of the decode part
@@ -355,8 +356,11 @@ def measure(args: argparse.Namespace) -> None:
     token_configs = {name: read_config(name, args.token_layers) for name in args.token_models or args.models}
     sizes = args.sizes or [size for size in (1, 2, 4, 8) if world % size == 0]
     for name, config in (*configs.items(), *token_configs.items()):
-        if missing := [size for size in sizes if size not in tensor_parallel_sizes(config)]:
-            raise UserError(f"{name} cannot be split over {missing[0]} ranks, but {tensor_parallel_sizes(config)}")
+        for size in sizes:
+            try:
+                check_tensor_parallel_size(config, size)
+            except ValueError as error:
+                raise UserError(f"{name}: {error}") from None
     if bad := [size for size in sizes if world % size]:
         raise UserError(f"--sizes {bad[0]} does not divide the {world} processes")
     if cuda:

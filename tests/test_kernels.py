@@ -378,30 +378,6 @@ def test_gpu_shapes(num_latents, heads, length):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("groups", "heads", "length"), [(1, 24, 1), (2, 12, 1), (4, 6, 1), (1, 24, 2), (1, 3, 5)])
-@pytest.mark.parametrize("width", [64, 128])
-def test_gpu_columns_kernel(groups, heads, length, width):
-    """All latents of a row in one program, which long contexts get: shares of one tile and of many, NaN tails."""
-    properties = torch.cuda.get_device_properties(0)
-    if properties.major != 9:
-        pytest.skip(f"{properties.name} is no Hopper GPU")
-    arguments, kv_end = inputs(
-        3, length, 4, groups, heads, width, 64, 9001, torch.bfloat16, ends=[9001, 65, max(length, 3)]
-    )
-    mask = torch.rand(3, 9001, generator=torch.Generator().manual_seed(1)) > 0.2
-    moved = [x.cuda() for x in arguments]
-    plan = triton_mlra.decode_plan(length * heads, 4, groups, width, 64, 2, True, tiles=1)
-    rows_per_program = 32 if length * heads <= 32 else 64
-    assert (plan["kernel"] == "columns") == (rows_per_program == 32)
-    for options in ((None, None), (torch.tensor([3, 0, 0], dtype=torch.int32).cuda(), mask.cuda())):
-        expected = kernels_mlra.reference_latent_attention(
-            *[x.double() for x in moved], kv_end.cuda(), *options, scaling=0.07
-        ).cpu()
-        result = triton_mlra.triton_latent_attention(*moved, kv_end.cuda(), *options, None, 0, 0.07, **plan)
-        assert ratio(result, expected) < tolerances.KERNEL_BF16_RATIO
-
-
-@pytest.mark.gpu
 def test_gpu_captures_into_a_cuda_graph_and_follows_kv_end():
     arguments, _ = inputs(2, 1, 4, 1, 24, 128, 64, 4096, torch.bfloat16)
     arguments = [x.cuda() for x in arguments]
