@@ -11,7 +11,7 @@ An architecture with `model_type` "llama" is the library's Llama with the same w
 A seed sets a model's initial weights and the order of the data, which is the same for all models. Runs go seed by
 seed. A finished run is kept in OUTPUT at once, an unfinished one in its checkpoints below `training.output_dir`, so
 the same command goes on after --time-budget or an interruption. Several devices share the work by --only, each with an
-OUTPUT of its own, which --merge brings together. The table and the curves are written beside OUTPUT.
+OUTPUT of its own; --merge brings these together, and trains nothing. Table and curves are written beside OUTPUT.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from evals.common import Results, fingerprint, markdown_table, publish_table
+from evals.common import Results, environment, fingerprint, markdown_table, publish_table
 from scripts.cli import UserError, run
 from scripts.generate import positive_int
 from scripts.recipe import Recipe, apply_changes, make_recipe, model_config, read_configuration, training_arguments
@@ -41,6 +41,8 @@ except ImportError:
 TOLERANCE = 0.005  # of parameter counts
 MULTIPLES = (8, 4, 2, 1)  # of the MLP width, the first that meets the tolerance
 EARLY = 0.1  # share of a curve that the plot leaves out: the first fall would hide everything else
+# Of a run; not its speed, because runs may share a device
+KEPT = ("step", "tokens", "epochs", "parameters", "flops_per_token", "curve", "heldout_curve", "heldout")
 SHARED_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -156,7 +158,6 @@ def summarize(results: Results, names: list[str], corpus: str) -> dict[str, dict
             "deviation": statistics.stdev(values) if len(values) > 1 else None,
             "loss": statistics.mean(entry["heldout"][corpus]["loss"] for entry in runs),
             "train_loss": statistics.mean(last_loss(entry["curve"]) for entry in runs),
-            "tokens_per_second": statistics.median(entry["tokens_per_second"] for entry in runs),
         }
     return dict(sorted(summary.items(), key=lambda item: item[1]["mean"]))
 
@@ -185,12 +186,17 @@ def report(args: argparse.Namespace, results: Results, models: dict[str, dict], 
                 f"{values['loss']:.4f}",
                 f"{values['mean']:.3f}{spread}",
                 ", ".join(f"{value:.3f}" for value in values["perplexities"]),
-                f"{values['tokens_per_second']:,.0f}",
             ]
         )
     header = ["model", "parameters", "MLP width", "cache at 1 / 4 devices", "training loss", "held-out loss"]
-    header += ["held-out perplexity", "by seed", "tokens/s"]
+    header += ["held-out perplexity", "by seed"]
     settings = results.settings
+    machines = sorted(
+        {
+            ", torch ".join(entry["environment"][key] for key in ("device", "torch"))
+            for entry in results.entries.values()
+        }
+    )
     publish_table(
         args.output,
         "Architectures at equal size, data and steps",
@@ -198,8 +204,8 @@ def report(args: argparse.Namespace, results: Results, models: dict[str, dict], 
         f"{settings['max_steps']} steps of {settings['blocks_per_step']} x {settings['block_size']} tokens, "
         f"{len(results.entries)} of {expected} runs done. Sorted by mean held-out perplexity; ± is the standard "
         "deviation over seeds (initial weights and order of the data), and a difference of that size says nothing. "
-        "Cache: numbers per token, layer and device. Training loss: mean over the last tenth of the steps. Command: "
-        f"`python -m scripts.compare_architectures {args.config}`.",
+        "Cache: numbers per token, layer and device. Training loss: mean over the last tenth of the steps. Trained on "
+        f"{' and '.join(machines)} by `python -m scripts.compare_architectures {args.config}`.",
     )
     if plt is not None:
         draw(args.output.with_suffix(".png"), summary, settings["blocks_per_step"] * settings["block_size"])
@@ -285,7 +291,7 @@ def compare(args: argparse.Namespace) -> None:
     expected = len(models) * len(content["seeds"])
     peak = None
     for name, recipe in recipes.items():
-        if name in results.entries:
+        if args.merge or name in results.entries:
             continue
         if deadline is not None and time.monotonic() > deadline:
             break
@@ -294,7 +300,7 @@ def compare(args: argparse.Namespace) -> None:
         result = train_recipe(recipe, resume=True, deadline=deadline, peak=peak)
         if not result["finished"]:
             break
-        results.add(name, result)
+        results.add(name, {key: result[key] for key in KEPT} | {"environment": environment()})
         print(
             f"{name}: perplexity {result['heldout'][corpus]['perplexity']:.3f}, "
             f"{result['tokens_per_second']:,.0f} tokens/s, {result['seconds']:.0f} s",
@@ -319,7 +325,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="train these architectures only")
     parser.add_argument(
-        "--merge", nargs="+", type=Path, default=[], metavar="FILE.json", help="take runs over from these"
+        "--merge", nargs="+", type=Path, default=[], metavar="FILE.json", help="take runs over from these, no more"
     )
     parser.add_argument("--plan", action="store_true", help="print the matched sizes and stop")
     parser.add_argument("--time-budget", type=positive_int, metavar="SECONDS", help="save and stop after so long")

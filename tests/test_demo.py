@@ -67,13 +67,18 @@ def test_folder_is_plain_and_small():
 # Its text
 
 
-@pytest.mark.parametrize("entry", ['Sunlight \\Sun"light`\\, n.', 'Quicken \\Quick"en\\, v. t.'])
-def test_dictionary_entries_are_finished(entry, capsys):
-    """A definition in words, the dictionary's mark below it, and the end of the document."""
-    assert generate.main(["--model", str(DEMO), "--prompt", entry, "--max-new-tokens", "150"]) == 0
-    text = capsys.readouterr().out.removeprefix(entry).strip()
-    words = re.findall(r"[A-Za-z]{3,}", text)
-    assert "[1913 Webster]" in text and len(words) > 6 and len(set(words)) > len(words) / 3, text
+def test_dictionary_entries(tmp_path, capsys):
+    """Most headwords get a definition, the dictionary's mark below it, and the end of the document."""
+    heads = ['Sunlight \\Sun"light`\\, n.', 'Kindness \\Kind"ness\\, n.', 'Gladly \\Glad"ly\\, adv.']
+    heads += ['Bookbinder \\Book"bind`er\\, n.', 'Unwritten \\Un*writ"ten\\, a.', 'Harbor \\Har"bor\\, n.']
+    (tmp_path / "heads").write_text("\n".join(heads))
+    flags = ["--batch-file", str(tmp_path / "heads"), "--max-new-tokens", "80"]
+    assert generate.main(["--model", str(DEMO), *flags]) == 0
+    texts = [json.loads(line)["completion"] for line in capsys.readouterr().out.splitlines()]
+    finished = [text for text in texts if text.endswith("[1913 Webster]")]
+    assert len(finished) >= len(heads) / 2, texts
+    words = [set(re.findall(r"[a-z]{3,}", text)) for text in finished]
+    assert min(len(found) for found in words) >= 3 and len(set.union(*words)) > 10, texts
 
 
 def test_order_of_the_context_matters(model, blocks):

@@ -428,6 +428,8 @@ def test_comparison_is_matched_and_goes_on(data, tmp_path, capsys):
     other = json.loads((tmp_path / "elsewhere.json").read_text())["results"]
     assert list(other) == ["gqa_seed0"]
     assert compare_architectures.main([str(config), "--output", str(output), "--merge", elsewhere[1]]) == 0
+    assert list(json.loads(output.read_text())["results"]) == [*first, "gqa_seed0"]
+    assert compare_architectures.main([str(config), "--output", str(output)]) == 0
     stored = json.loads(output.read_text())
     assert stored["results"]["gqa_seed0"] == other["gqa_seed0"]
     assert not (tmp_path / "runs" / "gqa_seed0").exists() and (tmp_path / "runs" / "gqa_seed1").exists()
