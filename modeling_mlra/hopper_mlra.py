@@ -281,7 +281,7 @@ if gluon is not None:
     ):  # fmt: skip
         """One latent and BM = 64 or 128 query rows: one copying warp and two computing warpgroups."""
         SHARE_ROWS: gl.constexpr = BM == 64
-        # A buffer must stay with one warpgroup: one that skips tiles would take an older phase for the one it waits for
+        # A buffer stays with one warpgroup: one that skips tiles would take an older phase for the one it waits for
         gl.static_assert(not SHARE_ROWS or STAGES % 2 == 0)
         dtype: gl.constexpr = q.dtype.element_ty
         Q_COPIES: gl.constexpr = 1 if SHARE_ROWS else 2
