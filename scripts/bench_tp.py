@@ -13,6 +13,7 @@ again replaces what it holds.
 
 import argparse
 import datetime
+import gc
 import inspect
 import json
 import os
@@ -117,6 +118,7 @@ def random_cache(model: MLRAForCausalLM, context: int, capacity: int, device: to
     config = model.config
     width = local_sizes(model.model.layers[0].self_attn)[0] * config.latent_head_dim
     cache = MLRACache(config, max_cache_len=capacity)
+    gc.collect()  # an earlier cache that goes now would count against this one
     before = allocated(device)
     for layer in cache.layers:
         one_row = torch.zeros(1, 1, 1, width, dtype=model.dtype, device=device)
