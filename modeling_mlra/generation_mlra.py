@@ -8,6 +8,7 @@ cache and following calls are those of the library's loop. It has the signature 
 
 from collections import Counter, deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,6 @@ from .cache_mlra import MLRACache
 from .fused_mlra import FusedStep
 from .fused_mlra import obstacle as fused_obstacle
 
-# Processors and criteria that read nothing but the logits or the last token, and wait for nothing.
 OF_LOGITS_ALONE = (
     MinPLogitsWarper,
     SuppressTokensLogitsProcessor,
@@ -58,6 +58,34 @@ def can_capture(model: nn.Module, generation_config, model_kwargs: dict, synced_
         and not generation_config.output_hidden_states
         and not synced_gpus
     )
+
+
+def choice_of_logits_alone(logits_processor, stopping_criteria, vocab_size: int, device: torch.device):
+    """What chooses and ends by logits and last tokens alone, in a form that waits for nothing and can be captured.
+
+    Returns:
+        The processors as one function of scores `[B, vocab_size]` and the end as one of tokens `[B]`; None if one of
+        them reads the sequence or is not known to. The length limit is the caller's.
+    """
+    known = (logits_processor, OF_LOGITS_ALONE), (stopping_criteria, OF_LAST_TOKEN_ALONE)
+    if not all(type(item) in classes for items, classes in known for item in items):
+        return None
+    processors: list[Callable] = []
+    for processor in logits_processor:
+        if isinstance(processor, SuppressTokensLogitsProcessor):  # looks its tokens up anew each time
+            blocked = processor(None, torch.zeros(1, vocab_size, device=device)).isneginf()
+            processors.append(lambda scores, blocked=blocked: scores.masked_fill(blocked, -torch.inf))
+        else:
+            processors.append(partial(processor, None))
+    ends = [c.eos_token_id.to(device).flatten() for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
+    end_tokens = torch.cat([torch.empty(0, dtype=torch.long, device=device), *ends])
+
+    def process(scores: torch.Tensor) -> torch.Tensor:
+        for processor in processors:
+            scores = processor(scores)
+        return scores
+
+    return process, lambda tokens: (tokens[:, None] == end_tokens).any(-1)
 
 
 class DecodingStep:
@@ -213,9 +241,6 @@ def captured_decode(
     unfinished = torch.ones(batch, dtype=torch.long, device=device)
     sequences = torch.cat([input_ids, input_ids.new_zeros(batch, max(max_length - length, 1))], dim=1)
     flags = LaggedFlags(lag, streamer)
-    # What chooses a token from these logits alone is captured with the step; anything else sees the whole sequence.
-    alone = scores is raw_logits is None and all(type(x) in OF_LOGITS_ALONE for x in logits_processor)
-    alone = alone and all(type(x) in OF_LAST_TOKEN_ALONE for x in stopping_criteria)
 
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
     logits = outputs.logits[:, -1]
@@ -229,10 +254,13 @@ def captured_decode(
     token_ids = torch.zeros(batch, dtype=torch.long, device=device)
     column = torch.full((1,), length, device=device)  # where the next tokens go
     finished = torch.zeros((), dtype=torch.bool, device=device)
+    alone = None  # else the choice of a token is captured with the step
+    if scores is None and raw_logits is None:
+        alone = choice_of_logits_alone(logits_processor, stopping_criteria, logits.shape[-1], device)
 
     def select(logits: torch.Tensor) -> None:
         next_logits = logits.to(copy=True, dtype=torch.float32)
-        next_scores = logits_processor(sequences[:, :length], next_logits)
+        next_scores = alone[0](next_logits) if alone else logits_processor(sequences[:, :length], next_logits)
         if scores is not None:
             scores.append(next_scores)
         if raw_logits is not None:
@@ -247,7 +275,7 @@ def captured_decode(
             tokens = tokens * unfinished + pad * (1 - unfinished)
         sequences.index_copy_(1, column, tokens[:, None])
         column.add_(1)
-        stopped = stopping_criteria(tokens[:, None] if alone else sequences[:, : length + 1], None)
+        stopped = alone[1](tokens) if alone else stopping_criteria(sequences[:, : length + 1], None)
         unfinished.mul_(~stopped)
         token_ids.copy_(tokens)
         torch.eq(unfinished.max(), 0, out=finished)

@@ -60,13 +60,18 @@ def test_captured_sampling_draws_as_the_library_does(penalty):
     model = tiny_model("mlra_4", dtype=torch.float32).to("cuda")
     ids = random_ids(2, 9).to("cuda")
     settings = {"max_new_tokens": 24, "do_sample": True, "top_p": 0.9, "repetition_penalty": penalty}
-    results = []
-    for cache in ({}, {"cache_implementation": "static"}):
-        torch.manual_seed(0)
-        tokens = model.generate(ids, **settings, **cache)
-        results.append((tokens, torch.rand(1, device="cuda")))
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
+    settings |= {"suppress_tokens": list(range(50, 60)), "pad_token_id": 0}
+    ends: list = [None]
+    for end in ends:
+        results = []
+        for cache in ({}, {"cache_implementation": "static"}):
+            torch.manual_seed(0)
+            tokens = model.generate(ids, eos_token_id=end, **settings, **cache)
+            results.append((tokens, torch.rand(1, device="cuda")))
+        assert torch.equal(results[0][0], results[1][0])
+        assert torch.equal(results[0][1], results[1][1])
+        if end is None:  # and again with rows that end early
+            ends.append(tokens[:, ids.shape[1] + 4].tolist())
 
 
 def test_obstacles_name_what_is_in_the_way():

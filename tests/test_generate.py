@@ -4,11 +4,21 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers import (
+    DynamicCache,
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    RepetitionPenaltyLogitsProcessor,
+    StaticCache,
+    SuppressTokensLogitsProcessor,
+    TopKLogitsWarper,
+)
 
 import modeling_mlra.modeling_mlra
 from modeling_mlra import MLRACache
-from modeling_mlra.generation_mlra import DecodingStep, captured_decode, captured_decodes
+from modeling_mlra.generation_mlra import DecodingStep, captured_decode, captured_decodes, choice_of_logits_alone
 from modeling_mlra.kernels_mlra import decode_calls
 from tests.models import VARIANTS, random_ids, tiny_model
 
@@ -145,6 +155,18 @@ def test_captured_loop_equals_the_library_loop(recorded, do_sample, lag, monkeyp
         assert int(ours.past_key_values.get_seq_length()) == int(library.past_key_values.get_seq_length())
         for our_scores, library_scores in zip(ours.scores or (), library.scores or (), strict=True):
             torch.testing.assert_close(our_scores, library_scores, rtol=1e-4, atol=1e-4)
+
+
+def test_only_what_reads_logits_alone_is_chosen_inside_the_graph():
+    length, device = MaxLengthCriteria(9), torch.device("cpu")
+    processors = LogitsProcessorList([SuppressTokensLogitsProcessor([1, 3], device=device), TopKLogitsWarper(2)])
+    process, ends = choice_of_logits_alone(processors, [length, EosTokenCriteria([2, 4])], 5, device)
+    scores = torch.tensor([[1.0, 9.0, 2.0, 8.0, 3.0]])
+    assert torch.equal(process(scores), processors(None, scores))
+    assert ends(torch.tensor([4, 1, 2, 0])).tolist() == [True, False, True, False]
+    assert choice_of_logits_alone([], [length], 5, device)[1](torch.tensor([4])).tolist() == [False]
+    assert choice_of_logits_alone([RepetitionPenaltyLogitsProcessor(1.3)], [length], 5, device) is None
+    assert choice_of_logits_alone([], [length, lambda ids, _: ids[:, 0] == 1], 5, device) is None
 
 
 def test_captured_loop_continues_from_its_cache():
