@@ -138,31 +138,29 @@ if gluon is not None:
 
     @gluon.jit
     def _attend(
-        WG: gl.constexpr, GROUP_SIZE: gl.constexpr, SHARE_ROWS: gl.constexpr,
+        q_buf, qr_buf, c_buf, k_buf, full, empty, merge_buf, merge_stats, merge_full, merge_empty,
+        q, q_rope, out, part, part_lse, kv_end, kv_start, key_mask, B, T, P, p, latent, row0, scale_log2,
+        q_b, q_t, q_l, q_h, qr_b, qr_t, qr_g, qr_h, o_b, o_t, o_l, o_h, mask_b,
+        WG: gl.constexpr, SHARE_ROWS: gl.constexpr,
         L: gl.constexpr, GROUPS: gl.constexpr, H: gl.constexpr, R: gl.constexpr, E: gl.constexpr,
         BN: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr, MIN_UNITS: gl.constexpr,
         BLOCK_B: gl.constexpr, HAS_START: gl.constexpr, HAS_MASK: gl.constexpr, CAUSAL: gl.constexpr,
-        BIG: gl.constexpr, kv_start, key_mask,
-        q_buf, qr_buf, c_buf, k_buf, full, empty, merge_buf, merge_stats, merge_full, merge_empty,
-        q, q_rope, out, part, part_lse, kv_end, B, T, P, p, latent, row0, scale_log2,
-        q_b, q_t, q_l, q_h, qr_b, qr_t, qr_g, qr_h, o_b, o_t, o_l, o_h, mask_b,
+        BIG: gl.constexpr,
     ):  # fmt: skip
-        """One of GROUP_SIZE computing warpgroups, with 64 query rows: those of its own on every tile, or (SHARE_ROWS)
-        the same rows on every GROUP_SIZE-th tile, merged by the first. They overlap each other: one multiplies
-        matrices while another is in its softmax."""
+        """One of the two computing warpgroups, with 64 query rows: those of its own on every tile, or (SHARE_ROWS) the
+        same rows on every second tile, merged by the first. They overlap each other: one multiplies matrices while the
+        other is in its softmax."""
         S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
         O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, R, 16])
         P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
         S_ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
         O_ROWS: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
         Q_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-        STEP: gl.constexpr = GROUP_SIZE if SHARE_ROWS else 1
+        STEP: gl.constexpr = 2 if SHARE_ROWS else 1
         OFFSET: gl.constexpr = WG if SHARE_ROWS else 0
         dtype: gl.constexpr = q.dtype.element_ty
         M = T * H
         first_row = row0 if SHARE_ROWS else row0 + WG * 64
-        q_buf = q_buf.index(0 if SHARE_ROWS else WG)
-        qr_buf = qr_buf.index(0 if SHARE_ROWS else WG)
         starts, ends, units, cum, b, first_pos, last_pos = _deal(
             kv_end, kv_start, B, P, p, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG, 4
         )
@@ -232,33 +230,28 @@ if gluon is not None:
                 mbarrier.arrive(empty.index(stage), count=1)
 
             offs_o = gl.arange(0, 64, layout=O_ROWS)
-            merges = segments * (GROUP_SIZE - 1)  # of the segments before this one
-            if SHARE_ROWS and WG > 0:
-                for i in gl.static_range(WG - 1):
-                    mbarrier.wait(merge_empty, (merges + i) & 1)
+            if SHARE_ROWS and WG == 1:
                 merge_buf.store(acc)
                 merge_stats.index(0).store(m)
                 merge_stats.index(1).store(norm)
                 _barrier()
                 mbarrier.arrive(merge_full, count=1)
-                for i in gl.static_range(WG - 1, GROUP_SIZE - 1):
-                    mbarrier.wait(merge_empty, (merges + i) & 1)
+                mbarrier.wait(merge_empty, segments & 1)
             else:
                 m = gl.convert_layout(m, O_ROWS)
                 norm = gl.convert_layout(norm, O_ROWS)
                 if SHARE_ROWS:
-                    for i in gl.static_range(GROUP_SIZE - 1):
-                        mbarrier.wait(merge_full, (merges + i) & 1)
-                        m_other = merge_stats.index(0).load(O_ROWS)
-                        top = gl.maximum(m, m_other)
-                        ref = gl.where(top == float("-inf"), 0.0, top)
-                        mine = gl.exp2(m - ref)
-                        other = gl.exp2(m_other - ref)
-                        norm = norm * mine + merge_stats.index(1).load(O_ROWS) * other
-                        acc = acc * gl.expand_dims(mine, 1) + merge_buf.load(O_LAYOUT) * gl.expand_dims(other, 1)
-                        m = top
-                        _barrier()
-                        mbarrier.arrive(merge_empty, count=1)
+                    mbarrier.wait(merge_full, segments & 1)
+                    m_other = merge_stats.index(0).load(O_ROWS)
+                    top = gl.maximum(m, m_other)
+                    ref = gl.where(top == float("-inf"), 0.0, top)
+                    mine = gl.exp2(m - ref)
+                    other = gl.exp2(m_other - ref)
+                    norm = norm * mine + merge_stats.index(1).load(O_ROWS) * other
+                    acc = acc * gl.expand_dims(mine, 1) + merge_buf.load(O_LAYOUT) * gl.expand_dims(other, 1)
+                    m = top
+                    _barrier()
+                    mbarrier.arrive(merge_empty, count=1)
                 slot = 2 * p + (pos != first_pos).to(gl.int32)
                 z = acc * gl.expand_dims(gl.where(norm > 0, 1.0 / norm, 0.0), 1)
                 offs_o = first_row + offs_o
@@ -284,11 +277,12 @@ if gluon is not None:
         L: gl.constexpr, GROUPS: gl.constexpr, H: gl.constexpr, R: gl.constexpr, E: gl.constexpr,
         BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr, MIN_UNITS: gl.constexpr,
         BLOCK_B: gl.constexpr, HAS_START: gl.constexpr, HAS_MASK: gl.constexpr, CAUSAL: gl.constexpr,
-        BIG: gl.constexpr, PDL: gl.constexpr, GROUP_SIZE: gl.constexpr, num_warps: gl.constexpr,
+        BIG: gl.constexpr, PDL: gl.constexpr, num_warps: gl.constexpr,
     ):  # fmt: skip
-        """One latent and BM query rows: one copying warp and GROUP_SIZE computing warpgroups, two or three of them for
-        64 rows and two for 128."""
+        """One latent and BM = 64 or 128 query rows: one copying warp and two computing warpgroups."""
         SHARE_ROWS: gl.constexpr = BM == 64
+        # A buffer stays with one warpgroup: one that skips tiles would take an older phase for the one it waits for
+        gl.static_assert(not SHARE_ROWS or STAGES % 2 == 0)
         dtype: gl.constexpr = q.dtype.element_ty
         Q_COPIES: gl.constexpr = 1 if SHARE_ROWS else 2
         q_buf = gl.allocate_shared_memory(
@@ -324,76 +318,40 @@ if gluon is not None:
         row0 = (lane // L) * BM
         _program_wait(PDL)
         _program_release(PDL)
-        shared = (
-            q_buf, qr_buf, c_buf, k_buf, full, empty, merge_buf, merge_stats, merge_full, merge_empty,
-            q, q_rope, out, part, part_lse, kv_end, B, T, P, p, latent, row0, scale_log2,
-            q_b, q_t, q_l, q_h, qr_b, qr_t, qr_g, qr_h, o_b, o_t, o_l, o_h, mask_b,
+        gl.warp_specialize(
+            [
+                (
+                    _attend,
+                    (
+                        q_buf.index(0), qr_buf.index(0), c_buf, k_buf, full, empty,
+                        merge_buf, merge_stats, merge_full, merge_empty, q, q_rope, out, part, part_lse,
+                        kv_end, kv_start, key_mask,
+                        B, T, P, p, latent, row0, scale_log2,
+                        q_b, q_t, q_l, q_h, qr_b, qr_t, qr_g, qr_h, o_b, o_t, o_l, o_h, mask_b,
+                        0, SHARE_ROWS, L, GROUPS, H, R, E, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B, HAS_START, HAS_MASK,
+                        CAUSAL, BIG,
+                    ),
+                ),
+                (
+                    _attend,
+                    (
+                        q_buf.index(Q_COPIES - 1), qr_buf.index(Q_COPIES - 1), c_buf, k_buf, full, empty,
+                        merge_buf, merge_stats, merge_full, merge_empty, q, q_rope, out, part, part_lse,
+                        kv_end, kv_start, key_mask,
+                        B, T, P, p, latent, row0, scale_log2,
+                        q_b, q_t, q_l, q_h, qr_b, qr_t, qr_g, qr_h, o_b, o_t, o_l, o_h, mask_b,
+                        1, SHARE_ROWS, L, GROUPS, H, R, E, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B, HAS_START, HAS_MASK,
+                        CAUSAL, BIG,
+                    ),
+                ),
+                (
+                    _copy_tiles,
+                    (
+                        c_desc, k_desc, c_buf, k_buf, full, empty, kv_end, kv_start, B, P, S, p, latent,
+                        R, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG,
+                    ),
+                ),
+            ],
+            [4, 1],
+            [240 if BM == 128 else 216, 24],
         )  # fmt: skip
-        if GROUP_SIZE == 2:
-            gl.warp_specialize(
-                [
-                    (
-                        _attend,
-                        (
-                            0, GROUP_SIZE, SHARE_ROWS, L, GROUPS, H, R, E, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B,
-                            HAS_START, HAS_MASK, CAUSAL, BIG, kv_start, key_mask,
-                        )
-                        + shared,
-                    ),
-                    (
-                        _attend,
-                        (
-                            1, GROUP_SIZE, SHARE_ROWS, L, GROUPS, H, R, E, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B,
-                            HAS_START, HAS_MASK, CAUSAL, BIG, kv_start, key_mask,
-                        )
-                        + shared,
-                    ),
-                    (
-                        _copy_tiles,
-                        (
-                            c_desc, k_desc, c_buf, k_buf, full, empty, kv_end, kv_start, B, P, S, p, latent,
-                            R, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG,
-                        ),
-                    ),
-                ],
-                [4, 1],
-                [240 if BM == 128 else 216, 24],
-            )  # fmt: skip
-        else:
-            gl.warp_specialize(
-                [
-                    (
-                        _attend,
-                        (
-                            0, GROUP_SIZE, SHARE_ROWS, L, GROUPS, H, R, E, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B,
-                            HAS_START, HAS_MASK, CAUSAL, BIG, kv_start, key_mask,
-                        )
-                        + shared,
-                    ),
-                    (
-                        _attend,
-                        (
-                            1, GROUP_SIZE, SHARE_ROWS, L, GROUPS, H, R, E, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B,
-                            HAS_START, HAS_MASK, CAUSAL, BIG, kv_start, key_mask,
-                        )
-                        + shared,
-                    ),
-                    (
-                        _attend,
-                        (
-                            2, GROUP_SIZE, SHARE_ROWS, L, GROUPS, H, R, E, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B,
-                            HAS_START, HAS_MASK, CAUSAL, BIG, kv_start, key_mask,
-                        )
-                        + shared,
-                    ),
-                    (
-                        _copy_tiles,
-                        (
-                            c_desc, k_desc, c_buf, k_buf, full, empty, kv_end, kv_start, B, P, S, p, latent,
-                            R, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG,
-                        ),
-                    ),
-                ],
-                [4, 4, 1],
-                [160, 160, 24],
-            )  # fmt: skip

@@ -398,10 +398,11 @@ def decode_plan(rows: int, num_latents: int, groups: int, width: int, rope_width
     plan = {"kernel": "plain", "RP": padded, "EP": rope_padded, "UNIT": 32, "MIN_UNITS": 1, "NL": 1, "num_stages": 3}
     plan["programs_per_sm"] = 1
     if hopper and rows <= 64:
-        plan |= {"kernel": "rows", "BM": 64, "BN": 64, "UNIT": 64, "num_warps": 4, "num_stages": 7, "GROUP_SIZE": 2}
-        plan["MIN_UNITS"] = 2  # a tile for each of the two warpgroups
+        plan |= {"kernel": "rows", "BM": 64, "BN": 64, "UNIT": 64, "num_warps": 4, "num_stages": 6}
+        # A tile for each of the two warpgroups; with several latents more, which leaves room for the kernel behind
+        plan["MIN_UNITS"] = 2 if num_latents == 1 else 4
     elif hopper:
-        plan |= {"kernel": "rows", "BM": 128, "BN": 128, "UNIT": 128, "num_warps": 4, "num_stages": 3, "GROUP_SIZE": 2}
+        plan |= {"kernel": "rows", "BM": 128, "BN": 128, "UNIT": 128, "num_warps": 4, "num_stages": 3}
     elif rows <= 32 and padded <= 128 and branches in (2, 4, 8):
         plan |= {"NL": branches, "BM": 16 if rows <= 16 else 32, "BN": 16, "num_stages": 4, "num_warps": branches}
         plan["programs_per_sm"] = 8 // branches
@@ -497,7 +498,7 @@ def _launch(q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block
             q_latent, q_rope, out, part, part_lse, kv_end, kv_start, key_mask,
             batch, length, programs, capacity, scale_log2,
             *q_latent.stride()[:4], *q_rope.stride()[:4], *out.stride()[:4], mask_stride,
-            STAGES=plan["num_stages"], GROUP_SIZE=plan["GROUP_SIZE"], **constants,
+            STAGES=plan["num_stages"], **constants,
         )  # fmt: skip
     if programs > 1:
         # Many small reductions take their splits one after the other, a few wide ones all at once
