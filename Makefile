@@ -26,8 +26,8 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp
 	@touch $@
 
 demo: $(VENV)/run.stamp
-	$(BIN)/python -m scripts.generate --model checkpoints/mlra_4_demo --max-new-tokens 120 \
-		--prompt "The Linux kernel is"
+	$(BIN)/python -m scripts.generate --model checkpoints/mlra_4_demo --prompt "To install the package, you need" \
+		--max-new-tokens 64 --temperature 0.7 --top-p 0.9 --seed 2
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -45,7 +45,7 @@ evals: $(VENV)/dev.stamp
 	@rm -rf build/evals && mkdir -p build
 	$(BIN)/python -m evals.prepare_tokens --tokenizer checkpoints/mlra_4_demo --output build/evals --data LICENSE
 	$(BIN)/python -m evals.perplexity --model checkpoints/mlra_4_demo --overwrite \
-		--data checkpoints/heldout_sample.bin build/evals/LICENSE.bin docs/training.md dataset:evals/tasks,column=question \
+		--data checkpoints/heldout_sample.bin build/evals/LICENSE.bin configuration/training/devils_dictionary.txt \
 		--output evals/results/perplexity_demo.json
 	$(BIN)/python -m evals.downstream --model checkpoints/mlra_4_demo --tasks mlra_demo --batch-size 8 --overwrite \
 		--output evals/results/downstream_demo.json

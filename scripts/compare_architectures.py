@@ -301,11 +301,8 @@ def compare(args: argparse.Namespace) -> None:
         if not result["finished"]:
             break
         results.add(name, {key: result[key] for key in KEPT} | {"environment": environment()})
-        print(
-            f"{name}: perplexity {result['heldout'][corpus]['perplexity']:.3f}, "
-            f"{result['tokens_per_second']:,.0f} tokens/s, {result['seconds']:.0f} s",
-            flush=True,
-        )
+        perplexity = result["heldout"][corpus]["perplexity"]
+        print(f"{name}: perplexity {perplexity:.3f}, {result['seconds']:.0f} s", flush=True)
         gc.collect()
         torch.compiler.reset()  # or the next model's graphs count as recompilations of this one's
         if torch.cuda.is_available():

@@ -39,7 +39,7 @@ from transformers import (
     set_seed,
 )
 
-from evals.common import load_model, write_json
+from evals.common import environment, load_model, write_json
 from evals.corpora import Corpus, find_corpora, read_token_file
 from evals.perplexity import Blocks, total_loss
 from evals.prepare_tokens import load_tokenizer, write_token_file
@@ -450,7 +450,7 @@ def train_recipe(
             trained = copy.deepcopy(trained).to(DTYPES[recipe.export.dtype])
             result["heldout_exported"] = heldout_loss(trained, files["heldout"], recipe, args, published=False)
     if args.should_save:
-        write_json(output / RESULT_FILE, result)
+        write_json(output / RESULT_FILE, {"environment": environment(), **result})
         if recipe.export is not None:
             export_trained(output / "final", recipe, result)
     return result
