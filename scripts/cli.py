@@ -20,12 +20,25 @@ def fail(message: object) -> int:
     return EXIT_ERROR
 
 
+def _unwind(signum: int, frame: object) -> None:
+    sys.exit(128 + signum)
+
+
+def _default_in_child() -> None:
+    """A worker waiting for work may never come to run an inherited handler, and whoever ends it would hang."""
+    if signal.getsignal(signal.SIGTERM) is _unwind:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_default_in_child)
+
+
 def run(body: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
     """Run `body(args)` and return the exit code: 0, 2 after one line on stderr, or 130 after Ctrl-C.
 
     SIGTERM unwinds like Ctrl-C does, so that temporary folders are removed, and exits with 143.
     """
-    previous = signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
+    previous = signal.signal(signal.SIGTERM, _unwind)
     try:
         body(args)
     except BrokenPipeError:  # whoever read our output is gone; nor must Python's own flush at exit complain

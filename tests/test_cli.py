@@ -1,5 +1,6 @@
 """The command-line programs as a user meets them: generate and export."""
 
+import argparse
 import io
 import json
 import os
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer
 
 import scripts.generate
 from modeling_mlra import MLRAConfig, MLRAForCausalLM
+from scripts import cli
 from scripts.export import export_model
 from scripts.export import main as export
 from scripts.generate import main as generate
@@ -261,3 +263,14 @@ def test_closed_pipe_is_no_error(monkeypatch, capfd, folder):
         patch.setattr(sys, "stdout", Closed())
         assert generate(["--model", str(folder), "--prompt", "a", "--max-new-tokens", "2"]) == 141
     assert "error" not in capfd.readouterr().err
+
+
+def test_forked_workers_die_of_sigterm_at_once():
+    def body(_):
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL else 1)
+        assert os.waitpid(child, 0)[1] == 0
+
+    assert cli.run(body, argparse.Namespace()) == 0
