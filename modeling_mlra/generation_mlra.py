@@ -28,6 +28,7 @@ from .cache_mlra import MLRACache
 from .fused_mlra import FusedStep
 from .fused_mlra import obstacle as fused_obstacle
 
+# Processors and criteria known to read nothing but the logits, or the last token: their choice can be captured.
 OF_LOGITS_ALONE = (
     MinPLogitsWarper,
     SuppressTokensLogitsProcessor,
