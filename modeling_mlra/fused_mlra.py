@@ -38,6 +38,7 @@ try:
 except ImportError:
     triton = tl = None
 
+AHEAD_BYTES = 32 * 2**20  # of weights brought into the L2 cache while kernels 3 to 5 leave the memory idle
 MAX_SEQUENCES = 4  # beyond, the products are no longer free and cuBLAS reads the weights as fast
 
 if triton is not None:
@@ -81,15 +82,29 @@ if triton is not None:
         return tl.load(x + columns, mask=columns < K, other=0.0).to(tl.float32)
 
     @triton.jit
+    def _prefetch(w, count, each):
+        """Have the first `count` elements of a weight brought into the L2 cache, by each thread of 128 `each` of them.
+        """
+        offsets = (tl.program_id(0) * 128 + tl.arange(0, 128)) * each
+        tl.inline_asm_elementwise(
+            "{ .reg .pred inside; setp.ne.u32 inside, $3, 0; @inside cp.async.bulk.prefetch.L2.global [$1], $2; }"
+            " // $0",
+            "=r,l,r,r",
+            [(w + offsets).to(tl.int64), offsets * 0 + each * 2, (offsets + each <= count).to(tl.int32)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+    @triton.jit
     def _linear_kernel(
         x, x_stride, gamma, scale, eps, residual, residual_share, out, out_stride,
-        w0, w1, w2, w3, n0, n1, n2, n3,
-        K: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+        w0, w1, w2, w3, n0, n1, n2, n3, ahead0, ahead1, ahead2, count0, count1, count2, each0, each1, each2,
+        AHEAD: tl.constexpr, K: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
         NORM: tl.constexpr, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """out[m] = [w0; w1; w2; w3] x[m] for row blocks of up to four weights, or silu(w0 x) * (w1 x).
 
         Rows are read in chunks of WIDTH columns: the first two before the wait, each later one two chunks ahead.
+        AHEAD: the first elements of three weights that later kernels read are brought into the L2 cache.
         """
         w, n, first, block = w0, n0, 0, tl.program_id(0)
         if not SWIGLU:
@@ -101,6 +116,10 @@ if triton is not None:
             first_up = _tile(w1, rows, n, 0, K, WIDTH)
             second_up = _tile(w1, rows, n, WIDTH, K, WIDTH) if WIDTH < K else first_up
         _wait(PDL)
+        if AHEAD:
+            _prefetch(ahead0, count0, each0)
+            _prefetch(ahead1, count1, each1)
+            _prefetch(ahead2, count2, each2)
         for m in tl.static_range(M):
             target = m * out_stride + first + rows
             if RESIDUAL:
@@ -140,12 +159,17 @@ if triton is not None:
             tl.store(out + target, y.to(out.dtype.element_ty), mask=rows < n)
 
     @triton.jit
-    def _rotate(source, target, inv_freq, position, rope_scale, E: tl.constexpr, EP: tl.constexpr):
+    def _rotation(inv_freq, position, rope_scale, E: tl.constexpr, EP: tl.constexpr):
+        """Cosines and sines of RoPE at a position."""
+        half = tl.arange(0, EP)
+        angle = position.to(tl.float32) * tl.load(inv_freq + half, mask=half < E // 2, other=0.0)
+        return tl.cos(angle) * rope_scale, tl.sin(angle) * rope_scale
+
+    @triton.jit
+    def _rotate(source, target, cos, sin, E: tl.constexpr, EP: tl.constexpr):
         """RoPE of one vector of E numbers."""
         half = tl.arange(0, EP)
         ok = half < E // 2
-        angle = position.to(tl.float32) * tl.load(inv_freq + half, mask=ok, other=0.0)
-        cos, sin = tl.cos(angle) * rope_scale, tl.sin(angle) * rope_scale
         x1 = tl.load(source + half, mask=ok, other=0.0).to(tl.float32)
         x2 = tl.load(source + E // 2 + half, mask=ok, other=0.0).to(tl.float32)
         tl.store(target + half, (x1 * cos - x2 * sin).to(target.dtype.element_ty), mask=ok)
@@ -161,7 +185,8 @@ if triton is not None:
     ):  # fmt: skip
         """q_latent[m, l, h] = W_uk[l, h]^T q_nope[m]; on the side RoPE of the queries and this token's cache row.
 
-        `counters` holds [row, position of each sequence, ...]; `a` the outputs of kernel 1.
+        `counters` holds [row, position of each sequence, ...], and is read before the wait: no kernel of the step
+        writes it but the last. `a` holds the outputs of kernel 1.
         """
         latent, head = tl.program_id(0) // H, tl.program_id(0) % H
         query_head = (latent // C) * H + head
@@ -169,28 +194,30 @@ if triton is not None:
         base = kv_b + (latent * H + head).to(tl.int64) * (DN + V) * R
         mask = (depth < DN)[:, None] & (columns < R)[None, :]
         weight = tl.load(base + depth[:, None] * R + columns[None, :], mask=mask, other=0.0)
-        _wait(PDL)
+        index = tl.arange(0, RP)
+        gamma = tl.load(latent_gamma + latent * R + index, mask=index < R, other=0.0).to(tl.float32)
+        new_row = tl.load(counters).to(tl.int64)
         for m in tl.static_range(M):
+            cos, sin = _rotation(inv_freq, tl.load(counters + 1 + m), rope_scale, E, EP)
+            if m == 0:
+                _wait(PDL)
             query = q + (m * (L // C) * H + query_head) * (DN + E)
             nope = tl.load(query + depth, mask=depth < DN, other=0.0).to(tl.float32)
             z = tl.sum(weight.to(tl.float32) * nope[:, None], axis=0)
             tl.store(q_latent + ((m * L + latent) * H + head) * R + columns, z.to(weight.dtype), mask=columns < R)
             if tl.program_id(1) == 0:
-                position = tl.load(counters + 1 + m)
                 if latent % C == 0:
                     target = q_rope + (m * (L // C) * H + query_head) * E
-                    _rotate(query + DN, target, inv_freq, position, rope_scale, E, EP)
+                    _rotate(query + DN, target, cos, sin, E, EP)
                 if head == 0:
-                    row = cache + m * cache_b + tl.load(counters).to(tl.int64) * cache_s
-                    index = tl.arange(0, RP)
+                    row = cache + m * cache_b + new_row * cache_s
                     c = tl.load(a + m * a_stride + kv_first + latent * R + index, mask=index < R, other=0.0)
-                    gamma = tl.load(latent_gamma + latent * R + index, mask=index < R, other=0.0)
                     c = c.to(tl.float32)
-                    c = c * gamma.to(tl.float32) * (alpha_kv * tl.rsqrt(tl.sum(c * c) / R + eps))
+                    c = c * gamma * (alpha_kv * tl.rsqrt(tl.sum(c * c) / R + eps))
                     tl.store(row + latent * R + index, c.to(weight.dtype), mask=index < R)
                     if latent == 0:
                         source = a + m * a_stride + kv_first + L * R
-                        _rotate(source, row + L * R, inv_freq, position, rope_scale, E, EP)
+                        _rotate(source, row + L * R, cos, sin, E, EP)
 
     @triton.jit
     def _value_kernel(
@@ -302,11 +329,9 @@ class FusedStep:
         base = self.model.model
         self._embed(local_tensor(base.embed_tokens.weight), token_ids)
         for layer, cache_layer in zip(base.layers, self.cache.layers, strict=True):
-            self._attention(layer.self_attn, layer.input_layernorm, cache_layer.rows)
-            mlp = layer.mlp
-            self._linear(
-                self.hidden, [mlp.gate_proj, mlp.up_proj], self.mlp, norm=layer.post_attention_layernorm, swiglu=True
-            )
+            self._attention(layer, cache_layer.rows)
+            mlp, norm = layer.mlp, layer.post_attention_layernorm
+            self._linear(self.hidden, [mlp.gate_proj, mlp.up_proj], self.mlp, norm=norm, swiglu=True)
             self._add(mlp.down_proj, self.mlp)
         self._linear(self.hidden, [self.model.lm_head], self.logits, norm=base.norm)
         self.counters.add_(1)
@@ -328,22 +353,34 @@ class FusedStep:
         if self.mesh is not None:
             sum_output(self.hidden, self.mesh.get_group())
 
-    def _linear(self, x, layers, out, norm=None, scale=1.0, swiglu=False, residual=None):
+    def _linear(self, x, layers, out, norm=None, scale=1.0, swiglu=False, residual=None, ahead=()):
         weights = [local_tensor(layer.weight) for layer in layers]
         inner = weights[0].shape[1]
         plan = linear_plan(inner, swiglu, residual is not None)
         sizes = [weight.shape[0] for weight in weights]
         blocks = triton.cdiv(sizes[0], plan["ROWS"]) if swiglu else sum(triton.cdiv(n, plan["ROWS"]) for n in sizes)
+        coming, counts = self._ahead(ahead)
+        shares = [triton.cdiv(count, blocks * 128 * 8) * 8 for count in counts]
         weights += [weights[-1]] * (4 - len(weights))
         sizes += [0] * (4 - len(sizes))
         _linear_kernel[(blocks,)](
             x, x.stride(0), x if norm is None else norm.weight, scale, 0.0 if norm is None else norm.variance_epsilon,
             out if residual is None else residual, self.residual_share, out, out.stride(0), *weights, *sizes,
-            K=inner, M=self.num_sequences, NORM=norm is not None, SWIGLU=swiglu,
+            *(coming or weights[:3]), *counts, *shares, AHEAD=bool(coming), K=inner, M=self.num_sequences, NORM=norm is not None, SWIGLU=swiglu,
             RESIDUAL=residual is not None, PDL=self.early, **plan, **launch_options(self.early),
         )  # fmt: skip
 
-    def _attention(self, attention, norm, rows):
+    def _ahead(self, layers):
+        """The weights of three layers to bring into the L2 cache, the last two in equal parts; how much of each."""
+        if not self.early or not layers:
+            return [], [0, 0, 0]
+        weights = [local_tensor(layer.weight) for layer in layers]
+        budget = AHEAD_BYTES // weights[0].element_size()
+        whole = min(weights[0].numel(), budget)
+        return weights, [whole, *(min(weight.numel(), (budget - whole) // 2) for weight in weights[1:])]
+
+    def _attention(self, layer, rows):
+        attention, mlp = layer.self_attn, layer.mlp
         config, batch = attention.config, self.num_sequences
         latents, heads, groups = self.local_sizes
         branches, rank, rope = latents // groups, config.latent_head_dim, config.qk_rope_head_dim
@@ -352,10 +389,11 @@ class FusedStep:
         first = [attention.q_a_proj, attention.kv_a_proj, attention.k_rope_proj]
         if config.attn_output_gate:
             first.append(attention.g_proj)
-        self._linear(self.hidden, first, self.a, norm=norm)
+        self._linear(self.hidden, first, self.a, norm=layer.input_layernorm)
         self._linear(
             self.a[:, : config.q_lora_rank], [attention.q_b_proj], self.q,
             norm=attention.q_a_layernorm, scale=attention.alpha_q,
+            ahead=[attention.o_proj, mlp.gate_proj, mlp.up_proj],
         )  # fmt: skip
         padded_rank, padded_nope = triton.next_power_of_2(rank), triton.next_power_of_2(nope)
         columns = min(padded_rank, max(16, 8192 // padded_nope))
@@ -379,6 +417,7 @@ class FusedStep:
             key_mask=self.key_mask,
             scaling=attention.scaling,
             implementation="triton",
+            settled=True,
         )
         padded_branches = triton.next_power_of_2(branches)
         block = min(triton.next_power_of_2(value), max(4, 16384 // (padded_branches * padded_rank)))

@@ -398,11 +398,15 @@ def decode_plan(rows: int, num_latents: int, groups: int, width: int, rope_width
     plan = {"kernel": "plain", "RP": padded, "EP": rope_padded, "UNIT": 32, "MIN_UNITS": 1, "NL": 1, "num_stages": 3}
     plan["programs_per_sm"] = 1
     if hopper and rows <= 64:
-        plan |= {"kernel": "rows", "BM": 64, "BN": 64, "UNIT": 64, "num_warps": 4, "num_stages": 6}
-        # A tile for each of the two warpgroups; with several latents more, which leaves room for the kernel behind
-        plan["MIN_UNITS"] = 2 if num_latents == 1 else 4
+        # Two latents share their rotary keys' tile, or one latent's tiles go to two warpgroups in turn
+        pair = num_latents % 2 == 0
+        plan |= {"kernel": "rows", "BM": 64, "BN": 64, "UNIT": 64, "num_warps": 4, "MIN_UNITS": 2}
+        plan |= {"NL": 2, "num_stages": 4} if pair else {"num_stages": 6}
+        # The registers left beside a program are for the kernel behind it, which then starts early
+        plan |= {"REGISTERS": 176, "maxnreg": 128, "OVERLAP": pair}
     elif hopper:
         plan |= {"kernel": "rows", "BM": 128, "BN": 128, "UNIT": 128, "num_warps": 4, "num_stages": 3}
+        plan |= {"REGISTERS": 240, "maxnreg": 168, "OVERLAP": True}
     elif rows <= 32 and padded <= 128 and branches in (2, 4, 8):
         plan |= {"NL": branches, "BM": 16 if rows <= 16 else 32, "BN": 16, "num_stages": 4, "num_warps": branches}
         plan["programs_per_sm"] = 8 // branches
@@ -411,6 +415,16 @@ def decode_plan(rows: int, num_latents: int, groups: int, width: int, rope_width
         plan |= {"BM": 64 if rows > 16 else 16, "BN": 64 if per_row <= 768 else 32}
         plan["num_warps"] = 4 if padded <= 256 else 8
     return plan
+
+
+def reduction_plan(batch: int, num_latents: int, rows: int, programs: int, padded_width: int) -> dict[str, int]:
+    """Tile of the second kernel: many small reductions take their splits in turn, a few wide ones SPLITS at once."""
+    splits = max(8, triton.next_power_of_2(triton.cdiv(programs, batch) + 1))
+    if splits == 8 and batch * num_latents * rows > 8192:
+        return {"SPLITS": 1, "BD": padded_width, "ROWS": min(16, triton.next_power_of_2(rows)), "num_warps": 4}
+    splits = min(splits, 64)
+    columns = max(16, min(padded_width, 4096 // splits))
+    return {"SPLITS": splits, "BD": columns, "ROWS": 1, "num_warps": 1 if splits == 8 else 4}
 
 
 # What to change in a plan, one after the other, if its tiles do not fit a GPU's shared memory (float32, wide latents).
@@ -445,7 +459,9 @@ def launch_options(early: bool) -> dict[str, bool]:
     return {"launch_pdl": True} if early else {}
 
 
-def _launch(q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling, **tuning):
+def _launch(
+    q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling, settled, **tuning
+):
     batch, length, num_latents, heads, width = q_latent.shape
     groups, rope_width = q_rope.shape[2:5:2]
     device = q_latent.device
@@ -465,6 +481,9 @@ def _launch(q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block
     plan = decode_plan(rows, num_latents, groups, width, rope_width, latents.element_size(), hopper) | tuning
     lanes = (num_latents // plan["NL"]) * triton.cdiv(rows, plan["BM"])
     programs = max(1, multiprocessors * plan["programs_per_sm"] // lanes)
+    whole = batch // triton.cdiv(batch, programs)
+    if 16 * whole >= 15 * programs:
+        programs = whole  # sequences of one length then stay whole: nothing to reduce is worth idle multiprocessors
     most_units = batch * (triton.cdiv(capacity, plan["UNIT"]) + 1)
     programs = min(programs, triton.cdiv(most_units, plan["MIN_UNITS"]))
     deal = {
@@ -498,18 +517,15 @@ def _launch(q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block
             q_latent, q_rope, out, part, part_lse, kv_end, kv_start, key_mask,
             batch, length, programs, capacity, scale_log2,
             *q_latent.stride()[:4], *q_rope.stride()[:4], *out.stride()[:4], mask_stride,
-            STAGES=plan["num_stages"], **constants,
+            NL=plan["NL"], STAGES=plan["num_stages"], SETTLED=settled,
+            **{name: plan[name] for name in ("OVERLAP", "REGISTERS", "maxnreg")}, **constants,
         )  # fmt: skip
     if programs > 1:
-        # Many small reductions take their splits one after the other, a few wide ones all at once
-        splits = min(256, max(8, triton.next_power_of_2(triton.cdiv(programs, batch) + 1)))
-        splits = 1 if splits == 8 and batch * num_latents * rows > 8192 else splits
-        columns = plan["RP"] if splits == 1 else max(16, min(plan["RP"], 4096 // splits))
-        combined = min(16, triton.next_power_of_2(rows)) if splits == 1 else 1
-        combine_kernel[(triton.cdiv(width, columns), num_latents * triton.cdiv(rows, combined), batch)](
+        reduction = reduction_plan(batch, num_latents, rows, programs, plan["RP"])
+        grid = (triton.cdiv(width, reduction["BD"]), num_latents * triton.cdiv(rows, reduction["ROWS"]), batch)
+        combine_kernel[grid](
             out, part, part_lse, kv_end, kv_start, batch, length, programs, *out.stride()[:4],
-            L=num_latents, H=heads, R=width, ROWS=combined, BD=columns, SPLITS=splits, PDL=early,
-            num_warps=1 if splits == 8 else 4, **deal, **launch_options(early),
+            L=num_latents, H=heads, R=width, PDL=early, **reduction, **deal, **launch_options(early),
         )  # fmt: skip
     return out
 

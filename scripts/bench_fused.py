@@ -93,6 +93,7 @@ def kernels(step: fused_mlra.FusedStep) -> dict:
             kv_end=step.counters[2:],
             scaling=layer.self_attn.scaling,
             implementation="triton",
+            settled=True,
         )
 
     return {
@@ -110,7 +111,7 @@ def kernels(step: fused_mlra.FusedStep) -> dict:
         ),
         "4 latent attention": (latent, 0),
         "1-6 attention": (
-            lambda layer, rows: step._attention(layer.self_attn, layer.input_layernorm, rows),
+            lambda layer, rows: step._attention(layer, rows),
             size(*(getattr(attention, n) for n in (*first, "q_b_proj", "kv_b_proj", "o_proj"))),
         ),
         "6 output projection": (

@@ -223,6 +223,7 @@ def measure_decode(model: MLRAForCausalLM, context: int, replays: int, device: t
                 kv_end=in_use,
                 scaling=config.qk_head_dim**-0.5,
                 implementation=config.decode_implementation,
+                settled=True,
             )
 
     result["kernel_us_per_layer"] = median_time(kernels, device, replays) / len(layers)
@@ -230,7 +231,7 @@ def measure_decode(model: MLRAForCausalLM, context: int, replays: int, device: t
 
         def attention():
             for layer, cached in zip(layers, cache.layers, strict=True):
-                step.run._attention(layer.self_attn, layer.input_layernorm, cached.rows)
+                step.run._attention(layer, cached.rows)
 
         result["attention_us_per_layer"] = median_time(attention, device, replays) / len(layers)
     return result
