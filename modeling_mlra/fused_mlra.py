@@ -20,6 +20,8 @@ R latent, D_N / E / V positionless key, RoPE and value widths.
 import torch
 from torch import nn
 
+from .hopper_linear_mlra import linear as hopper_linear
+from .hopper_linear_mlra import streams
 from .kernels_mlra import latent_attention
 from .tensor_parallel_mlra import (
     gather_output,
@@ -30,7 +32,7 @@ from .tensor_parallel_mlra import (
     sum_output,
     tensor_parallel_mesh,
 )
-from .triton_mlra import launch_options
+from .triton_mlra import device_facts, launch_options
 
 try:
     import triton
@@ -38,7 +40,6 @@ try:
 except ImportError:
     triton = tl = None
 
-AHEAD_BYTES = 32 * 2**20  # of weights brought into the L2 cache while kernels 3 to 5 leave the memory idle
 MAX_SEQUENCES = 4  # beyond, the products are no longer free and cuBLAS reads the weights as fast
 
 if triton is not None:
@@ -82,29 +83,15 @@ if triton is not None:
         return tl.load(x + columns, mask=columns < K, other=0.0).to(tl.float32)
 
     @triton.jit
-    def _prefetch(w, count, each):
-        """Have the first `count` elements of a weight brought into the L2 cache, by each thread of 128 `each` of them.
-        """
-        offsets = (tl.program_id(0) * 128 + tl.arange(0, 128)) * each
-        tl.inline_asm_elementwise(
-            "{ .reg .pred inside; setp.ne.u32 inside, $3, 0; @inside cp.async.bulk.prefetch.L2.global [$1], $2; }"
-            " // $0",
-            "=r,l,r,r",
-            [(w + offsets).to(tl.int64), offsets * 0 + each * 2, (offsets + each <= count).to(tl.int32)],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-    @triton.jit
     def _linear_kernel(
         x, x_stride, gamma, scale, eps, residual, residual_share, out, out_stride,
-        w0, w1, w2, w3, n0, n1, n2, n3, ahead0, ahead1, ahead2, count0, count1, count2, each0, each1, each2,
-        AHEAD: tl.constexpr, K: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+        w0, w1, w2, w3, n0, n1, n2, n3,
+        K: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
         NORM: tl.constexpr, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """out[m] = [w0; w1; w2; w3] x[m] for row blocks of up to four weights, or silu(w0 x) * (w1 x).
 
         Rows are read in chunks of WIDTH columns: the first two before the wait, each later one two chunks ahead.
-        AHEAD: the first elements of three weights that later kernels read are brought into the L2 cache.
         """
         w, n, first, block = w0, n0, 0, tl.program_id(0)
         if not SWIGLU:
@@ -116,10 +103,6 @@ if triton is not None:
             first_up = _tile(w1, rows, n, 0, K, WIDTH)
             second_up = _tile(w1, rows, n, WIDTH, K, WIDTH) if WIDTH < K else first_up
         _wait(PDL)
-        if AHEAD:
-            _prefetch(ahead0, count0, each0)
-            _prefetch(ahead1, count1, each1)
-            _prefetch(ahead2, count2, each2)
         for m in tl.static_range(M):
             target = m * out_stride + first + rows
             if RESIDUAL:
@@ -322,7 +305,7 @@ class FusedStep:
         self.heads = buffer(heads * config.v_head_dim)
         self.mlp = buffer(local_tensor(model.model.layers[0].mlp.up_proj.weight).shape[0])
         self.logits = buffer(local_tensor(model.lm_head.weight).shape[0])
-        self.early = counters.device.type == "cuda" and torch.cuda.get_device_capability(counters.device)[0] >= 9
+        self.multiprocessors, self.early, self.hopper = device_facts(counters.device)
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Logits `[M, vocab_size]` after `token_ids` `[M]`; appends their rows to the cache and counts them."""
@@ -353,34 +336,30 @@ class FusedStep:
         if self.mesh is not None:
             sum_output(self.hidden, self.mesh.get_group())
 
-    def _linear(self, x, layers, out, norm=None, scale=1.0, swiglu=False, residual=None, ahead=()):
+    def _linear(self, x, layers, out, norm=None, scale=1.0, swiglu=False, residual=None):
         weights = [local_tensor(layer.weight) for layer in layers]
+        eps = 0.0 if norm is None else norm.variance_epsilon
+        if self.hopper and streams(weights):
+            hopper_linear(
+                x, weights, out, None if norm is None else norm.weight, scale, eps, residual, self.residual_share,
+                swiglu, self.multiprocessors, self.early,
+            )  # fmt: skip
+            return
         inner = weights[0].shape[1]
         plan = linear_plan(inner, swiglu, residual is not None)
         sizes = [weight.shape[0] for weight in weights]
         blocks = triton.cdiv(sizes[0], plan["ROWS"]) if swiglu else sum(triton.cdiv(n, plan["ROWS"]) for n in sizes)
-        coming, counts = self._ahead(ahead)
-        shares = [triton.cdiv(count, blocks * 128 * 8) * 8 for count in counts]
         weights += [weights[-1]] * (4 - len(weights))
         sizes += [0] * (4 - len(sizes))
         _linear_kernel[(blocks,)](
-            x, x.stride(0), x if norm is None else norm.weight, scale, 0.0 if norm is None else norm.variance_epsilon,
+            x, x.stride(0), x if norm is None else norm.weight, scale, eps,
             out if residual is None else residual, self.residual_share, out, out.stride(0), *weights, *sizes,
-            *(coming or weights[:3]), *counts, *shares, AHEAD=bool(coming), K=inner, M=self.num_sequences, NORM=norm is not None, SWIGLU=swiglu,
+            K=inner, M=self.num_sequences, NORM=norm is not None, SWIGLU=swiglu,
             RESIDUAL=residual is not None, PDL=self.early, **plan, **launch_options(self.early),
         )  # fmt: skip
 
-    def _ahead(self, layers):
-        """The weights of three layers to bring into the L2 cache, the last two in equal parts; how much of each."""
-        if not self.early or not layers:
-            return [], [0, 0, 0]
-        weights = [local_tensor(layer.weight) for layer in layers]
-        budget = AHEAD_BYTES // weights[0].element_size()
-        whole = min(weights[0].numel(), budget)
-        return weights, [whole, *(min(weight.numel(), (budget - whole) // 2) for weight in weights[1:])]
-
     def _attention(self, layer, rows):
-        attention, mlp = layer.self_attn, layer.mlp
+        attention = layer.self_attn
         config, batch = attention.config, self.num_sequences
         latents, heads, groups = self.local_sizes
         branches, rank, rope = latents // groups, config.latent_head_dim, config.qk_rope_head_dim
@@ -393,7 +372,6 @@ class FusedStep:
         self._linear(
             self.a[:, : config.q_lora_rank], [attention.q_b_proj], self.q,
             norm=attention.q_a_layernorm, scale=attention.alpha_q,
-            ahead=[attention.o_proj, mlp.gate_proj, mlp.up_proj],
         )  # fmt: skip
         padded_rank, padded_nope = triton.next_power_of_2(rank), triton.next_power_of_2(nope)
         columns = min(padded_rank, max(16, 8192 // padded_nope))

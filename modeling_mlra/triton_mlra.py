@@ -363,12 +363,12 @@ def triton_missing(device_type: str, dtype: torch.dtype) -> str | None:
 
 
 @functools.lru_cache
-def _device_facts(index: int | None) -> tuple[int, bool, bool]:
+def device_facts(device: torch.device) -> tuple[int, bool, bool]:
     """Number of multiprocessors, whether kernels can be launched early (programmatic dependent launch), and whether
     the Hopper kernels run."""
-    if index is None:
+    if device.type != "cuda":
         return 4, False, False
-    properties = torch.cuda.get_device_properties(index)
+    properties = torch.cuda.get_device_properties(device)
     nvidia = torch.version.hip is None
     early = nvidia and properties.major >= 9 and hasattr(tl.extra.cuda, "gdc_wait")
     return properties.multi_processor_count, early, nvidia and properties.major == 9 and rows_kernel is not None
@@ -471,7 +471,7 @@ def _launch(
     kv_start = None if kv_start is None else kv_start.to(torch.int32).contiguous()
     out = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=device)
     rows = length * heads
-    multiprocessors, early, hopper = _device_facts(device.index if device.type == "cuda" else None)
+    multiprocessors, early, hopper = device_facts(device)
     hopper = hopper and _fits_hopper(latents, k_rope, block_table)
     if block_table is None:
         capacity, c_strides, k_strides = latents.shape[1], latents.stride(), k_rope.stride()
