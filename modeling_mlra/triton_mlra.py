@@ -422,7 +422,7 @@ def reduction_plan(batch: int, num_latents: int, rows: int, programs: int, padde
     splits = max(8, triton.next_power_of_2(triton.cdiv(programs, batch) + 1))
     if splits == 8 and batch * num_latents * rows > 8192:
         return {"SPLITS": 1, "BD": padded_width, "ROWS": min(16, triton.next_power_of_2(rows)), "num_warps": 4}
-    splits = min(splits, 64)
+    splits = min(splits, 256)
     columns = max(16, min(padded_width, 4096 // splits))
     return {"SPLITS": splits, "BD": columns, "ROWS": 1, "num_warps": 1 if splits == 8 else 4}
 
