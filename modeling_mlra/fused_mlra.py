@@ -20,7 +20,7 @@ R latent, D_N / E / V positionless key, RoPE and value widths.
 import torch
 from torch import nn
 
-from .hopper_linear_mlra import linear as hopper_linear
+from .hopper_linear_mlra import linear as stream_linear
 from .hopper_linear_mlra import streams
 from .kernels_mlra import latent_attention
 from .tensor_parallel_mlra import (
@@ -338,12 +338,11 @@ class FusedStep:
 
     def _linear(self, x, layers, out, norm=None, scale=1.0, swiglu=False, residual=None):
         weights = [local_tensor(layer.weight) for layer in layers]
-        eps = 0.0 if norm is None else norm.variance_epsilon
-        if self.hopper and streams(weights):
-            hopper_linear(
-                x, weights, out, None if norm is None else norm.weight, scale, eps, residual, self.residual_share,
-                swiglu, self.multiprocessors, self.early,
-            )  # fmt: skip
+        large = (len(weights) == 1 or swiglu) and streams(weights, self.num_sequences, norm is not None)
+        if self.hopper and large:
+            stream_linear(
+                x, weights, out, norm, scale, residual, self.residual_share, self.multiprocessors, self.early
+            )
             return
         inner = weights[0].shape[1]
         plan = linear_plan(inner, swiglu, residual is not None)
@@ -352,7 +351,7 @@ class FusedStep:
         weights += [weights[-1]] * (4 - len(weights))
         sizes += [0] * (4 - len(sizes))
         _linear_kernel[(blocks,)](
-            x, x.stride(0), x if norm is None else norm.weight, scale, eps,
+            x, x.stride(0), x if norm is None else norm.weight, scale, 0.0 if norm is None else norm.variance_epsilon,
             out if residual is None else residual, self.residual_share, out, out.stride(0), *weights, *sizes,
             K=inner, M=self.num_sequences, NORM=norm is not None, SWIGLU=swiglu,
             RESIDUAL=residual is not None, PDL=self.early, **plan, **launch_options(self.early),
@@ -395,7 +394,6 @@ class FusedStep:
             key_mask=self.key_mask,
             scaling=attention.scaling,
             implementation="triton",
-            settled=True,
         )
         padded_branches = triton.next_power_of_2(branches)
         block = min(triton.next_power_of_2(value), max(4, 16384 // (padded_branches * padded_rank)))

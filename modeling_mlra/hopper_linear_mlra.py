@@ -1,16 +1,19 @@
-"""Gluon kernel of the linear maps of a few vectors on Hopper GPUs: weights stream through a ring of shared memory.
+"""Gluon kernel of a linear map of few vectors on Hopper GPUs: large weights stream through rings in shared memory.
 
-A matrix times a few vectors takes as long as its weights take to arrive, so all that counts is that copies never stop:
-one program per multiprocessor keeps a ring of bulk tensor copies in flight, and starts it before it waits for the
-kernel in front. The ring leaves room for that of the kernel behind, which does the same.
+A matrix times a few vectors takes as long as its weights take to arrive, so all that counts is that the copies never
+stop: one program per multiprocessor keeps two rings of bulk tensor copies in flight, and fills them before it waits
+for the kernel in front. `fused_mlra` uses it for weights that are large enough for the rings to go round.
 
-Legend: M vectors, K inputs, N outputs; a tile is ROWS rows by COLUMNS columns of a weight.
+Legend: M vectors, K inputs; a tile is ROWS rows by COLUMNS columns of a weight [n, K], a row block ROWS whole rows.
 """
 
 import torch
 
 from .hopper_mlra import TensorDescriptor, gl, gluon
+from .triton_mlra import launch_options, triton
 
+RING_BYTES = 32 * 2**20  # smaller weights are held in registers as a whole, and are there before a ring has turned
+SHARED_BYTES = 227 * 2**10
 linear_kernel = None
 
 if gluon is not None:
@@ -18,47 +21,26 @@ if gluon is not None:
 
     @gluon.jit
     def _copy_tiles(
-        w0, w1, w2, w3, n0, n1, n2, n3, buf, full, empty, p, P,
-        K: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, WEIGHTS: gl.constexpr,
-        SWIGLU: gl.constexpr, PDL: gl.constexpr,
+        w, w_up, n, buf, full, empty, p, P,
+        K: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, SWIGLU: gl.constexpr,
     ):  # fmt: skip
-        """The copying warp: the tiles of both computing warpgroups, of one of up to four stacked weights or of both
-        (SWIGLU), as soon as their buffers are free. Only then may the kernel behind start its copies: they fill the
-        pause between the two."""
+        """The copying warp: the tiles of both computing warpgroups, as soon as their buffers are free."""
         TILES: gl.constexpr = (K + COLUMNS - 1) // COLUMNS
         PARTS: gl.constexpr = 2 if SWIGLU else 1
-        blocks = _blocks(n0, n1, n2, n3, ROWS, SWIGLU)
+        blocks = (n + ROWS - 1) // ROWS
         for t in range(0, _share(blocks, p, P) * TILES):
             column = (t % TILES) * COLUMNS
             for wg in gl.static_range(2):
                 block = p + wg * P + (t // TILES) * (2 * P)
                 if block < blocks:
-                    row = block * ROWS
                     stage = wg * STAGES + t % STAGES
                     bar = full.index(stage)
-                    tile = buf.index(stage * PARTS)
                     mbarrier.wait(empty.index(stage), ((t // STAGES) & 1) ^ 1)
-                    mbarrier.expect(bar, PARTS * w0.block_type.nbytes)
+                    mbarrier.expect(bar, PARTS * w.block_type.nbytes)
+                    tma.async_copy_global_to_shared(w, [block * ROWS, column], bar, buf.index(stage * PARTS))
                     if SWIGLU:
-                        tma.async_copy_global_to_shared(w0, [row, column], bar, tile)
-                        tma.async_copy_global_to_shared(w1, [row, column], bar, buf.index(stage * PARTS + 1))
-                    elif WEIGHTS == 1:
-                        tma.async_copy_global_to_shared(w0, [row, column], bar, tile)
-                    elif row < n0:
-                        tma.async_copy_global_to_shared(w0, [row, column], bar, tile)
-                    elif row < n0 + n1:
-                        tma.async_copy_global_to_shared(w1, [row - n0, column], bar, tile)
-                    elif row < n0 + n1 + n2:
-                        tma.async_copy_global_to_shared(w2, [row - n0 - n1, column], bar, tile)
-                    else:
-                        tma.async_copy_global_to_shared(w3, [row - n0 - n1 - n2, column], bar, tile)
-        _program_release(PDL)
-
-    @gluon.jit
-    def _blocks(n0, n1, n2, n3, ROWS: gl.constexpr, SWIGLU: gl.constexpr):
-        """Row blocks in all."""
-        rows = n0 if SWIGLU else n0 + n1 + n2 + n3
-        return (rows + ROWS - 1) // ROWS
+                        up = buf.index(stage * PARTS + 1)
+                        tma.async_copy_global_to_shared(w_up, [block * ROWS, column], bar, up)
 
     @gluon.jit
     def _share(blocks, first, P):
@@ -95,7 +77,7 @@ if gluon is not None:
     @gluon.jit
     def _multiply(
         buf, x_buf, full, empty, x_full, x, x_stride, gamma, scale, eps, residual, residual_share, out, out_stride,
-        n0, n1, n2, n3, p, P,
+        n, p, P,
         WG: gl.constexpr, K: gl.constexpr, M: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
         STAGES: gl.constexpr, NORM: gl.constexpr, SWIGLU: gl.constexpr, RESIDUAL: gl.constexpr, PDL: gl.constexpr,
     ):  # fmt: skip
@@ -111,12 +93,11 @@ if gluon is not None:
             mbarrier.arrive(x_full, count=1)
         else:
             mbarrier.wait(x_full, 0)
-        total = n0 if SWIGLU else n0 + n1 + n2 + n3
         first = p + WG * P
         t = p * 0
-        for block in range(0, _share(_blocks(n0, n1, n2, n3, ROWS, SWIGLU), first, P)):
+        for block in range(0, _share((n + ROWS - 1) // ROWS, first, P)):
             accs = ()
-            for part in gl.static_range(M * PARTS):
+            for _part in gl.static_range(M * PARTS):
                 accs = accs + (gl.zeros([ROWS, COLUMNS], gl.float32, layout=TILE),)
             for tile in range(TILES):
                 stage = WG * STAGES + t % STAGES
@@ -145,21 +126,21 @@ if gluon is not None:
                     y = y / (1 + gl.exp(-y)) * gl.sum(accs[m * PARTS + 1], 1)
                 target = m * out_stride + rows
                 if RESIDUAL:
-                    y += gl.load(residual + target, mask=rows < total, other=0.0).to(gl.float32) * residual_share
-                gl.store(out + target, y.to(out.dtype.element_ty), mask=rows < total)
+                    y += gl.load(residual + target, mask=rows < n, other=0.0).to(gl.float32) * residual_share
+                gl.store(out + target, y.to(out.dtype.element_ty), mask=rows < n)
 
     @gluon.jit
     def linear_kernel(
-        w0, w1, w2, w3, x, x_stride, gamma, scale, eps, residual, residual_share, out, out_stride, n0, n1, n2, n3,
-        WEIGHTS: gl.constexpr, K: gl.constexpr, M: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
+        w, w_up, n, x, x_stride, gamma, scale, eps, residual, residual_share, out, out_stride,
+        K: gl.constexpr, M: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
         STAGES: gl.constexpr, NORM: gl.constexpr, SWIGLU: gl.constexpr, RESIDUAL: gl.constexpr, PDL: gl.constexpr,
         REGISTERS: gl.constexpr, num_warps: gl.constexpr,
     ):  # fmt: skip
-        """out[m] = [w0; w1; w2; w3] x[m], or silu(w0 x[m]) * (w1 x[m]); x normalised (NORM), `residual` added."""
+        """out[m] = w x[m], or silu(w x[m]) * (w_up x[m]); x normalised first (NORM), `residual` added last."""
         TILES: gl.constexpr = (K + COLUMNS - 1) // COLUMNS
         PARTS: gl.constexpr = 2 if SWIGLU else 1
         x_dtype: gl.constexpr = gl.float32 if NORM else x.dtype.element_ty
-        buf = gl.allocate_shared_memory(w0.dtype, [2 * STAGES * PARTS, ROWS, COLUMNS], w0.layout)
+        buf = gl.allocate_shared_memory(w.dtype, [2 * STAGES * PARTS, ROWS, COLUMNS], w.layout)
         x_buf = gl.allocate_shared_memory(x_dtype, [M * TILES, COLUMNS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         full = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
         empty = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
@@ -170,6 +151,7 @@ if gluon is not None:
         mbarrier.init(x_full, count=1)
         fence_async_shared()
         _barrier()
+        _program_release(PDL)
         p = gl.program_id(0)
         P = gl.num_programs(0)
         gl.warp_specialize(
@@ -178,7 +160,7 @@ if gluon is not None:
                     _multiply,
                     (
                         buf, x_buf, full, empty, x_full, x, x_stride, gamma, scale, eps, residual, residual_share,
-                        out, out_stride, n0, n1, n2, n3, p, P,
+                        out, out_stride, n, p, P,
                         0, K, M, ROWS, COLUMNS, STAGES, NORM, SWIGLU, RESIDUAL, PDL,
                     ),
                 ),
@@ -186,16 +168,13 @@ if gluon is not None:
                     _multiply,
                     (
                         buf, x_buf, full, empty, x_full, x, x_stride, gamma, scale, eps, residual, residual_share,
-                        out, out_stride, n0, n1, n2, n3, p, P,
+                        out, out_stride, n, p, P,
                         1, K, M, ROWS, COLUMNS, STAGES, NORM, SWIGLU, RESIDUAL, PDL,
                     ),
                 ),
                 (
                     _copy_tiles,
-                    (
-                        w0, w1, w2, w3, n0, n1, n2, n3, buf, full, empty, p, P,
-                        K, ROWS, COLUMNS, STAGES, WEIGHTS, SWIGLU, PDL,
-                    ),
+                    (w, w_up, n, buf, full, empty, p, P, K, ROWS, COLUMNS, STAGES, SWIGLU),
                 ),
             ],
             [4, 1],
@@ -203,37 +182,50 @@ if gluon is not None:
         )  # fmt: skip
 
 
-def ring_plan(inner: int, itemsize: int, swiglu: bool, vectors: int) -> dict[str, int]:
-    """Tiles of 8 KB, six of them in flight for each of two warpgroups, and registers of a thread."""
-    columns = 2048 // itemsize // (2 if swiglu else 1)
-    plan = {"ROWS": 4, "COLUMNS": max(256, min(columns, 1 << (inner - 1).bit_length())), "STAGES": 6, "num_warps": 4}
-    # One vector leaves registers for the kernel behind
-    return plan | ({"REGISTERS": 104, "maxnreg": 80} if vectors == 1 else {"REGISTERS": 232, "maxnreg": 168})
+def ring_plan(itemsize: int, swiglu: bool, vectors: int) -> dict[str, int]:
+    """Rings of 64 KB for each of the two warpgroups, chosen on an H200 with `python -m scripts.bench_fused`.
+
+    One vector leaves registers for programs of the small kernels around this one; many need smaller tiles to have
+    enough for their sums.
+    """
+    rows = 8 if vectors <= 2 else 4
+    plan = {"ROWS": rows, "COLUMNS": 2048 // itemsize // (2 if swiglu else 1), "STAGES": 32 // rows, "num_warps": 4}
+    return plan | ({"REGISTERS": 136, "maxnreg": 104} if vectors == 1 else {"REGISTERS": 232, "maxnreg": 168})
 
 
-def streams(weights: list[torch.Tensor]) -> bool:
-    """Whether `linear` takes these weights: bulk copies need aligned rows, and a tile lies in one weight."""
-    return linear_kernel is not None and all(
-        w.is_contiguous() and w.data_ptr() % 16 == 0 and w.stride(0) * w.element_size() % 16 == 0 and w.shape[0] % 4 == 0
-        for w in weights
+def streams(weights: list[torch.Tensor], vectors: int, norm: bool) -> bool:
+    """Whether `linear` takes a weight, or the two of a SwiGLU: large, its rows fit for bulk copies, the vectors for
+    shared memory."""
+    if linear_kernel is None or sum(w.numel() * w.element_size() for w in weights) < RING_BYTES:
+        return False
+    inner, itemsize = weights[0].shape[1], weights[0].element_size()
+    plan = ring_plan(itemsize, len(weights) == 2, vectors)
+    rings = 2 * plan["STAGES"] * len(weights) * plan["ROWS"] * plan["COLUMNS"] * itemsize
+    held = vectors * triton.cdiv(inner, plan["COLUMNS"]) * plan["COLUMNS"] * (4 if norm else itemsize)
+    return rings + held + 1024 <= SHARED_BYTES and all(
+        w.is_contiguous() and w.data_ptr() % 16 == 0 and inner * itemsize % 16 == 0 for w in weights
     )
 
 
-def linear(
-    x, weights, out, norm_weight, scale, eps, residual, residual_share, swiglu, multiprocessors, early
-) -> None:  # fmt: skip
-    """out[M, N] = x[M, K] times the stacked weights [n, K], or silu(x w0) * (x w1); see `fused_mlra.FusedStep`."""
-    inner = weights[0].shape[1]
-    plan = ring_plan(inner, weights[0].element_size(), swiglu, x.shape[0])
+def linear(x, weights, out, norm, scale, residual, residual_share, multiprocessors, early) -> None:
+    """out = scale * x W^T of one weight, or silu(x W^T) * (x U^T) of two, for weights that it `streams`.
+
+    Args:
+        x: `[M, K]`; RMS-normalised by the module `norm` first, unless that is None.
+        weights: one or two, `[n, K]` each.
+        out: `[M, n]`.
+        residual: `[M, n]`, of which `residual_share` times is added, or None; may be `out`.
+        multiprocessors, early: as from `triton_mlra.device_facts`.
+    """
+    itemsize, rows = weights[0].element_size(), weights[0].shape[0]
+    plan = ring_plan(itemsize, len(weights) == 2, x.shape[0])
     block = [plan["ROWS"], plan["COLUMNS"]]
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8 * weights[0].element_size(), rank=2)
-    sizes = [w.shape[0] for w in weights]
-    descriptors = [TensorDescriptor(w, list(w.shape), [w.stride(0), 1], block, layout) for w in weights]
-    blocks = -(-(sizes[0] if swiglu else sum(sizes)) // plan["ROWS"])
-    linear_kernel[(min(-(-blocks // 2), multiprocessors),)](
-        *descriptors, *[descriptors[-1]] * (4 - len(weights)), x, x.stride(0),
-        x if norm_weight is None else norm_weight, scale, eps, out if residual is None else residual, residual_share,
-        out, out.stride(0), *sizes, *[0] * (4 - len(weights)),
-        WEIGHTS=len(weights), K=inner, M=x.shape[0], NORM=norm_weight is not None, SWIGLU=swiglu,
-        RESIDUAL=residual is not None, PDL=early, **plan, **({"launch_pdl": True} if early else {}),
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8 * itemsize, rank=2)
+    first, *_, last = [TensorDescriptor(w, list(w.shape), [w.stride(0), 1], block, layout) for w in weights * 2]
+    linear_kernel[(min(triton.cdiv(rows, 2 * plan["ROWS"]), multiprocessors),)](
+        first, last, rows, x, x.stride(0), x if norm is None else norm.weight, scale,
+        0.0 if norm is None else norm.variance_epsilon, out if residual is None else residual, residual_share,
+        out, out.stride(0),
+        K=weights[0].shape[1], M=x.shape[0], NORM=norm is not None, SWIGLU=len(weights) == 2,
+        RESIDUAL=residual is not None, PDL=early, **plan, **launch_options(early),
     )  # fmt: skip

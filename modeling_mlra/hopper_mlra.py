@@ -104,13 +104,11 @@ if gluon is not None:
 
     @gluon.jit
     def _copy_tiles(
-        c_desc, k_desc, c_buf, k_buf, full, empty, kv_end, kv_start, B, T, P, S, p, latent,
-        NL: gl.constexpr, R: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr,
-        MIN_UNITS: gl.constexpr, BLOCK_B: gl.constexpr, HAS_START: gl.constexpr, BIG: gl.constexpr,
-        EARLY: gl.constexpr,
+        c_desc, k_desc, c_buf, k_buf, full, empty, kv_end, kv_start, B, P, S, p, latent,
+        R: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr, MIN_UNITS: gl.constexpr,
+        BLOCK_B: gl.constexpr, HAS_START: gl.constexpr, BIG: gl.constexpr,
     ):  # fmt: skip
-        """The copying warp: every tile of the share in turn, as soon as its buffer is free. EARLY: only the tiles with
-        the T newest rows wait for the kernel in front."""
+        """The copying warp: every tile of the share in turn, as soon as its buffer is free."""
         starts, ends, units, cum, b, pos, last_pos = _deal(
             kv_end, kv_start, B, P, p, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG, 1
         )
@@ -120,17 +118,12 @@ if gluon is not None:
                 starts, ends, units, cum, b, pos, last_pos, UNIT, BLOCK_B, 1
             )
             for j in range(lo, hi, BN):
-                if EARLY:  # noqa: SIM102 (the outer one is decided at compile time)
-                    if j + BN > end - T:
-                        _program_wait(EARLY)
                 stage = g % STAGES
                 bar = full.index(stage)
                 mbarrier.wait(empty.index(stage), ((g // STAGES) & 1) ^ 1)
-                mbarrier.expect(bar, NL * c_desc.block_type.nbytes + k_desc.block_type.nbytes)
+                mbarrier.expect(bar, c_desc.block_type.nbytes + k_desc.block_type.nbytes)
                 tma.async_copy_global_to_shared(k_desc, [b * S + j, 0], bar, k_buf.index(stage))
-                for i in gl.static_range(NL):
-                    c_tile = c_buf.index(stage * NL + i)
-                    tma.async_copy_global_to_shared(c_desc, [b * S + j, (latent + i) * R], bar, c_tile)
+                tma.async_copy_global_to_shared(c_desc, [b * S + j, latent * R], bar, c_buf.index(stage))
                 g += 1
             pos = stop_pos
             b += 1
@@ -144,12 +137,12 @@ if gluon is not None:
         tile_buf.store(gl.where(gl.expand_dims(rows < valid, 1), tile, gl.zeros_like(tile)))
 
     @gluon.jit
-    def _scores(q_buf, qr_buf, c_buf, k_buf, full, n, part: gl.constexpr, NL: gl.constexpr, STAGES: gl.constexpr, zeros):
-        """Starts the products of the queries with tile n of latent `part`, once the tile is there."""
+    def _scores(q_buf, qr_buf, c_buf, k_buf, full, n, zeros, STAGES: gl.constexpr):
+        """Starts the products of the queries with tile n, once it is there."""
         stage = n % STAGES
         mbarrier.wait(full.index(stage), (n // STAGES) & 1)
         s = warpgroup_mma(qr_buf, k_buf.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        return warpgroup_mma(q_buf, c_buf.index(stage * NL + part).permute((1, 0)), s, is_async=True)
+        return warpgroup_mma(q_buf, c_buf.index(stage).permute((1, 0)), s, is_async=True)
 
     @gluon.jit
     def _softmax_step(
@@ -178,17 +171,15 @@ if gluon is not None:
         q_buf, qr_buf, c_buf, k_buf, full, empty, merge_buf, merge_stats, merge_full, merge_empty,
         q, q_rope, out, part, part_lse, kv_end, kv_start, key_mask, B, T, P, p, latent, row0, scale_log2,
         q_b, q_t, q_l, q_h, qr_b, qr_t, qr_g, qr_h, o_b, o_t, o_l, o_h, mask_b,
-        WG: gl.constexpr, BM: gl.constexpr, NL: gl.constexpr, OVERLAP: gl.constexpr,
+        WG: gl.constexpr, SHARE_ROWS: gl.constexpr, OVERLAP: gl.constexpr,
         L: gl.constexpr, GROUPS: gl.constexpr, H: gl.constexpr, R: gl.constexpr, E: gl.constexpr,
         BN: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr, MIN_UNITS: gl.constexpr,
         BLOCK_B: gl.constexpr, HAS_START: gl.constexpr, HAS_MASK: gl.constexpr, CAUSAL: gl.constexpr,
-        BIG: gl.constexpr, EARLY: gl.constexpr,
+        BIG: gl.constexpr,
     ):  # fmt: skip
-        """One of the two computing warpgroups, with 64 query rows: those of its own (BM = 128), those of a latent of
-        its own (NL = 2), or the same rows on every second tile (SHARE_ROWS), merged by the first. They overlap each
-        other: one multiplies matrices while the other is in its softmax."""
-        SHARE_ROWS: gl.constexpr = BM == 64 and NL == 1
-        MINE: gl.constexpr = WG if NL == 2 else 0
+        """One of the two computing warpgroups, with 64 query rows: those of its own on every tile, or (SHARE_ROWS) the
+        same rows on every second tile, merged by the first. They overlap each other: one multiplies matrices while the
+        other is in its softmax; OVERLAP: each also multiplies during its own."""
         S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
         O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, R, 16])
         P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
@@ -199,12 +190,10 @@ if gluon is not None:
         OFFSET: gl.constexpr = WG if SHARE_ROWS else 0
         dtype: gl.constexpr = q.dtype.element_ty
         M = T * H
-        first_row = row0 + WG * 64 if BM == 128 else row0
-        latent += MINE
+        first_row = row0 if SHARE_ROWS else row0 + WG * 64
         starts, ends, units, cum, b, first_pos, last_pos = _deal(
             kv_end, kv_start, B, P, p, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG, 4
         )
-        _program_wait(EARLY)
         pos = first_pos
         g = p * 0  # tiles of the segments before this one
         segments = p * 0
@@ -239,7 +228,7 @@ if gluon is not None:
                 # The scores of a tile and the values of the one before are multiplied together, and the values also
                 # while the scores are in the softmax
                 if tiles > OFFSET:
-                    s = _scores(q_buf, qr_buf, c_buf, k_buf, full, g + OFFSET, MINE, NL, STAGES, zeros)
+                    s = _scores(q_buf, qr_buf, c_buf, k_buf, full, g + OFFSET, zeros, STAGES)
                     s = warpgroup_mma_wait(0, deps=(s,))
                     w, alpha, m, norm = _softmax_step(
                         s, m, norm, lo + OFFSET * BN, hi, end, limit, key_mask, mask_b, b64, T, scale_log2,
@@ -248,8 +237,8 @@ if gluon is not None:
                     wd = gl.convert_layout(w.to(dtype), P_LAYOUT)
                     for it in range(OFFSET + STEP, tiles, STEP):
                         before = (g + it - STEP) % STAGES
-                        s = _scores(q_buf, qr_buf, c_buf, k_buf, full, g + it, MINE, NL, STAGES, zeros)
-                        acc = warpgroup_mma(wd, c_buf.index(before * NL + MINE), acc, is_async=True)
+                        s = _scores(q_buf, qr_buf, c_buf, k_buf, full, g + it, zeros, STAGES)
+                        acc = warpgroup_mma(wd, c_buf.index(before), acc, is_async=True)
                         s = warpgroup_mma_wait(1, deps=(s,))
                         w, alpha, m, norm = _softmax_step(
                             s, m, norm, lo + it * BN, hi, end, limit, key_mask, mask_b, b64, T, scale_log2,
@@ -262,7 +251,7 @@ if gluon is not None:
                         wd = gl.convert_layout(w.to(dtype), P_LAYOUT)
                     last = OFFSET + (tiles - 1 - OFFSET) // STEP * STEP
                     stage = (g + last) % STAGES
-                    c_tile = c_buf.index(stage * NL + MINE)
+                    c_tile = c_buf.index(stage)
                     if lo + (last + 1) * BN > end:
                         _zero_tail(c_tile, end - (lo + last * BN), BN)
                         fence_async_shared()
@@ -275,7 +264,7 @@ if gluon is not None:
                 for it in range(OFFSET, tiles, STEP):
                     j = lo + it * BN
                     stage = (g + it) % STAGES
-                    s = _scores(q_buf, qr_buf, c_buf, k_buf, full, g + it, MINE, NL, STAGES, zeros)
+                    s = _scores(q_buf, qr_buf, c_buf, k_buf, full, g + it, zeros, STAGES)
                     s = warpgroup_mma_wait(0, deps=(s,))
                     w, alpha, m, norm = _softmax_step(
                         s, m, norm, j, hi, end, limit, key_mask, mask_b, b64, T, scale_log2,
@@ -283,7 +272,7 @@ if gluon is not None:
                     )  # fmt: skip
                     acc = acc * gl.expand_dims(gl.convert_layout(alpha, O_ROWS), 1)
                     wd = gl.convert_layout(w.to(dtype), P_LAYOUT)
-                    c_tile = c_buf.index(stage * NL + MINE)
+                    c_tile = c_buf.index(stage)
                     if j + BN > end:
                         _zero_tail(c_tile, end - j, BN)
                         fence_async_shared()
@@ -339,17 +328,12 @@ if gluon is not None:
         B, T, P, S, scale_log2,
         q_b, q_t, q_l, q_h, qr_b, qr_t, qr_g, qr_h, o_b, o_t, o_l, o_h, mask_b,
         L: gl.constexpr, GROUPS: gl.constexpr, H: gl.constexpr, R: gl.constexpr, E: gl.constexpr,
-        BM: gl.constexpr, NL: gl.constexpr, OVERLAP: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr,
-        MIN_UNITS: gl.constexpr, BLOCK_B: gl.constexpr, HAS_START: gl.constexpr, HAS_MASK: gl.constexpr,
-        CAUSAL: gl.constexpr, BIG: gl.constexpr, PDL: gl.constexpr, SETTLED: gl.constexpr, REGISTERS: gl.constexpr,
-        num_warps: gl.constexpr,
+        BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr, MIN_UNITS: gl.constexpr,
+        BLOCK_B: gl.constexpr, HAS_START: gl.constexpr, HAS_MASK: gl.constexpr, CAUSAL: gl.constexpr,
+        BIG: gl.constexpr, PDL: gl.constexpr, OVERLAP: gl.constexpr, REGISTERS: gl.constexpr, num_warps: gl.constexpr,
     ):  # fmt: skip
-        """BM = 64 or 128 query rows of one latent, or 64 of each of two (NL = 2) that share the rotary keys: one
-        copying warp and two computing warpgroups. SETTLED: older rows and lengths are read before the kernel in front
-        has ended."""
-        SHARE_ROWS: gl.constexpr = BM == 64 and NL == 1
-        EARLY: gl.constexpr = PDL and SETTLED
-        gl.static_assert(BM == 64 or NL == 1)
+        """One latent and BM = 64 or 128 query rows: one copying warp and two computing warpgroups."""
+        SHARE_ROWS: gl.constexpr = BM == 64
         # A buffer stays with one warpgroup: one that skips tiles would take an older phase for the one it waits for
         gl.static_assert(not SHARE_ROWS or STAGES % 2 == 0)
         dtype: gl.constexpr = q.dtype.element_ty
@@ -360,7 +344,7 @@ if gluon is not None:
         qr_buf = gl.allocate_shared_memory(
             dtype, [Q_COPIES, 64, E], gl.NVMMASharedLayout.get_default_for([64, E], dtype)
         )
-        c_buf = gl.allocate_shared_memory(dtype, [STAGES * NL, BN, R], c_desc.layout)
+        c_buf = gl.allocate_shared_memory(dtype, [STAGES, BN, R], c_desc.layout)
         k_buf = gl.allocate_shared_memory(dtype, [STAGES, BN, E], k_desc.layout)
         FLAT_SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
         MERGE_ROWS: gl.constexpr = 64 if SHARE_ROWS else 16
@@ -380,13 +364,12 @@ if gluon is not None:
         fence_async_shared()
         _barrier()
 
-        lanes = (L // NL) * ((T * H + BM - 1) // BM)
+        lanes = L * ((T * H + BM - 1) // BM)
         p = gl.program_id(0) // lanes
         lane = gl.program_id(0) % lanes
-        latent = (lane % (L // NL)) * NL
-        row0 = (lane // (L // NL)) * BM
-        if not SETTLED:
-            _program_wait(PDL)
+        latent = lane % L
+        row0 = (lane // L) * BM
+        _program_wait(PDL)
         _program_release(PDL)
         gl.warp_specialize(
             [
@@ -398,8 +381,8 @@ if gluon is not None:
                         kv_end, kv_start, key_mask,
                         B, T, P, p, latent, row0, scale_log2,
                         q_b, q_t, q_l, q_h, qr_b, qr_t, qr_g, qr_h, o_b, o_t, o_l, o_h, mask_b,
-                        0, BM, NL, OVERLAP, L, GROUPS, H, R, E, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B, HAS_START,
-                        HAS_MASK, CAUSAL, BIG, EARLY,
+                        0, SHARE_ROWS, OVERLAP, L, GROUPS, H, R, E, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B,
+                        HAS_START, HAS_MASK, CAUSAL, BIG,
                     ),
                 ),
                 (
@@ -410,15 +393,15 @@ if gluon is not None:
                         kv_end, kv_start, key_mask,
                         B, T, P, p, latent, row0, scale_log2,
                         q_b, q_t, q_l, q_h, qr_b, qr_t, qr_g, qr_h, o_b, o_t, o_l, o_h, mask_b,
-                        1, BM, NL, OVERLAP, L, GROUPS, H, R, E, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B, HAS_START,
-                        HAS_MASK, CAUSAL, BIG, EARLY,
+                        1, SHARE_ROWS, OVERLAP, L, GROUPS, H, R, E, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B,
+                        HAS_START, HAS_MASK, CAUSAL, BIG,
                     ),
                 ),
                 (
                     _copy_tiles,
                     (
-                        c_desc, k_desc, c_buf, k_buf, full, empty, kv_end, kv_start, B, T, P, S, p, latent,
-                        NL, R, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG, EARLY,
+                        c_desc, k_desc, c_buf, k_buf, full, empty, kv_end, kv_start, B, P, S, p, latent,
+                        R, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG,
                     ),
                 ),
             ],

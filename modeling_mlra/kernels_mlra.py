@@ -76,7 +76,7 @@ def reference_latent_attention(
 
 
 def _flash_attention_3(
-    q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling, settled
+    q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling
 ):
     """FlashAttention-3's decode entry: one call on the rows [c | k_rope] themselves, or one `qv` call per latent."""
     decode_calls["flash_attention_3"] += 1
@@ -125,7 +125,7 @@ def _register(name, function):
     if not hasattr(torch.ops.mlra, name):
         _library.define(
             f"{name}(Tensor q_latent, Tensor q_rope, Tensor latents, Tensor k_rope, Tensor kv_end, Tensor? kv_start, "
-            "Tensor? key_mask, Tensor? block_table, int page_size, float scaling, bool settled) -> Tensor"
+            "Tensor? key_mask, Tensor? block_table, int page_size, float scaling) -> Tensor"
         )
         _library.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"mlra::{name}", _empty_result, lib=_library)
@@ -226,7 +226,6 @@ def latent_attention(
     implementation: str = "auto",
     block_table: torch.Tensor | None = None,
     page_size: int = 0,
-    settled: bool = False,
 ) -> torch.Tensor:
     """Absorbed attention of T query positions over the cached rows of each sequence.
 
@@ -246,8 +245,6 @@ def latent_attention(
         implementation: "auto", "triton", "flash_attention_3", "torch", "org/repo" or a local kernel folder.
         block_table: int32 `[B, max_blocks]`: row j lies at row block_table[b, j // page_size] * page_size
             + j % page_size of the pool.
-        settled: a promise that the kernel launched just before this call wrote neither kv_end, kv_start nor any row
-            but the T newest. "triton" on Hopper then reads older rows while that kernel still runs; others ignore it.
 
     Returns:
         `[B, T, L, H, R]` in q_latent's dtype.
@@ -259,7 +256,7 @@ def latent_attention(
     name = choose_implementation(implementation, q_latent, q_rope, latents, k_rope, kv_start, key_mask)
     arguments = (q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling)
     if name in _operators:
-        return _operators[name](*arguments, settled)
+        return _operators[name](*arguments)
     if not torch.compiler.is_compiling():
         decode_calls[name] += 1
     if name == "torch":

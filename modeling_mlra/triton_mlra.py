@@ -398,15 +398,12 @@ def decode_plan(rows: int, num_latents: int, groups: int, width: int, rope_width
     plan = {"kernel": "plain", "RP": padded, "EP": rope_padded, "UNIT": 32, "MIN_UNITS": 1, "NL": 1, "num_stages": 3}
     plan["programs_per_sm"] = 1
     if hopper and rows <= 64:
-        # Two latents share their rotary keys' tile, or one latent's tiles go to two warpgroups in turn
-        pair = num_latents % 2 == 0
-        plan |= {"kernel": "rows", "BM": 64, "BN": 64, "UNIT": 64, "num_warps": 4, "MIN_UNITS": 2}
-        plan |= {"NL": 2, "num_stages": 4} if pair else {"num_stages": 6}
+        plan |= {"kernel": "rows", "BM": 64, "BN": 64, "UNIT": 64, "num_warps": 4, "num_stages": 6, "MIN_UNITS": 2}
         # The registers left beside a program are for the kernel behind it, which then starts early
-        plan |= {"REGISTERS": 176, "maxnreg": 128, "OVERLAP": pair}
+        plan |= {"OVERLAP": num_latents > 1, "REGISTERS": 176, "maxnreg": 128}
     elif hopper:
         plan |= {"kernel": "rows", "BM": 128, "BN": 128, "UNIT": 128, "num_warps": 4, "num_stages": 3}
-        plan |= {"REGISTERS": 240, "maxnreg": 168, "OVERLAP": True}
+        plan |= {"OVERLAP": True, "REGISTERS": 240, "maxnreg": 168}
     elif rows <= 32 and padded <= 128 and branches in (2, 4, 8):
         plan |= {"NL": branches, "BM": 16 if rows <= 16 else 32, "BN": 16, "num_stages": 4, "num_warps": branches}
         plan["programs_per_sm"] = 8 // branches
@@ -419,10 +416,9 @@ def decode_plan(rows: int, num_latents: int, groups: int, width: int, rope_width
 
 def reduction_plan(batch: int, num_latents: int, rows: int, programs: int, padded_width: int) -> dict[str, int]:
     """Tile of the second kernel: many small reductions take their splits in turn, a few wide ones SPLITS at once."""
-    splits = max(8, triton.next_power_of_2(triton.cdiv(programs, batch) + 1))
+    splits = min(256, max(8, triton.next_power_of_2(triton.cdiv(programs, batch) + 1)))
     if splits == 8 and batch * num_latents * rows > 8192:
         return {"SPLITS": 1, "BD": padded_width, "ROWS": min(16, triton.next_power_of_2(rows)), "num_warps": 4}
-    splits = min(splits, 256)
     columns = max(16, min(padded_width, 4096 // splits))
     return {"SPLITS": splits, "BD": columns, "ROWS": 1, "num_warps": 1 if splits == 8 else 4}
 
@@ -459,9 +455,7 @@ def launch_options(early: bool) -> dict[str, bool]:
     return {"launch_pdl": True} if early else {}
 
 
-def _launch(
-    q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling, settled, **tuning
-):
+def _launch(q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling, **tuning):
     batch, length, num_latents, heads, width = q_latent.shape
     groups, rope_width = q_rope.shape[2:5:2]
     device = q_latent.device
@@ -517,8 +511,8 @@ def _launch(
             q_latent, q_rope, out, part, part_lse, kv_end, kv_start, key_mask,
             batch, length, programs, capacity, scale_log2,
             *q_latent.stride()[:4], *q_rope.stride()[:4], *out.stride()[:4], mask_stride,
-            NL=plan["NL"], STAGES=plan["num_stages"], SETTLED=settled,
-            **{name: plan[name] for name in ("OVERLAP", "REGISTERS", "maxnreg")}, **constants,
+            STAGES=plan["num_stages"], OVERLAP=plan["OVERLAP"], REGISTERS=plan["REGISTERS"],
+            maxnreg=plan["maxnreg"], **constants,
         )  # fmt: skip
     if programs > 1:
         reduction = reduction_plan(batch, num_latents, rows, programs, plan["RP"])

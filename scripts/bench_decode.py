@@ -172,7 +172,7 @@ def ours(inputs: Inputs, **options) -> list[Callable]:
     def call(i):
         arguments = inputs.latent(i)
         return lambda: latent_attention(
-            *arguments, kv_end=inputs.kv_end, scaling=inputs.scaling, implementation="triton", settled=True, **options
+            *arguments, kv_end=inputs.kv_end, scaling=inputs.scaling, implementation="triton", **options
         )
 
     return [call(i) for i in range(len(inputs.rows))]

@@ -1,12 +1,13 @@
-"""Time the kernels of the fused decoding step one by one, for several tile plans, on the released MLRA-4 shape.
+"""Time the fused decoding step and its kernels one by one, for several plans, on the released MLRA-4 shape.
 
     python -m scripts.bench_fused --output evals/results/fused_h200
 
 Each kernel runs for all 24 layers in one CUDA graph, so that weights come from memory and not from the L2 cache. The
-step is checked against the modules in float32 first and not timed if it is wrong.
+step is checked against the modules in float32 first, with and without rings of weights, and not timed if it is wrong.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 import triton
 
-from modeling_mlra import MLRAForCausalLM, fused_mlra
+from modeling_mlra import MLRAForCausalLM, fused_mlra, hopper_linear_mlra
 from modeling_mlra.kernels_mlra import latent_attention
 from scripts.bench_decode import read_ceiling
 from scripts.bench_generate import FilledCache, build
@@ -43,6 +44,19 @@ def graph_seconds(function, repeats: int = 20) -> float:
     return statistics.median(times)
 
 
+@contextlib.contextmanager
+def set_to(settings: list[tuple]):
+    """Sets attributes of modules, and sets them back."""
+    before = [(module, name, getattr(module, name)) for module, name, _ in settings]
+    try:
+        for module, name, value in settings:
+            setattr(module, name, value)
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
 def filled_step(model: MLRAForCausalLM, context: int) -> fused_mlra.FusedStep:
     """A fused step for one sequence behind `context` random cache rows."""
     cache = FilledCache(model, batch=1, context=context, room=8).rewind()
@@ -50,24 +64,34 @@ def filled_step(model: MLRAForCausalLM, context: int) -> fused_mlra.FusedStep:
     return fused_mlra.FusedStep(model, cache, counters)
 
 
-def whole_rows(tile: int, warps: int):
-    """Plan: whole rows in registers, `tile` weights a program."""
+def variants() -> dict[str, list[tuple]]:
+    """Name -> what to set: (module, attribute, value)."""
+    linear_plan, ring_plan = fused_mlra.linear_plan, hopper_linear_mlra.ring_plan
 
-    def plan(inner, swiglu, residual):
-        width = triton.next_power_of_2(inner)
-        return {"ROWS": max(1, tile // width // (2 if swiglu else 1)), "WIDTH": width, "num_warps": warps}
+    def plan(of_residual: bool, **changed):
+        """Tiles of one of the two kinds of the kernel that holds its weights in registers."""
 
-    return plan
+        def changed_plan(inner, swiglu, residual):
+            return linear_plan(inner, swiglu, residual) | (changed if residual == of_residual else {})
 
+        return [(fused_mlra, "linear_plan", changed_plan)]
 
-def chunks(tile: int, columns: int, warps: int):
-    """Plan: rows in chunks of `columns`, `tile` weights a chunk."""
+    def rings(**changed):
+        return [(hopper_linear_mlra, "ring_plan", lambda *arguments: ring_plan(*arguments) | changed)]
 
-    def plan(inner, swiglu, residual):
-        width = min(columns, triton.next_power_of_2(inner))
-        return {"ROWS": max(1, tile // width // (2 if swiglu else 1)), "WIDTH": width, "num_warps": warps}
+    def from_size(megabytes):
+        return [(hopper_linear_mlra, "RING_BYTES", megabytes * 2**20)]
 
-    return plan
+    return {
+        "shipped": [],
+        "no rings": from_size(2**20),
+        "rings for all but stacked weights": from_size(0),
+        **{f"rings of {n} tiles": rings(STAGES=n) for n in (3, 5, 6)},
+        "tiles of 4 rows, 8": rings(ROWS=4, STAGES=8),
+        "fewer registers": rings(REGISTERS=120, maxnreg=88),
+        "residual tiles of 8192, 8 warps": plan(True, ROWS=8, num_warps=8),
+        "norm tiles, 8 warps": plan(False, num_warps=8),
+    }
 
 
 def kernels(step: fused_mlra.FusedStep) -> dict:
@@ -93,7 +117,6 @@ def kernels(step: fused_mlra.FusedStep) -> dict:
             kv_end=step.counters[2:],
             scaling=layer.self_attn.scaling,
             implementation="triton",
-            settled=True,
         )
 
     return {
@@ -144,25 +167,21 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("error: this benchmark needs a CUDA device and found none", file=sys.stderr)
         return 2
-    check = compare("mlra_4", "cuda")
-    if not (check["counters"] and max(check["logits"], check["rows"]) < FUSED_FLOAT32_RATIO):
-        print(f"error: the fused step differs from the modules, so it is not timed: {check}", file=sys.stderr)
-        return 1
+    checks = {}
+    for name, ring_bytes in (("registers", 2**40), ("rings", 0)):
+        with set_to([(hopper_linear_mlra, "RING_BYTES", ring_bytes)]):
+            checks[name] = check = compare("mlra_4", "cuda")
+        if not (check["counters"] and max(check["logits"], check["rows"]) < FUSED_FLOAT32_RATIO):
+            print(f"error: the fused step differs from the modules, so it is not timed: {check}", file=sys.stderr)
+            return 1
     model = build("mlra_4", max(arguments.contexts))
-    shipped = fused_mlra.linear_plan
-    plans = {"shipped": shipped}
-    plans |= {f"whole rows, {t}, {w} warps": whole_rows(t, w) for t, w in ((16384, 4), (8192, 2), (32768, 8))}
-    plans |= {
-        f"chunks of {c}, {t}, {w} warps": chunks(t, c, w)
-        for t, c, w in ((4096, 1024, 4), (8192, 2048, 4), (8192, 2048, 8), (2048, 512, 2))
-    }
     report = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "date": date.today().isoformat(),
         "command": "python -m scripts.bench_fused " + " ".join(argv if argv is not None else sys.argv[1:]),
-        "check": check,
+        "check": checks,
         "read_ceiling_GB_s": read_ceiling(),
         "step_ms": {},
         "kernels_us": {},
@@ -175,28 +194,23 @@ def main(argv: list[str] | None = None) -> int:
 
     for context in arguments.contexts:
         step = filled_step(model, context)
-        report["step_ms"][str(context)] = {"shipped": graph_seconds(lambda step=step: at_context(step)) * 1e3}
+        times = report["step_ms"][str(context)] = {}
+        for name, settings in variants().items():
+            with set_to(settings):
+                times[name] = graph_seconds(lambda step=step: at_context(step)) * 1e3
+            print(f"{context} {name}: {times[name]:.3f} ms", flush=True)
         step.early = False
-        without = graph_seconds(lambda step=step: at_context(step)) * 1e3
-        report["step_ms"][str(context)]["without programmatic dependent launch"] = without
+        times["without programmatic dependent launch"] = graph_seconds(lambda step=step: at_context(step)) * 1e3
         step.early = True
         if context == arguments.contexts[0]:
-            for plan_name, plan in plans.items():
-                fused_mlra.linear_plan = plan
-                times = {}
-                for name, (function, weight_bytes) in kernels(step).items():
-                    if name[0] == "4" and plan is not shipped:
-                        continue
-                    layers = list(zip(model.model.layers, step.cache.layers, strict=True))
-                    taken = graph_seconds(lambda: [function(a, b.rows) for a, b in layers]) / len(layers)  # noqa: B023
-                    times[name] = {"us": taken * 1e6}
-                    if weight_bytes:
-                        times[name]["weights_GB_s"] = weight_bytes / taken / 1e9
-                report["kernels_us"][plan_name] = times
-                print(plan_name, {name: round(entry["us"], 2) for name, entry in times.items()})
-            fused_mlra.linear_plan = shipped
+            layers = list(zip(model.model.layers, step.cache.layers, strict=True))
+            for name, (function, weight_bytes) in kernels(step).items():
+                taken = graph_seconds(lambda: [function(a, b.rows) for a, b in layers]) / len(layers)  # noqa: B023
+                report["kernels_us"][name] = {"us": taken * 1e6}
+                if weight_bytes:
+                    report["kernels_us"][name]["weights_GB_s"] = weight_bytes / taken / 1e9
         del step
-    print(json.dumps({key: report[key] for key in ("read_ceiling_GB_s", "step_ms")}, indent=1))
+    print(json.dumps({key: report[key] for key in ("read_ceiling_GB_s", "step_ms", "kernels_us")}, indent=1))
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")

@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from modeling_mlra import fused_mlra
+from modeling_mlra import fused_mlra, hopper_linear_mlra, triton_mlra
 from modeling_mlra.fused_mlra import obstacle
 from modeling_mlra.generation_mlra import captured_decodes
+from modeling_mlra.modeling_mlra import MLRARMSNorm
 from tests.fused_checks import compare
-from tests.models import VARIANTS, random_ids, tiny_model
-from tests.tolerances import FUSED_FLOAT32_RATIO
+from tests.models import VARIANTS, random_ids, rms_ratio, tiny_model
+from tests.tolerances import FUSED_FLOAT32_RATIO, KERNEL_BF16_RATIO
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
@@ -36,6 +37,61 @@ def test_fused_step_equals_the_modules(variant, setting):
 
 def test_rows_in_several_chunks(monkeypatch):
     monkeypatch.setattr(fused_mlra, "linear_plan", lambda *_: {"ROWS": 8, "WIDTH": 8, "num_warps": 4})
+    assert compare("mlra_4", DEVICE)["logits"] < FUSED_FLOAT32_RATIO
+
+
+def test_what_streams_through_rings(monkeypatch):
+    """Large weights whose rows bulk copies can take; the vectors must fit beside the rings."""
+    monkeypatch.setattr(hopper_linear_mlra, "RING_BYTES", 2**20)
+    weight = torch.zeros(1024, 1024, dtype=torch.bfloat16)
+    assert hopper_linear_mlra.streams([weight], 4, norm=True)
+    assert hopper_linear_mlra.streams([weight[:256], weight[256:512]], 1, norm=False)
+    assert not hopper_linear_mlra.streams([weight[:256]], 1, norm=False)  # too small
+    assert not hopper_linear_mlra.streams([weight[:, :1000]], 1, norm=False)  # rows apart
+    assert not hopper_linear_mlra.streams([torch.zeros(1024, 1001, dtype=torch.bfloat16)], 1, norm=False)  # unaligned
+    wide = torch.zeros(64, 28672, dtype=torch.bfloat16)
+    assert hopper_linear_mlra.streams([wide], 1, norm=False)
+    assert not hopper_linear_mlra.streams([wide], 2, norm=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vectors", [1, 2, 3, 4])
+@pytest.mark.parametrize(("inner", "rows"), [(1000, 20), (1024, 8 * 132 * 2), (3072, 9880), (9880, 3072)])
+def test_gpu_linear_through_rings(inner, rows, vectors, dtype, monkeypatch):
+    """Against float64; rows and columns that end inside a tile, one and many turns of the rings."""
+    multiprocessors, early, _ = triton_mlra.device_facts(torch.device("cuda", 0))
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, dtype=dtype, device="cuda", generator=generator)
+
+    norm = MLRARMSNorm(inner, 1e-6).to("cuda", dtype)
+    norm.weight.data.copy_(normal(inner))
+    x, weights = normal(vectors, inner), [normal(rows, inner) / inner**0.5 for _ in range(2)]
+    exact, (w, u) = x.double(), (weight.double() for weight in weights)
+    normed = exact * (exact.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * norm.weight.double()
+    before = normal(vectors, rows)
+    cases = {
+        "swiglu": (weights, norm, 1.0, None, nn.functional.silu(normed @ w.T) * (normed @ u.T)),
+        "norm": (weights[:1], norm, 0.7, None, 0.7 * normed @ w.T),
+        "residual": (weights[:1], None, 1.0, before, exact @ w.T + 0.5 * before.double()),
+    }
+    monkeypatch.setattr(hopper_linear_mlra, "RING_BYTES", 0)
+    limit = FUSED_FLOAT32_RATIO if dtype == torch.float32 else KERNEL_BF16_RATIO
+    for name, (used, used_norm, scale, residual, expected) in cases.items():
+        if not hopper_linear_mlra.streams(used, vectors, used_norm is not None):
+            assert dtype == torch.float32 and inner * vectors > 20000  # shared memory
+            continue
+        out = torch.full((vectors, rows), torch.nan, dtype=dtype, device="cuda")
+        arguments = (used_norm, scale, residual, 0.5, multiprocessors, early)
+        hopper_linear_mlra.linear(x, used, out, *arguments)
+        assert rms_ratio(expected, out.double()) < limit, name
+
+
+@pytest.mark.gpu
+def test_gpu_fused_step_through_rings(monkeypatch):
+    monkeypatch.setattr(hopper_linear_mlra, "RING_BYTES", 0)
     assert compare("mlra_4", DEVICE)["logits"] < FUSED_FLOAT32_RATIO
 
 

@@ -160,7 +160,7 @@ def test_every_split_of_the_work(plan, programs_per_sm, poisoned):
     arguments, kv_end = inputs(5, 1, 4, 1, 3, 16, 16, 64, ends=[64, 3, 0, 40, 17])
     tuning = plan | {"BN": 16, "UNIT": 8, "num_warps": 4, "programs_per_sm": programs_per_sm * 4, "kernel": "plain"}
     moved = [x.to(DEVICE) for x in arguments]
-    result = triton_mlra.triton_latent_attention(*moved, kv_end.to(DEVICE), None, None, None, 0, 0.2, False, **tuning)
+    result = triton_mlra.triton_latent_attention(*moved, kv_end.to(DEVICE), None, None, None, 0, 0.2, **tuning)
     assert ratio(result, oracle(*arguments, kv_end, scaling=0.2)) < FP32_RATIO
 
 
@@ -181,7 +181,7 @@ def test_reference_is_differentiable_and_float64():
 def operator_arguments():
     arguments, kv_end = inputs(2, 2, 4, 2, 3, 16, 16, 20, ends=[20, 11])
     moved = [x.to(DEVICE) for x in arguments]
-    return (*moved, kv_end.to(DEVICE), None, None, None, 0, 0.2, False)
+    return (*moved, kv_end.to(DEVICE), None, None, None, 0, 0.2)
 
 
 def test_operator_is_well_formed():
@@ -285,7 +285,7 @@ def test_flash_attention_3_forms(num_latents, forms, monkeypatch):
     fake = FakeFlashAttention3()
     monkeypatch.setattr(kernels_mlra, "flash_attn_interface", fake)
     arguments, kv_end = inputs(2, 3, num_latents, 1, 2, 128, 64, 20, ends=[20, 7])
-    result = torch.ops.mlra.latent_attention_flash_attention_3(*arguments, kv_end, None, None, None, 0, 0.1, False)
+    result = torch.ops.mlra.latent_attention_flash_attention_3(*arguments, kv_end, None, None, None, 0, 0.1)
     assert ratio(result, oracle(*arguments, kv_end, scaling=0.1)) < FP32_RATIO
     assert fake.forms == forms
 
