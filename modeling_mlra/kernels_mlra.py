@@ -75,9 +75,7 @@ def reference_latent_attention(
     return z.transpose(1, 2).to(q_latent.dtype)
 
 
-def _flash_attention_3(
-    q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling
-):
+def _flash_attention_3(q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling):
     """FlashAttention-3's decode entry: one call on the rows [c | k_rope] themselves, or one `qv` call per latent."""
     decode_calls["flash_attention_3"] += 1
     _, length, num_latents, _, width = q_latent.shape

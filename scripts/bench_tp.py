@@ -223,7 +223,7 @@ def measure_decode(model: MLRAForCausalLM, context: int, replays: int, device: t
                 kv_end=in_use,
                 scaling=config.qk_head_dim**-0.5,
                 implementation=config.decode_implementation,
-                )
+            )
 
     result["kernel_us_per_layer"] = median_time(kernels, device, replays) / len(layers)
     if fused:  # kernels 1 to 6 and their all-reduce
