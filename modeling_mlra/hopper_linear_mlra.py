@@ -2,19 +2,26 @@
 
 A matrix times a few vectors takes as long as its weights take to arrive, so all that counts is that the copies never
 stop: one program per multiprocessor keeps two rings of bulk tensor copies in flight, and fills them before it waits
-for the kernel in front. `fused_mlra` uses it for weights that are large enough for the rings to go round.
+for the kernel in front. `fused_mlra` takes it for large weights where the environment variable MLRA_WEIGHT_RINGS is 1.
+It is off otherwise: since its reads were fenced against the copies into the same buffers it has not run on a GPU.
 
 Legend: M vectors, K inputs; a tile is ROWS rows by COLUMNS columns of a weight [n, K], a row block ROWS whole rows.
 """
+
+import os
+import sys
+from typing import Any
 
 import torch
 
 from .hopper_mlra import TensorDescriptor, gl, gluon
 from .triton_mlra import launch_options, triton
 
-RING_BYTES = 32 * 2**20  # smaller weights are held in registers as a whole, and are there before a ring has turned
+ENVIRONMENT_VARIABLE = "MLRA_WEIGHT_RINGS"
+# Smaller weights are held in registers as a whole, and are there before a ring has turned
+RING_BYTES = 32 * 2**20 if os.environ.get(ENVIRONMENT_VARIABLE) == "1" else sys.maxsize
 SHARED_BYTES = 227 * 2**10
-linear_kernel = None
+linear_kernel: Any = None
 
 if gluon is not None:
     from .hopper_mlra import _barrier, _program_release, _program_wait, fence_async_shared, mbarrier, tma
@@ -65,7 +72,7 @@ if gluon is not None:
                     value = value.to(gl.float32)
                     squares += value * value
                     value *= gl.load(gamma + column, mask=column < K, other=0.0).to(gl.float32)
-                values = values + (value,)
+                values = values + (value,)  # type: ignore[assignment]
             if NORM:
                 factor = scale * gl.rsqrt(gl.sum(squares, 0) / K + eps)
             for tile in gl.static_range(TILES):
@@ -98,7 +105,7 @@ if gluon is not None:
         for block in range(0, _share((n + ROWS - 1) // ROWS, first, P)):
             accs = ()
             for _part in gl.static_range(M * PARTS):
-                accs = accs + (gl.zeros([ROWS, COLUMNS], gl.float32, layout=TILE),)
+                accs = accs + (gl.zeros([ROWS, COLUMNS], gl.float32, layout=TILE),)  # type: ignore[assignment]
             for tile in range(TILES):
                 stage = WG * STAGES + t % STAGES
                 mbarrier.wait(full.index(stage), (t // STAGES) & 1)
@@ -106,6 +113,7 @@ if gluon is not None:
                 weight_up = weight
                 if SWIGLU:
                     weight_up = buf.index(stage * PARTS + 1).load(TILE)
+                fence_async_shared()  # these reads come before the copies that follow into the same buffers
                 _barrier()
                 mbarrier.arrive(empty.index(stage), count=1)
                 t += 1
@@ -113,9 +121,9 @@ if gluon is not None:
                 for m in gl.static_range(M):
                     row = x_buf.index(m * TILES + tile).load(gl.SliceLayout(0, TILE)).to(gl.float32)
                     row = gl.expand_dims(row, 0)
-                    sums = sums + (accs[m * PARTS] + weight.to(gl.float32) * row,)
+                    sums = sums + (accs[m * PARTS] + weight.to(gl.float32) * row,)  # type: ignore[assignment]
                     if SWIGLU:
-                        sums = sums + (accs[m * PARTS + 1] + weight_up.to(gl.float32) * row,)
+                        sums = sums + (accs[m * PARTS + 1] + weight_up.to(gl.float32) * row,)  # type: ignore[assignment]
                 accs = sums
             rows = (first + block * (2 * P)) * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, TILE))
             for m in gl.static_range(M):

@@ -330,7 +330,7 @@ if gluon is not None:
         L: gl.constexpr, GROUPS: gl.constexpr, H: gl.constexpr, R: gl.constexpr, E: gl.constexpr,
         BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr, MIN_UNITS: gl.constexpr,
         BLOCK_B: gl.constexpr, HAS_START: gl.constexpr, HAS_MASK: gl.constexpr, CAUSAL: gl.constexpr,
-        BIG: gl.constexpr, PDL: gl.constexpr, OVERLAP: gl.constexpr, REGISTERS: gl.constexpr, num_warps: gl.constexpr,
+        BIG: gl.constexpr, PDL: gl.constexpr, OVERLAP: gl.constexpr, num_warps: gl.constexpr,
     ):  # fmt: skip
         """One latent and BM = 64 or 128 query rows: one copying warp and two computing warpgroups."""
         SHARE_ROWS: gl.constexpr = BM == 64
@@ -406,5 +406,5 @@ if gluon is not None:
                 ),
             ],
             [4, 1],
-            [REGISTERS, 24],
+            [240 if BM == 128 else 216, 24],
         )  # fmt: skip

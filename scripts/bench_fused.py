@@ -84,11 +84,10 @@ def variants() -> dict[str, list[tuple]]:
 
     return {
         "shipped": [],
-        "no rings": from_size(2**20),
+        "rings": from_size(32),
         "rings for all but stacked weights": from_size(0),
-        **{f"rings of {n} tiles": rings(STAGES=n) for n in (3, 5, 6)},
-        "tiles of 4 rows, 8": rings(ROWS=4, STAGES=8),
-        "fewer registers": rings(REGISTERS=120, maxnreg=88),
+        **{f"rings of {n} tiles": from_size(32) + rings(STAGES=n) for n in (3, 5, 6)},
+        "rings of 8 tiles of 4 rows": from_size(32) + rings(ROWS=4, STAGES=8),
         "residual tiles of 8192, 8 warps": plan(True, ROWS=8, num_warps=8),
         "norm tiles, 8 warps": plan(False, num_warps=8),
     }

@@ -86,7 +86,8 @@ def test_gpu_linear_through_rings(inner, rows, vectors, dtype, monkeypatch):
         out = torch.full((vectors, rows), torch.nan, dtype=dtype, device="cuda")
         arguments = (used_norm, scale, residual, 0.5, multiprocessors, early)
         hopper_linear_mlra.linear(x, used, out, *arguments)
-        assert rms_ratio(expected, out.double()) < limit, name
+        off = ((out - expected).abs() > 10 * limit * expected.abs().clamp(min=0.1)).nonzero().tolist()
+        assert rms_ratio(expected, out.double()) < limit, f"{name}: {len(off)} outputs are off, first {off[:8]}"
 
 
 @pytest.mark.gpu
