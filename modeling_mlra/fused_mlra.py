@@ -23,6 +23,7 @@ from torch import nn
 from .hopper_linear_mlra import linear as stream_linear
 from .hopper_linear_mlra import streams
 from .kernels_mlra import latent_attention
+from .plans_mlra import device_facts, launch_options
 from .tensor_parallel_mlra import (
     gather_output,
     is_parallel,
@@ -32,7 +33,6 @@ from .tensor_parallel_mlra import (
     sum_output,
     tensor_parallel_mesh,
 )
-from .triton_mlra import device_facts, launch_options
 
 try:
     import triton

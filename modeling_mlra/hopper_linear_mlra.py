@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .hopper_mlra import TensorDescriptor, gl, gluon
-from .triton_mlra import launch_options, triton
+from .plans_mlra import launch_options, triton
 
 ENVIRONMENT_VARIABLE = "MLRA_WEIGHT_RINGS"
 # Smaller weights are held in registers as a whole, and are there before a ring has turned
@@ -223,7 +223,7 @@ def linear(x, weights, out, norm, scale, residual, residual_share, multiprocesso
         weights: one or two, `[n, K]` each.
         out: `[M, n]`.
         residual: `[M, n]`, of which `residual_share` times is added, or None; may be `out`.
-        multiprocessors, early: as from `triton_mlra.device_facts`.
+        multiprocessors, early: as from `plans_mlra.device_facts`.
     """
     itemsize, rows = weights[0].element_size(), weights[0].shape[0]
     plan = ring_plan(itemsize, len(weights) == 2, x.shape[0])

@@ -11,13 +11,13 @@ log2-sum-exp, which the second kernel reduces. It is launched early and waits on
 (programmatic dependent launch).
 """
 
-import functools
 import math
 import os
 
 import torch
 
 from .hopper_mlra import TensorDescriptor, gl, rows_kernel
+from .plans_mlra import SMALLER_PLANS, decode_plan, device_facts, fits_hopper, launch_options, reduction_plan
 
 try:
     import triton
@@ -362,75 +362,6 @@ def triton_missing(device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-@functools.lru_cache
-def device_facts(device: torch.device) -> tuple[int, bool, bool]:
-    """Number of multiprocessors, whether kernels can be launched early (programmatic dependent launch), and whether
-    the Hopper kernels run."""
-    if device.type != "cuda":
-        return 4, False, False
-    properties = torch.cuda.get_device_properties(device)
-    nvidia = torch.version.hip is None
-    early = nvidia and properties.major >= 9 and hasattr(tl.extra.cuda, "gdc_wait")
-    return properties.multi_processor_count, early, nvidia and properties.major == 9 and rows_kernel is not None
-
-
-def _fits_hopper(latents, k_rope, block_table) -> bool:
-    """Whether the cache can be described to the bulk tensor copies as a matrix of rows."""
-    batch, capacity, num_latents, width = latents.shape[-4:] if block_table is None else (0, 0, 0, 0)
-    return (
-        block_table is None
-        and latents.dtype in (torch.bfloat16, torch.float16)
-        and width in (64, 128)
-        and k_rope.shape[-1] in (32, 64, 128)
-        and (num_latents == 1 or latents.stride(2) == width)
-        and (batch == 1 or latents.stride(0) == capacity * latents.stride(1))
-        and (batch == 1 or k_rope.stride(0) == capacity * k_rope.stride(1))
-        and batch * capacity < 2**31
-        and all(x.data_ptr() % 16 == 0 and x.stride(1) % 8 == 0 for x in (latents, k_rope))
-    )
-
-
-def decode_plan(rows: int, num_latents: int, groups: int, width: int, rope_width: int, itemsize: int, hopper: bool):
-    """Block sizes for M = `rows` query rows per latent; see evals/results/decode_notes.md for what was measured."""
-    padded = max(16, triton.next_power_of_2(width))
-    rope_padded = max(16, triton.next_power_of_2(rope_width))
-    branches = num_latents // groups
-    plan = {"kernel": "plain", "RP": padded, "EP": rope_padded, "UNIT": 32, "MIN_UNITS": 1, "NL": 1, "num_stages": 3}
-    plan["programs_per_sm"] = 1
-    if hopper and rows <= 64:
-        plan |= {"kernel": "rows", "BM": 64, "BN": 64, "UNIT": 64, "num_warps": 4, "num_stages": 6}
-        # A tile for each of the two warpgroups; with several latents more, which leaves room for the kernel behind
-        plan["MIN_UNITS"] = 2 if num_latents == 1 else 4
-        plan["OVERLAP"] = num_latents > 1  # one latent alone waits for memory, and better holds no buffer for longer
-    elif hopper:
-        plan |= {"kernel": "rows", "BM": 128, "BN": 128, "UNIT": 128, "num_warps": 4, "num_stages": 3, "OVERLAP": True}
-    elif rows <= 32 and padded <= 128 and branches in (2, 4, 8):
-        plan |= {"NL": branches, "BM": 16 if rows <= 16 else 32, "BN": 16, "num_stages": 4, "num_warps": branches}
-        plan["programs_per_sm"] = 8 // branches
-    else:
-        per_row = (padded + rope_padded) * itemsize
-        plan |= {"BM": 64 if rows > 16 else 16, "BN": 64 if per_row <= 768 else 32}
-        plan["num_warps"] = 4 if padded <= 256 else 8
-    return plan
-
-
-def reduction_plan(batch: int, num_latents: int, rows: int, programs: int, padded_width: int) -> dict[str, int]:
-    """Tile of the second kernel: many small reductions take their splits in turn, a few wide ones SPLITS at once."""
-    splits = min(256, max(8, triton.next_power_of_2(triton.cdiv(programs, batch) + 1)))
-    if splits == 8 and batch * num_latents * rows > 8192:
-        return {"SPLITS": 1, "BD": padded_width, "ROWS": min(16, triton.next_power_of_2(rows)), "num_warps": 4}
-    columns = max(16, min(padded_width, 4096 // splits))
-    return {"SPLITS": splits, "BD": columns, "ROWS": 1, "num_warps": 1 if splits == 8 else 4}
-
-
-# What to change in a plan, one after the other, if its tiles do not fit a GPU's shared memory (float32, wide latents).
-SMALLER_PLANS: tuple[dict[str, int], ...] = (
-    {},
-    {"num_stages": 2},
-    {"num_stages": 1},
-    {"num_stages": 1, "BN": 16},
-    {"num_stages": 1, "BN": 16, "BM": 16},
-)
 _fitting_plans: dict[tuple, int] = {}
 
 
@@ -450,11 +381,6 @@ def triton_latent_attention(q_latent, q_rope, *arguments, **tuning) -> torch.Ten
     return _launch(q_latent, q_rope, *arguments, **(SMALLER_PLANS[-1] | tuning))
 
 
-def launch_options(early: bool) -> dict[str, bool]:
-    """Of a kernel that waits on the device for the one in front of it, and may be launched before that has ended."""
-    return {"launch_pdl": True} if early else {}
-
-
 def _launch(q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling, **tuning):
     batch, length, num_latents, heads, width = q_latent.shape
     groups, rope_width = q_rope.shape[2:5:2]
@@ -466,7 +392,7 @@ def _launch(q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block
     out = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=device)
     rows = length * heads
     multiprocessors, early, hopper = device_facts(device)
-    hopper = hopper and _fits_hopper(latents, k_rope, block_table)
+    hopper = hopper and fits_hopper(latents, k_rope, block_table)
     if block_table is None:
         capacity, c_strides, k_strides = latents.shape[1], latents.stride(), k_rope.stride()
     else:

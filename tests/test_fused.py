@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from modeling_mlra import fused_mlra, hopper_linear_mlra, triton_mlra
+from modeling_mlra import fused_mlra, hopper_linear_mlra, plans_mlra
 from modeling_mlra.fused_mlra import obstacle
 from modeling_mlra.generation_mlra import captured_decodes
 from modeling_mlra.modeling_mlra import MLRARMSNorm
@@ -60,7 +60,7 @@ def test_what_streams_through_rings(monkeypatch):
 @pytest.mark.parametrize(("inner", "rows"), [(1000, 20), (1024, 8 * 132 * 2), (3072, 9880), (9880, 3072)])
 def test_gpu_linear_through_rings(inner, rows, vectors, dtype, monkeypatch):
     """Against float64; rows and columns that end inside a tile, one and many turns of the rings."""
-    multiprocessors, early, _ = triton_mlra.device_facts(torch.device("cuda", 0))
+    multiprocessors, early, _ = plans_mlra.device_facts(torch.device("cuda", 0))
     generator = torch.Generator("cuda").manual_seed(0)
 
     def normal(*shape):
