@@ -9,7 +9,6 @@ step is checked against the modules in float32 first, with and without rings of 
 import argparse
 import contextlib
 import json
-import statistics
 import sys
 from datetime import date
 from pathlib import Path
@@ -20,7 +19,7 @@ import triton
 from modeling_mlra import MLRAForCausalLM, fused_mlra, hopper_linear_mlra
 from modeling_mlra.kernels_mlra import latent_attention
 from scripts.bench_decode import read_ceiling
-from scripts.bench_generate import FilledCache, build
+from scripts.bench_generate import FilledCache, build, seconds
 from tests.fused_checks import compare
 from tests.tolerances import FUSED_FLOAT32_RATIO
 
@@ -32,16 +31,7 @@ def graph_seconds(function, repeats: int = 20) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         function()
-    graph.replay()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times)
+    return seconds(graph.replay, repeats)
 
 
 @contextlib.contextmanager
