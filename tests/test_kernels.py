@@ -164,6 +164,20 @@ def test_every_split_of_the_work(plan, programs_per_sm, poisoned):
     assert ratio(result, oracle(*arguments, kv_end, scaling=0.2)) < FP32_RATIO
 
 
+def test_sequences_stay_whole_where_that_idles_few_programs(monkeypatch):
+    """15 equal sequences on 16 programs' worth of multiprocessors: nothing is left for the second kernel to reduce."""
+
+    class NoReduction:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: None
+
+    monkeypatch.setattr(triton_mlra, "device_facts", lambda device: (16, False, False))
+    monkeypatch.setattr(triton_mlra, "combine_kernel", NoReduction())
+    arguments, kv_end = inputs(15, 1, 1, 1, 3, 16, 16, 64)
+    result = run(arguments, kv_end, "triton", scaling=0.2)
+    assert ratio(result, oracle(*arguments, kv_end, scaling=0.2)) < FP32_RATIO
+
+
 def test_reference_is_differentiable_and_float64():
     arguments, kv_end = inputs(1, 2, 2, 1, 2, 8, 4, 6, dtype=torch.float64)
     arguments = [x.clone().requires_grad_() for x in arguments]
