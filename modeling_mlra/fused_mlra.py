@@ -3,7 +3,8 @@
 Decoding reads every weight once per step and computes almost nothing, so its time is weight bytes over bandwidth plus
 what is lost between kernels. Here each program holds its tile of weights in registers before it waits for the kernel
 in front of it (programmatic dependent launch), so the memory stays busy across kernels; norms, rotations, the cache
-append, gates and residuals ride along, in float32. The parameters are the model's own.
+append, gates and residuals ride along, in float32. The parameters are the model's own. (On Hopper large weights can
+stream through shared memory instead, `hopper_linear_mlra`.)
 
     1  [q_a | kv_a | k_rope | gate] = norm(x) W        5  o = alpha_attn * sum over branches of z W_uv, gated
     2  q = norm(q_a) W_qb                              6  x += o W_o
@@ -338,8 +339,8 @@ class FusedStep:
 
     def _linear(self, x, layers, out, norm=None, scale=1.0, swiglu=False, residual=None):
         weights = [local_tensor(layer.weight) for layer in layers]
-        large = (len(weights) == 1 or swiglu) and streams(weights, self.num_sequences, norm is not None)
-        if self.hopper and large:
+        one_map = len(weights) == 1 or swiglu
+        if self.hopper and one_map and streams(weights, self.num_sequences, norm is not None):
             stream_linear(
                 x, weights, out, norm, scale, residual, self.residual_share, self.multiprocessors, self.early
             )

@@ -17,9 +17,8 @@ import torch
 from .hopper_mlra import TensorDescriptor, gl, gluon
 from .plans_mlra import launch_options, triton
 
-ENVIRONMENT_VARIABLE = "MLRA_WEIGHT_RINGS"
 # Smaller weights are held in registers as a whole, and are there before a ring has turned
-RING_BYTES = 32 * 2**20 if os.environ.get(ENVIRONMENT_VARIABLE) == "1" else sys.maxsize
+RING_BYTES = 32 * 2**20 if os.environ.get("MLRA_WEIGHT_RINGS") == "1" else sys.maxsize
 SHARED_BYTES = 227 * 2**10
 linear_kernel: Any = None
 
@@ -229,9 +228,9 @@ def linear(x, weights, out, norm, scale, residual, residual_share, multiprocesso
     plan = ring_plan(itemsize, len(weights) == 2, x.shape[0])
     block = [plan["ROWS"], plan["COLUMNS"]]
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8 * itemsize, rank=2)
-    first, *_, last = [TensorDescriptor(w, list(w.shape), [w.stride(0), 1], block, layout) for w in weights * 2]
+    descriptors = [TensorDescriptor(w, list(w.shape), [w.stride(0), 1], block, layout) for w in weights]
     linear_kernel[(min(triton.cdiv(rows, 2 * plan["ROWS"]), multiprocessors),)](
-        first, last, rows, x, x.stride(0), x if norm is None else norm.weight, scale,
+        descriptors[0], descriptors[-1], rows, x, x.stride(0), x if norm is None else norm.weight, scale,
         0.0 if norm is None else norm.variance_epsilon, out if residual is None else residual, residual_share,
         out, out.stride(0),
         K=weights[0].shape[1], M=x.shape[0], NORM=norm is not None, SWIGLU=len(weights) == 2,

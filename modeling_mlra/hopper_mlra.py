@@ -167,6 +167,19 @@ if gluon is not None:
         return w, alpha, m_new, norm * alpha + gl.sum(w, 1)
 
     @gluon.jit
+    def _add_values(wd, c_tile, acc, j, end, empty, BN: gl.constexpr):
+        """Adds the weighted rows of a tile, rows j.. of a sequence that ends at `end`, and frees its buffer."""
+        if j + BN > end:
+            _zero_tail(c_tile, end - j, BN)
+            fence_async_shared()
+            _barrier()
+        acc = warpgroup_mma(wd, c_tile, acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        _barrier()
+        mbarrier.arrive(empty, count=1)
+        return acc
+
+    @gluon.jit
     def _attend(
         q_buf, qr_buf, c_buf, k_buf, full, empty, merge_buf, merge_stats, merge_full, merge_empty,
         q, q_rope, out, part, part_lse, kv_end, kv_start, key_mask, B, T, P, p, latent, row0, scale_log2,
@@ -251,15 +264,7 @@ if gluon is not None:
                         wd = gl.convert_layout(w.to(dtype), P_LAYOUT)
                     last = OFFSET + (tiles - 1 - OFFSET) // STEP * STEP
                     stage = (g + last) % STAGES
-                    c_tile = c_buf.index(stage)
-                    if lo + (last + 1) * BN > end:
-                        _zero_tail(c_tile, end - (lo + last * BN), BN)
-                        fence_async_shared()
-                        _barrier()
-                    acc = warpgroup_mma(wd, c_tile, acc, is_async=True)
-                    acc = warpgroup_mma_wait(0, deps=(acc,))
-                    _barrier()
-                    mbarrier.arrive(empty.index(stage), count=1)
+                    acc = _add_values(wd, c_buf.index(stage), acc, lo + last * BN, end, empty.index(stage), BN)
             else:
                 for it in range(OFFSET, tiles, STEP):
                     j = lo + it * BN
@@ -272,15 +277,7 @@ if gluon is not None:
                     )  # fmt: skip
                     acc = acc * gl.expand_dims(gl.convert_layout(alpha, O_ROWS), 1)
                     wd = gl.convert_layout(w.to(dtype), P_LAYOUT)
-                    c_tile = c_buf.index(stage)
-                    if j + BN > end:
-                        _zero_tail(c_tile, end - j, BN)
-                        fence_async_shared()
-                        _barrier()
-                    acc = warpgroup_mma(wd, c_tile, acc, is_async=True)
-                    acc = warpgroup_mma_wait(0, deps=(acc,))
-                    _barrier()
-                    mbarrier.arrive(empty.index(stage), count=1)
+                    acc = _add_values(wd, c_buf.index(stage), acc, j, end, empty.index(stage), BN)
 
             offs_o = gl.arange(0, 64, layout=O_ROWS)
             if SHARE_ROWS and WG == 1:

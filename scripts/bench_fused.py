@@ -12,6 +12,7 @@ import json
 import sys
 from datetime import date
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import triton
@@ -34,19 +35,6 @@ def graph_seconds(function, repeats: int = 20) -> float:
     return seconds(graph.replay, repeats)
 
 
-@contextlib.contextmanager
-def set_to(settings: list[tuple]):
-    """Sets attributes of modules, and sets them back."""
-    before = [(module, name, getattr(module, name)) for module, name, _ in settings]
-    try:
-        for module, name, value in settings:
-            setattr(module, name, value)
-        yield
-    finally:
-        for module, name, value in before:
-            setattr(module, name, value)
-
-
 def filled_step(model: MLRAForCausalLM, context: int) -> fused_mlra.FusedStep:
     """A fused step for one sequence behind `context` random cache rows."""
     cache = FilledCache(model, batch=1, context=context, room=8).rewind()
@@ -54,32 +42,36 @@ def filled_step(model: MLRAForCausalLM, context: int) -> fused_mlra.FusedStep:
     return fused_mlra.FusedStep(model, cache, counters)
 
 
-def variants() -> dict[str, list[tuple]]:
-    """Name -> what to set: (module, attribute, value)."""
-    linear_plan, ring_plan = fused_mlra.linear_plan, hopper_linear_mlra.ring_plan
+def rings(from_megabytes: int, **changed):
+    """Weights from a size on through rings, with a changed plan; 2**20 megabytes stand for none."""
+    ring_plan = hopper_linear_mlra.ring_plan
+    return patch.multiple(
+        hopper_linear_mlra,
+        RING_BYTES=from_megabytes * 2**20,
+        ring_plan=lambda *arguments: ring_plan(*arguments) | changed,
+    )
 
-    def plan(of_residual: bool, **changed):
-        """Tiles of one of the two kinds of the kernel that holds its weights in registers."""
 
-        def changed_plan(inner, swiglu, residual):
-            return linear_plan(inner, swiglu, residual) | (changed if residual == of_residual else {})
+def tiles(of_residual: bool, **changed):
+    """Changed tiles for one of the two kinds of the kernel that holds its weights in registers."""
+    linear_plan = fused_mlra.linear_plan
 
-        return [(fused_mlra, "linear_plan", changed_plan)]
+    def plan(inner, swiglu, residual):
+        return linear_plan(inner, swiglu, residual) | (changed if residual == of_residual else {})
 
-    def rings(**changed):
-        return [(hopper_linear_mlra, "ring_plan", lambda *arguments: ring_plan(*arguments) | changed)]
+    return patch.multiple(fused_mlra, linear_plan=plan)
 
-    def from_size(megabytes):
-        return [(hopper_linear_mlra, "RING_BYTES", megabytes * 2**20)]
 
+def variants() -> dict:
+    """Name -> what to time the step under."""
     return {
-        "shipped": [],
-        "rings": from_size(32),
-        "rings for all but stacked weights": from_size(0),
-        **{f"rings of {n} tiles": from_size(32) + rings(STAGES=n) for n in (3, 5, 6)},
-        "rings of 8 tiles of 4 rows": from_size(32) + rings(ROWS=4, STAGES=8),
-        "residual tiles of 8192, 8 warps": plan(True, ROWS=8, num_warps=8),
-        "norm tiles, 8 warps": plan(False, num_warps=8),
+        "shipped": contextlib.nullcontext(),
+        "rings": rings(32),
+        "rings for all but stacked weights": rings(0),
+        **{f"rings of {n} tiles": rings(32, STAGES=n) for n in (3, 5, 6)},
+        "rings of 8 tiles of 4 rows": rings(32, ROWS=4, STAGES=8),
+        "residual tiles of 8192, 8 warps": tiles(True, ROWS=8, num_warps=8),
+        "norm tiles, 8 warps": tiles(False, num_warps=8),
     }
 
 
@@ -157,8 +149,8 @@ def main(argv: list[str] | None = None) -> int:
         print("error: this benchmark needs a CUDA device and found none", file=sys.stderr)
         return 2
     checks = {}
-    for name, ring_bytes in (("registers", 2**40), ("rings", 0)):
-        with set_to([(hopper_linear_mlra, "RING_BYTES", ring_bytes)]):
+    for name, from_megabytes in (("registers", 2**20), ("rings", 0)):
+        with rings(from_megabytes):
             checks[name] = check = compare("mlra_4", "cuda")
         if not (check["counters"] and max(check["logits"], check["rows"]) < FUSED_FLOAT32_RATIO):
             print(f"error: the fused step differs from the modules, so it is not timed: {check}", file=sys.stderr)
@@ -184,8 +176,8 @@ def main(argv: list[str] | None = None) -> int:
     for context in arguments.contexts:
         step = filled_step(model, context)
         times = report["step_ms"][str(context)] = {}
-        for name, settings in variants().items():
-            with set_to(settings):
+        for name, variant in variants().items():
+            with variant:
                 times[name] = graph_seconds(lambda step=step: at_context(step)) * 1e3
             print(f"{context} {name}: {times[name]:.3f} ms", flush=True)
         step.early = False
