@@ -185,7 +185,7 @@ def test_output_is_streamed_and_ctrl_c_is_clean(folder):
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, err.decode()
     assert err.decode().rstrip().endswith("interrupted") and "Traceback" not in err.decode()
 
 
