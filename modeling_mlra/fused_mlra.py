@@ -21,9 +21,9 @@ R latent, D_N / E / V positionless key, RoPE and value widths.
 import torch
 from torch import nn
 
+from .hopper_linear_mlra import block as stream_block
 from .hopper_linear_mlra import linear as stream_linear
-from .hopper_linear_mlra import streams
-from .kernels_mlra import latent_attention
+from .hopper_linear_mlra import streams, streams_block
 from .plans_mlra import device_facts, launch_options
 from .tensor_parallel_mlra import (
     gather_output,
@@ -35,9 +35,13 @@ from .tensor_parallel_mlra import (
     tensor_parallel_mesh,
 )
 
+from .triton_mlra import partial_results
+
 try:
     import triton
     import triton.language as tl
+
+    from .triton_mlra import _parts_of
 except ImportError:
     triton = tl = None
 
@@ -162,7 +166,7 @@ if triton is not None:
     @triton.jit
     def _absorb_kernel(
         q, a, a_stride, kv_first, kv_b, latent_gamma, inv_freq, counters, q_latent, q_rope, cache, cache_b, cache_s,
-        alpha_kv, eps, rope_scale,
+        reports, alpha_kv, eps, rope_scale,
         M: tl.constexpr, L: tl.constexpr, C: tl.constexpr, H: tl.constexpr, R: tl.constexpr, DN: tl.constexpr,
         E: tl.constexpr, V: tl.constexpr, DNP: tl.constexpr, RP: tl.constexpr, RB: tl.constexpr, EP: tl.constexpr,
         PDL: tl.constexpr,
@@ -170,7 +174,7 @@ if triton is not None:
         """q_latent[m, l, h] = W_uk[l, h]^T q_nope[m]; on the side RoPE of the queries and this token's cache row.
 
         `counters` holds [row, position of each sequence, ...], and is read before the wait: no kernel of the step
-        writes it but the last. `a` holds the outputs of kernel 1.
+        writes it but the last. `a` holds the outputs of kernel 1. `reports` is cleared for the kernel after next.
         """
         latent, head = tl.program_id(0) // H, tl.program_id(0) % H
         query_head = (latent // C) * H + head
@@ -185,6 +189,8 @@ if triton is not None:
             cos, sin = _rotation(inv_freq, tl.load(counters + 1 + m), rope_scale, E, EP)
             if m == 0:
                 _wait(PDL)
+                if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+                    tl.store(reports + tl.arange(0, 2), 0)
             query = q + (m * (L // C) * H + query_head) * (DN + E)
             nope = tl.load(query + depth, mask=depth < DN, other=0.0).to(tl.float32)
             z = tl.sum(weight.to(tl.float32) * nope[:, None], axis=0)
@@ -203,29 +209,57 @@ if triton is not None:
                         source = a + m * a_stride + kv_first + L * R
                         _rotate(source, row + L * R, cos, sin, E, EP)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["P"])
     def _value_kernel(
-        z, kv_b, gate, gate_stride, out, alpha,
+        part, part_lse, kv_end, kv_start, kv_b, gate, gate_stride, out, alpha, P,
         M: tl.constexpr, L: tl.constexpr, C: tl.constexpr, H: tl.constexpr, R: tl.constexpr, DN: tl.constexpr,
-        V: tl.constexpr, CP: tl.constexpr, RP: tl.constexpr, VB: tl.constexpr, GATE: tl.constexpr, PDL: tl.constexpr,
+        V: tl.constexpr, CP: tl.constexpr, RP: tl.constexpr, VB: tl.constexpr, GATE: tl.constexpr,
+        SPLITS: tl.constexpr, UNIT: tl.constexpr, MIN_UNITS: tl.constexpr, BLOCK_B: tl.constexpr,
+        HAS_START: tl.constexpr, BIG: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        """out[m, i] = alpha * sum over branches of W_uv[l, i] z[m, l, i], times sigmoid(gate)."""
+        """out[m, i] = alpha * sum over branches of W_uv[l, i] z[m, l, i], times sigmoid(gate).
+
+        z is reduced from the decode kernel's partial results, SPLITS at once. `kv_end` and `kv_start` are read before
+        the wait, as `counters` above.
+        """
         query_head = tl.program_id(0)
-        branch, rank = tl.arange(0, CP), tl.arange(0, RP)
+        first_latent = (query_head // H) * C
         values = tl.program_id(1) * VB + tl.arange(0, VB)
-        latent_head = ((query_head // H) * C + branch) * H + query_head % H  # [C]
-        rows = latent_head[:, None] * (DN + V) + DN + values[None, :]  # [C, VB]
-        mask = (branch < C)[:, None] & (values < V)[None, :]
-        weight = tl.load(
-            kv_b + rows.to(tl.int64)[:, :, None] * R + rank[None, None, :],
-            mask=mask[:, :, None] & (rank < R)[None, None, :],
-            other=0.0,
-        )
-        _wait(PDL)
+        columns = tl.arange(0, CP * RP)  # of the branches' weights side by side
+        latent_head = (first_latent + columns // RP) * H + query_head % H
+        rows = latent_head[None, :] * (DN + V) + DN + values[:, None]
+        mask = (values < V)[:, None] & ((columns // RP < C) & (columns % RP < R))[None, :]
+        weight = tl.load(kv_b + rows.to(tl.int64) * R + (columns % RP)[None, :], mask=mask, other=0.0)
+        branch, rank = tl.arange(0, CP), tl.arange(0, RP)
         for m in tl.static_range(M):
-            source = z + (m * L * H + latent_head)[:, None] * R + rank[None, :]
-            latents = tl.load(source, mask=(branch < C)[:, None] & (rank < R)[None, :], other=0.0).to(tl.float32)
-            total = tl.sum(tl.sum(weight.to(tl.float32) * latents[:, None, :], axis=2), axis=0) * alpha
+            first_slot, p_first, p_last = _parts_of(
+                m, kv_end, kv_start, M, P, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG
+            )
+            if m == 0:
+                _wait(PDL)
+            z = tl.zeros([CP, RP], tl.float32)
+            top = tl.full([CP], float("-inf"), tl.float32)
+            norm = tl.zeros([CP], tl.float32)
+            for p in tl.range(p_first, p_last + 1, SPLITS):
+                ps = p + tl.arange(0, SPLITS)
+                slots = tl.where(ps == p_first, first_slot, 2 * ps)
+                parts = (slots.to(tl.int64)[None, :] * L + (first_latent + branch)[:, None]) * H + query_head % H
+                ok = (branch < C)[:, None] & (ps <= p_last)[None, :]
+                lse = tl.load(part_lse + parts, mask=ok, other=float("-inf"))
+                latents = tl.load(
+                    part + (parts * R)[:, :, None] + rank[None, None, :],
+                    mask=ok[:, :, None] & (rank < R)[None, None, :],
+                    other=0.0,
+                )
+                new_top = tl.maximum(top, tl.max(lse, 1))
+                ref = tl.where(new_top == float("-inf"), 0.0, new_top)
+                w = tl.exp2(lse - ref[:, None])
+                before = tl.exp2(top - ref)
+                z = z * before[:, None] + tl.sum(latents * w[:, :, None], 1)
+                norm = norm * before + tl.sum(w, 1)
+                top = new_top
+            z = tl.reshape(z * tl.where(norm > 0, alpha / norm, 0.0)[:, None], [CP * RP])
+            total = tl.sum(weight.to(tl.float32) * z[None, :], axis=1)
             column = query_head * V + values
             if GATE:
                 g = tl.load(gate + m * gate_stride + column, mask=values < V, other=0.0).to(tl.float32)
@@ -243,6 +277,11 @@ def linear_plan(inner: int, swiglu: bool, residual: bool) -> dict[str, int]:
     else:
         width, tile = triton.next_power_of_2(inner), 8192 if swiglu else 16384
     return {"ROWS": max(1, tile // width), "WIDTH": width, "num_warps": 4}
+
+
+def value_plan(programs: int, width: int) -> dict[str, int]:
+    """How many partial results of `width` numbers are reduced at once, chosen as above."""
+    return {"SPLITS": max(2, min(triton.next_power_of_2(programs), 8192 // width)), "num_warps": 4}
 
 
 def obstacle(model: nn.Module, num_sequences: int) -> str | None:
@@ -306,6 +345,7 @@ class FusedStep:
         self.heads = buffer(heads * config.v_head_dim)
         self.mlp = buffer(local_tensor(model.model.layers[0].mlp.up_proj.weight).shape[0])
         self.logits = buffer(local_tensor(model.lm_head.weight).shape[0])
+        self.reports = torch.zeros(2, dtype=torch.int32, device=counters.device)
         self.multiprocessors, self.early, self.hopper = device_facts(counters.device)
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -314,9 +354,7 @@ class FusedStep:
         self._embed(local_tensor(base.embed_tokens.weight), token_ids)
         for layer, cache_layer in zip(base.layers, self.cache.layers, strict=True):
             self._attention(layer, cache_layer.rows)
-            mlp, norm = layer.mlp, layer.post_attention_layernorm
-            self._linear(self.hidden, [mlp.gate_proj, mlp.up_proj], self.mlp, norm=norm, swiglu=True)
-            self._add(mlp.down_proj, self.mlp)
+            self._output_and_mlp(layer)
         self._linear(self.hidden, [self.model.lm_head], self.logits, norm=base.norm)
         self.counters.add_(1)
         return self.logits if self.mesh is None else gather_output(self.logits, self.mesh.get_group())
@@ -336,6 +374,21 @@ class FusedStep:
         self._linear(x, [layer], self.hidden, residual=self.hidden)
         if self.mesh is not None:
             sum_output(self.hidden, self.mesh.get_group())
+
+    def _output_and_mlp(self, layer) -> None:
+        """Kernels 6 to 8, or one for all of them."""
+        attention, mlp, norm = layer.self_attn, layer.mlp, layer.post_attention_layernorm
+        layers = attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        if self.hopper and self.mesh is None:
+            weights = [linear.weight for linear in layers]
+            if streams_block(weights, self.num_sequences):
+                stream_block(
+                    self.heads, weights, norm, self.hidden, self.mlp, self.reports, self.multiprocessors, self.early
+                )
+                return
+        self._add(attention.o_proj, self.heads)
+        self._linear(self.hidden, [mlp.gate_proj, mlp.up_proj], self.mlp, norm=norm, swiglu=True)
+        self._add(mlp.down_proj, self.mlp)
 
     def _linear(self, x, layers, out, norm=None, scale=1.0, swiglu=False, residual=None):
         weights = [local_tensor(layer.weight) for layer in layers]
@@ -379,29 +432,35 @@ class FusedStep:
         _absorb_kernel[(latents * heads, triton.cdiv(rank, columns))](
             self.q, self.a, self.a.stride(0), config.q_lora_rank, kv_b, latent_gamma, rotary.inv_freq,
             self.counters, self.q_latent, self.q_rope,
-            rows, rows.stride(0), rows.stride(2), attention.alpha_kv, attention.kv_a_layernorm.variance_epsilon,
+            rows, rows.stride(0), rows.stride(2), self.reports, attention.alpha_kv, attention.kv_a_layernorm.variance_epsilon,
             rotary.attention_scaling, M=batch, L=latents, C=branches, H=heads, R=rank, DN=nope, E=rope, V=value,
             DNP=padded_nope, RP=padded_rank, RB=columns, EP=triton.next_power_of_2(rope // 2), PDL=self.early,
             num_warps=4, **launch_options(self.early),
         )  # fmt: skip
-        cached = rows.squeeze(1)
-        z = latent_attention(
-            self.q_latent.view(batch, 1, latents, heads, rank),
-            self.q_rope.view(batch, 1, groups, heads, rope),
-            cached[..., : latents * rank].unflatten(-1, (latents, rank)),
-            cached[..., latents * rank :],
-            kv_end=self.counters[1 + batch :],
-            kv_start=self.kv_start,
-            key_mask=self.key_mask,
-            scaling=attention.scaling,
-            implementation="triton",
-        )
+        parts = self._latent_attention(attention, rows)
         padded_branches = triton.next_power_of_2(branches)
         block = min(triton.next_power_of_2(value), max(4, 16384 // (padded_branches * padded_rank)))
         _value_kernel[(groups * heads, triton.cdiv(value, block))](
-            z, kv_b, self.a[:, sum(self.widths_a[:3]) :], self.a.stride(0), self.heads,
-            attention.alpha_attn, M=batch, L=latents, C=branches, H=heads, R=rank, DN=nope, V=value,
+            parts.part, parts.lse, *self._lengths(), kv_b, self.a[:, sum(self.widths_a[:3]) :], self.a.stride(0), self.heads,
+            attention.alpha_attn, parts.programs, M=batch, L=latents, C=branches, H=heads, R=rank, DN=nope, V=value,
             CP=padded_branches, RP=padded_rank, VB=block, GATE=config.attn_output_gate, PDL=self.early,
-            num_warps=4, **launch_options(self.early),
+            **value_plan(parts.programs, padded_branches * padded_rank), **parts.deal, **launch_options(self.early),
         )  # fmt: skip
-        self._add(attention.o_proj, self.heads)
+
+    def _lengths(self):
+        return self.counters[1 + self.num_sequences :], self.kv_start
+
+    def _latent_attention(self, attention, rows):
+        """Kernel 4. All that the kernels in front of it in this step write are this token's rows, and no step begins
+        before the one before has ended (the embedding's kernel is an ordinary one): older rows are settled."""
+        config, batch = attention.config, self.num_sequences
+        latents, heads, groups = self.local_sizes
+        split, cached = latents * config.latent_head_dim, rows.squeeze(1)
+        return partial_results(
+            None,
+            self.q_latent.view(batch, 1, latents, heads, -1),
+            self.q_rope.view(batch, 1, groups, heads, -1),
+            cached[..., :split].unflatten(-1, (latents, -1)),
+            cached[..., split:],
+            *self._lengths(), self.key_mask, None, 0, attention.scaling, settled=True,
+        )  # fmt: skip

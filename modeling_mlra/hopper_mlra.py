@@ -104,20 +104,30 @@ if gluon is not None:
 
     @gluon.jit
     def _copy_tiles(
-        c_desc, k_desc, c_buf, k_buf, full, empty, kv_end, kv_start, B, P, S, p, latent,
-        R: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr, MIN_UNITS: gl.constexpr,
-        BLOCK_B: gl.constexpr, HAS_START: gl.constexpr, BIG: gl.constexpr,
+        c_desc, k_desc, c_buf, k_buf, full, empty, q_full, kv_end, kv_start, B, T, P, S, p, latent,
+        R: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, UNIT: gl.constexpr, MIN_UNITS: gl.constexpr,
+        BLOCK_B: gl.constexpr, HAS_START: gl.constexpr, BIG: gl.constexpr, EARLY: gl.constexpr,
     ):  # fmt: skip
-        """The copying warp: every tile of the share in turn, as soon as its buffer is free."""
+        """The copying warp: every tile of the share in turn, as soon as its buffer is free; EARLY: only those with
+        rows of the T query positions after the kernel in front.
+
+        The queries would stand in line behind all that is asked for before them, and with them the first product:
+        until they are there, only AHEAD tiles are."""
         starts, ends, units, cum, b, pos, last_pos = _deal(
             kv_end, kv_start, B, P, p, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG, 1
         )
+        first_pos = pos
         g = p * 0
         while pos < last_pos:
             stop_pos, starts_here, ends_here, lo, hi, end = _segment(
                 starts, ends, units, cum, b, pos, last_pos, UNIT, BLOCK_B, 1
             )
             for j in range(lo, hi, BN):
+                if EARLY:  # noqa: SIM102 (decided at compile time)
+                    if j + BN > end - T:
+                        _program_wait(True)
+                if (g == AHEAD) & (pos == first_pos):
+                    mbarrier.wait(q_full, 0)
                 stage = g % STAGES
                 bar = full.index(stage)
                 mbarrier.wait(empty.index(stage), ((g // STAGES) & 1) ^ 1)
@@ -181,14 +191,14 @@ if gluon is not None:
 
     @gluon.jit
     def _attend(
-        q_buf, qr_buf, c_buf, k_buf, full, empty, merge_buf, merge_stats, merge_full, merge_empty,
-        q, q_rope, out, part, part_lse, kv_end, kv_start, key_mask, B, T, P, p, latent, row0, scale_log2,
+        q_buf, qr_buf, c_buf, k_buf, full, empty, q_full, merge_buf, merge_stats, merge_full, merge_empty,
+        q, q_rope, out, part, part_lse, kv_end, kv_start, key_mask, B, T, P, whole, p, latent, row0, scale_log2,
         q_b, q_t, q_l, q_h, qr_b, qr_t, qr_g, qr_h, o_b, o_t, o_l, o_h, mask_b,
         WG: gl.constexpr, SHARE_ROWS: gl.constexpr, OVERLAP: gl.constexpr,
         L: gl.constexpr, GROUPS: gl.constexpr, H: gl.constexpr, R: gl.constexpr, E: gl.constexpr,
         BN: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr, MIN_UNITS: gl.constexpr,
         BLOCK_B: gl.constexpr, HAS_START: gl.constexpr, HAS_MASK: gl.constexpr, CAUSAL: gl.constexpr,
-        BIG: gl.constexpr,
+        BIG: gl.constexpr, EARLY: gl.constexpr,
     ):  # fmt: skip
         """One of the two computing warpgroups, with 64 query rows: those of its own on every tile, or (SHARE_ROWS) the
         same rows on every second tile, merged by the first. They overlap each other: one multiplies matrices while the
@@ -207,6 +217,7 @@ if gluon is not None:
         starts, ends, units, cum, b, first_pos, last_pos = _deal(
             kv_end, kv_start, B, P, p, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG, 4
         )
+        _program_wait(EARLY)
         pos = first_pos
         g = p * 0  # tiles of the segments before this one
         segments = p * 0
@@ -216,20 +227,24 @@ if gluon is not None:
             )
             tiles = (hi - lo + (BN - 1)) // BN
             b64 = b.to(gl.int64)
-            offs_m = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, Q_LAYOUT))
-            t = offs_m // H
-            h = offs_m % H
-            ok_m = gl.expand_dims(offs_m < M, 1)
-            offs_d = gl.expand_dims(gl.arange(0, R, layout=gl.SliceLayout(0, Q_LAYOUT)), 0)
-            offs_e = gl.expand_dims(gl.arange(0, E, layout=gl.SliceLayout(0, Q_LAYOUT)), 0)
-            q_rows = gl.expand_dims(t * q_t + h * q_h, 1)
-            qr_rows = gl.expand_dims(t * qr_t + h * qr_h, 1)
-            q_base = q + b64 * q_b + latent * q_l
-            qr_base = q_rope + b64 * qr_b + (latent // (L // GROUPS)) * qr_g
-            q_buf.store(gl.load(q_base + q_rows + offs_d, mask=ok_m, other=0.0))
-            qr_buf.store(gl.load(qr_base + qr_rows + offs_e, mask=ok_m, other=0.0))
-            fence_async_shared()
-            _barrier()
+            if SHARE_ROWS and WG == 1:
+                mbarrier.wait(q_full, segments & 1)
+            else:
+                offs_m = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, Q_LAYOUT))
+                t = offs_m // H
+                h = offs_m % H
+                ok_m = gl.expand_dims(offs_m < M, 1)
+                offs_d = gl.expand_dims(gl.arange(0, R, layout=gl.SliceLayout(0, Q_LAYOUT)), 0)
+                offs_e = gl.expand_dims(gl.arange(0, E, layout=gl.SliceLayout(0, Q_LAYOUT)), 0)
+                q_rows = gl.expand_dims(t * q_t + h * q_h, 1)
+                qr_rows = gl.expand_dims(t * qr_t + h * qr_h, 1)
+                q_base = q + b64 * q_b + latent * q_l
+                qr_base = q_rope + b64 * qr_b + (latent // (L // GROUPS)) * qr_g
+                q_buf.store(gl.load(q_base + q_rows + offs_d, mask=ok_m, other=0.0))
+                qr_buf.store(gl.load(qr_base + qr_rows + offs_e, mask=ok_m, other=0.0))
+                fence_async_shared()
+                _barrier()
+                mbarrier.arrive(q_full, count=1)
 
             limit = end - (T - 1) + (first_row + gl.arange(0, 64, layout=S_ROWS)) // H
             limit = gl.expand_dims(limit, 1)
@@ -307,7 +322,7 @@ if gluon is not None:
                 offs_o = first_row + offs_o
                 offs_d = gl.expand_dims(gl.arange(0, R, layout=gl.SliceLayout(0, O_LAYOUT)), 0)
                 ok_o = gl.expand_dims(offs_o < M, 1)
-                if starts_here & ends_here:
+                if starts_here & ends_here & (whole != 0):
                     o_rows = gl.expand_dims((offs_o // H) * o_t + (offs_o % H) * o_h, 1)
                     gl.store(out + b64 * o_b + latent * o_l + o_rows + offs_d, z.to(dtype), mask=ok_o)
                 else:
@@ -319,18 +334,21 @@ if gluon is not None:
             pos = stop_pos
             b += 1
 
-    @gluon.jit(do_not_specialize=["B", "P", "S"])
+    @gluon.jit(do_not_specialize=["B", "P", "S", "whole"])
     def rows_kernel(
         c_desc, k_desc, q, q_rope, out, part, part_lse, kv_end, kv_start, key_mask,
-        B, T, P, S, scale_log2,
+        B, T, P, S, whole, scale_log2,
         q_b, q_t, q_l, q_h, qr_b, qr_t, qr_g, qr_h, o_b, o_t, o_l, o_h, mask_b,
         L: gl.constexpr, GROUPS: gl.constexpr, H: gl.constexpr, R: gl.constexpr, E: gl.constexpr,
-        BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr, MIN_UNITS: gl.constexpr,
-        BLOCK_B: gl.constexpr, HAS_START: gl.constexpr, HAS_MASK: gl.constexpr, CAUSAL: gl.constexpr,
-        BIG: gl.constexpr, PDL: gl.constexpr, OVERLAP: gl.constexpr, num_warps: gl.constexpr,
+        BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, UNIT: gl.constexpr,
+        MIN_UNITS: gl.constexpr, BLOCK_B: gl.constexpr, HAS_START: gl.constexpr, HAS_MASK: gl.constexpr,
+        CAUSAL: gl.constexpr, BIG: gl.constexpr, PDL: gl.constexpr, SETTLED: gl.constexpr,
+        OVERLAP: gl.constexpr, num_warps: gl.constexpr,
     ):  # fmt: skip
-        """One latent and BM = 64 or 128 query rows: one copying warp and two computing warpgroups."""
+        """One latent and BM = 64 or 128 query rows: one copying warp and two computing warpgroups. SETTLED: lengths
+        and rows older than the T query positions' are read before the kernel in front has ended."""
         SHARE_ROWS: gl.constexpr = BM == 64
+        EARLY: gl.constexpr = PDL and SETTLED
         # A buffer stays with one warpgroup: one that skips tiles would take an older phase for the one it waits for
         gl.static_assert(not SHARE_ROWS or STAGES % 2 == 0)
         dtype: gl.constexpr = q.dtype.element_ty
@@ -351,11 +369,13 @@ if gluon is not None:
         merge_stats = gl.allocate_shared_memory(gl.float32, [2, 64], FLAT_SHARED)
         full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
         merge_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
         merge_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
         for i in gl.static_range(STAGES):
             mbarrier.init(full.index(i), count=1)
             mbarrier.init(empty.index(i), count=1 if SHARE_ROWS else 2)
+        mbarrier.init(q_full, count=1 if SHARE_ROWS else 2)
         mbarrier.init(merge_full, count=1)
         mbarrier.init(merge_empty, count=1)
         fence_async_shared()
@@ -366,39 +386,40 @@ if gluon is not None:
         lane = gl.program_id(0) % lanes
         latent = lane % L
         row0 = (lane // L) * BM
-        _program_wait(PDL)
+        if not SETTLED:
+            _program_wait(PDL)
         _program_release(PDL)
         gl.warp_specialize(
             [
                 (
                     _attend,
                     (
-                        q_buf.index(0), qr_buf.index(0), c_buf, k_buf, full, empty,
+                        q_buf.index(0), qr_buf.index(0), c_buf, k_buf, full, empty, q_full,
                         merge_buf, merge_stats, merge_full, merge_empty, q, q_rope, out, part, part_lse,
                         kv_end, kv_start, key_mask,
-                        B, T, P, p, latent, row0, scale_log2,
+                        B, T, P, whole, p, latent, row0, scale_log2,
                         q_b, q_t, q_l, q_h, qr_b, qr_t, qr_g, qr_h, o_b, o_t, o_l, o_h, mask_b,
                         0, SHARE_ROWS, OVERLAP, L, GROUPS, H, R, E, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B,
-                        HAS_START, HAS_MASK, CAUSAL, BIG,
+                        HAS_START, HAS_MASK, CAUSAL, BIG, EARLY,
                     ),
                 ),
                 (
                     _attend,
                     (
-                        q_buf.index(Q_COPIES - 1), qr_buf.index(Q_COPIES - 1), c_buf, k_buf, full, empty,
+                        q_buf.index(Q_COPIES - 1), qr_buf.index(Q_COPIES - 1), c_buf, k_buf, full, empty, q_full,
                         merge_buf, merge_stats, merge_full, merge_empty, q, q_rope, out, part, part_lse,
                         kv_end, kv_start, key_mask,
-                        B, T, P, p, latent, row0, scale_log2,
+                        B, T, P, whole, p, latent, row0, scale_log2,
                         q_b, q_t, q_l, q_h, qr_b, qr_t, qr_g, qr_h, o_b, o_t, o_l, o_h, mask_b,
                         1, SHARE_ROWS, OVERLAP, L, GROUPS, H, R, E, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B,
-                        HAS_START, HAS_MASK, CAUSAL, BIG,
+                        HAS_START, HAS_MASK, CAUSAL, BIG, EARLY,
                     ),
                 ),
                 (
                     _copy_tiles,
                     (
-                        c_desc, k_desc, c_buf, k_buf, full, empty, kv_end, kv_start, B, P, S, p, latent,
-                        R, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG,
+                        c_desc, k_desc, c_buf, k_buf, full, empty, q_full, kv_end, kv_start, B, T, P, S, p, latent,
+                        R, BN, STAGES, AHEAD, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG, EARLY,
                     ),
                 ),
             ],

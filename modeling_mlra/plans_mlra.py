@@ -54,12 +54,12 @@ def decode_plan(rows: int, num_latents: int, groups: int, width: int, rope_width
     plan = {"kernel": "plain", "RP": padded, "EP": rope_padded, "UNIT": 32, "MIN_UNITS": 1, "NL": 1, "num_stages": 3}
     plan["programs_per_sm"] = 1
     if hopper and rows <= 64:
-        plan |= {"kernel": "rows", "BM": 64, "BN": 64, "UNIT": 64, "num_warps": 4, "num_stages": 6}
+        plan |= {"kernel": "rows", "BM": 64, "BN": 64, "UNIT": 64, "num_warps": 4, "num_stages": 6, "AHEAD": 2}
         # A tile for each of the two warpgroups; with several latents more, which leaves room for the kernel behind
         plan["MIN_UNITS"] = 2 if num_latents == 1 else 4
         plan["OVERLAP"] = num_latents > 1  # one latent alone waits for memory, and better holds no buffer for longer
     elif hopper:
-        plan |= {"kernel": "rows", "BM": 128, "BN": 128, "UNIT": 128, "num_warps": 4, "num_stages": 3, "OVERLAP": True}
+        plan |= {"kernel": "rows", "BM": 128, "BN": 128, "UNIT": 128, "num_warps": 4, "num_stages": 3, "AHEAD": 1, "OVERLAP": True}
     elif rows <= 32 and padded <= 128 and branches in (2, 4, 8):
         plan |= {"NL": branches, "BM": 16 if rows <= 16 else 32, "BN": 16, "num_stages": 4, "num_warps": branches}
         plan["programs_per_sm"] = 8 // branches

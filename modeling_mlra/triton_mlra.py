@@ -13,6 +13,7 @@ log2-sum-exp, which the second kernel reduces. It is launched early and waits on
 
 import math
 import os
+from dataclasses import dataclass
 
 import torch
 
@@ -198,10 +199,10 @@ if triton is not None:
             acc = _dot(w.to(c_tile.dtype), c_tile, acc * alpha[:, :, None], PRECISION)
         return acc, m, norm
 
-    @triton.jit(do_not_specialize=["B", "P"])
+    @triton.jit(do_not_specialize=["B", "P", "whole"])
     def decode_kernel(
         q, q_rope, latents, k_rope, out, part, part_lse, kv_end, kv_start, key_mask, table,
-        B, T, P, scale_log2,
+        B, T, P, whole, scale_log2,
         q_b, q_t, q_l, q_h, qr_b, qr_t, qr_g, qr_h, c_b, c_s, c_l, k_b, k_s, o_b, o_t, o_l, o_h, mask_b, table_b,
         L: tl.constexpr, GROUPS: tl.constexpr, H: tl.constexpr, R: tl.constexpr, E: tl.constexpr,
         RP: tl.constexpr, EP: tl.constexpr, NL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -209,7 +210,7 @@ if triton is not None:
         HAS_START: tl.constexpr, HAS_MASK: tl.constexpr, PAGE: tl.constexpr, CAUSAL: tl.constexpr,
         BIG: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        """One share of the rows, for BM query rows of NL latents of one group."""
+        """One share of the rows, for BM query rows of NL latents of one group. `whole`: whole sequences go to `out`."""
         LANES: tl.constexpr = L // NL
         PRECISION: tl.constexpr = "ieee" if latents.dtype.element_ty == tl.float32 else "tf32"
         M = T * H
@@ -272,7 +273,7 @@ if triton is not None:
             latent = l0 + tl.arange(0, NL)
             offs_d = tl.arange(0, RP)
             ok = ok_m[None, :, None] & (offs_d < R)[None, None, :]
-            if (pos == seq_first) & (stop_pos == seq_last):
+            if (pos == seq_first) & (stop_pos == seq_last) & (whole != 0):
                 o_rows = (t * o_t + h * o_h)[None, :] + (latent * o_l)[:, None]
                 o_base = out + b64 * o_b
                 tl.store(o_base + o_rows[:, :, None] + offs_d[None, None, :], z.to(out.dtype.element_ty), mask=ok)
@@ -362,34 +363,72 @@ def triton_missing(device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
+@dataclass
+class PartialResults:
+    """What the decode kernel leaves of shares that do not cover a whole sequence, for a second kernel to reduce.
+
+    Attributes:
+        part: float32 `[2 * programs, L, M, r]`, each normalised; a program has two slots, `_parts_of` finds a sequence's.
+        lse: float32 `[2 * programs, L, M]`, log2-sum-exp of the weights behind each.
+        programs: number of shares at most.
+        deal: constants of the division of work, for `_parts_of`.
+    """
+
+    part: torch.Tensor
+    lse: torch.Tensor
+    programs: int
+    deal: dict
+
+
 _fitting_plans: dict[tuple, int] = {}
 
 
-def triton_latent_attention(q_latent, q_rope, *arguments, **tuning) -> torch.Tensor:
-    """Run the kernels with the largest plan that fits; arguments as in `latent_attention`.
+def triton_latent_attention(q_latent, q_rope, latents, k_rope, kv_end, kv_start, *arguments, **tuning) -> torch.Tensor:
+    """Run both kernels; arguments as in `latent_attention`. `tuning` overrides entries of `decode_plan`."""
+    batch, length, num_latents, heads, width = q_latent.shape
+    out = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=q_latent.device)
+    kv_end = kv_end.to(torch.int32).contiguous()
+    kv_start = None if kv_start is None else kv_start.to(torch.int32).contiguous()
+    parts = partial_results(out, q_latent, q_rope, latents, k_rope, kv_end, kv_start, *arguments, **tuning)
+    if parts.programs > 1:
+        rows, (_, early, _) = length * heads, device_facts(out.device)
+        reduction = reduction_plan(batch, num_latents, rows, parts.programs, triton.next_power_of_2(width))
+        grid = (triton.cdiv(width, reduction["BD"]), num_latents * triton.cdiv(rows, reduction["ROWS"]), batch)
+        combine_kernel[grid](
+            out, parts.part, parts.lse, kv_end, kv_start, batch, length, parts.programs, *out.stride()[:4],
+            L=num_latents, H=heads, R=width, PDL=early, **reduction, **parts.deal, **launch_options(early),
+        )  # fmt: skip
+    return out
 
-    `tuning` overrides entries of `decode_plan`.
+
+def partial_results(out, q_latent, q_rope, *arguments, settled: bool = False, **tuning) -> PartialResults:
+    """Run the decode kernel with the largest plan that fits; arguments as in `latent_attention`, lengths in int32.
+
+    Args:
+        out: like `q_latent`, takes the results of sequences that one share covers; None leaves these as a part too.
+        settled: promise that the kernels in front, as far as they may still run, write no lengths and of the cached
+            rows only those of the query positions. They are then fetched before the kernel in front has ended.
     """
     key = (q_latent.device, q_latent.dtype, q_latent.shape[1:], q_rope.shape[2:])
     for index in range(_fitting_plans.get(key, 0), len(SMALLER_PLANS) - 1):
         try:
-            result = _launch(q_latent, q_rope, *arguments, **(SMALLER_PLANS[index] | tuning))
+            result = _launch(out, settled, q_latent, q_rope, *arguments, **(SMALLER_PLANS[index] | tuning))
         except OutOfResources:
             continue
         _fitting_plans[key] = index
         return result
-    return _launch(q_latent, q_rope, *arguments, **(SMALLER_PLANS[-1] | tuning))
+    return _launch(out, settled, q_latent, q_rope, *arguments, **(SMALLER_PLANS[-1] | tuning))
 
 
-def _launch(q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling, **tuning):
+def _launch(
+    out, settled, q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling, **tuning
+):  # fmt: skip
     batch, length, num_latents, heads, width = q_latent.shape
     groups, rope_width = q_rope.shape[2:5:2]
     device = q_latent.device
     q_latent, q_rope = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_latent, q_rope))
     latents, k_rope = (x if x.stride(-1) == 1 else x.contiguous() for x in (latents, k_rope))
-    kv_end = kv_end.to(torch.int32).contiguous()
-    kv_start = None if kv_start is None else kv_start.to(torch.int32).contiguous()
-    out = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=device)
+    whole, out = int(out is not None), q_latent if out is None else out
     rows = length * heads
     multiprocessors, early, hopper = device_facts(device)
     hopper = hopper and fits_hopper(latents, k_rope, block_table)
@@ -401,9 +440,9 @@ def _launch(q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block
     plan = decode_plan(rows, num_latents, groups, width, rope_width, latents.element_size(), hopper) | tuning
     lanes = (num_latents // plan["NL"]) * triton.cdiv(rows, plan["BM"])
     programs = max(1, multiprocessors * plan["programs_per_sm"] // lanes)
-    whole = batch // triton.cdiv(batch, programs)
-    if 16 * whole >= 15 * programs:
-        programs = whole  # sequences of one length then stay whole: nothing to reduce is worth idle multiprocessors
+    undivided = batch // triton.cdiv(batch, programs)
+    if 16 * undivided >= 15 * programs:
+        programs = undivided  # sequences of one length then stay whole: nothing to reduce is worth idle multiprocessors
     most_units = batch * (triton.cdiv(capacity, plan["UNIT"]) + 1)
     programs = min(programs, triton.cdiv(most_units, plan["MIN_UNITS"]))
     deal = {
@@ -425,7 +464,7 @@ def _launch(q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block
     if plan["kernel"] == "plain":
         decode_kernel[(programs * lanes,)](
             q_latent, q_rope, latents, k_rope, out, part, part_lse, kv_end, kv_start, key_mask, block_table,
-            batch, length, programs, scale_log2,
+            batch, length, programs, whole, scale_log2,
             *q_latent.stride()[:4], *q_rope.stride()[:4], *c_strides[:3], *k_strides[:2], *out.stride()[:4],
             mask_stride, 0 if block_table is None else block_table.stride(0),
             PAGE=page_size if block_table is not None else 0, RP=plan["RP"], EP=plan["EP"], NL=plan["NL"],
@@ -435,18 +474,11 @@ def _launch(q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block
         rows_kernel[(programs * lanes,)](
             _rows_descriptor(latents, plan["BN"], width), _rows_descriptor(k_rope, plan["BN"], rope_width),
             q_latent, q_rope, out, part, part_lse, kv_end, kv_start, key_mask,
-            batch, length, programs, capacity, scale_log2,
+            batch, length, programs, capacity, whole, scale_log2,
             *q_latent.stride()[:4], *q_rope.stride()[:4], *out.stride()[:4], mask_stride,
-            STAGES=plan["num_stages"], OVERLAP=plan["OVERLAP"], **constants,
+            STAGES=plan["num_stages"], AHEAD=plan["AHEAD"], OVERLAP=plan["OVERLAP"], SETTLED=settled, **constants,
         )  # fmt: skip
-    if programs > 1:
-        reduction = reduction_plan(batch, num_latents, rows, programs, plan["RP"])
-        grid = (triton.cdiv(width, reduction["BD"]), num_latents * triton.cdiv(rows, reduction["ROWS"]), batch)
-        combine_kernel[grid](
-            out, part, part_lse, kv_end, kv_start, batch, length, programs, *out.stride()[:4],
-            L=num_latents, H=heads, R=width, PDL=early, **reduction, **deal, **launch_options(early),
-        )  # fmt: skip
-    return out
+    return PartialResults(part, part_lse, programs, deal)
 
 
 def _rows_descriptor(tensor: torch.Tensor, block_rows: int, block_columns: int):

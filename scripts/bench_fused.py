@@ -18,7 +18,6 @@ import torch
 import triton
 
 from modeling_mlra import MLRAForCausalLM, fused_mlra, hopper_linear_mlra
-from modeling_mlra.kernels_mlra import latent_attention
 from scripts.bench_decode import read_ceiling
 from scripts.bench_generate import FilledCache, build, seconds
 from tests.fused_checks import compare
@@ -66,10 +65,10 @@ def variants() -> dict:
     """Name -> what to time the step under."""
     return {
         "shipped": contextlib.nullcontext(),
-        "rings": rings(32),
+        "no rings": rings(2**20),
         "rings for all but stacked weights": rings(0),
-        **{f"rings of {n} tiles": rings(32, STAGES=n) for n in (3, 5, 6)},
-        "rings of 8 tiles of 4 rows": rings(32, ROWS=4, STAGES=8),
+        **{f"rings of {n} tiles": rings(32, STAGES=n) for n in (6, 10)},
+        "ring tiles of 4 rows, 16": rings(32, ROWS=4, STAGES=16),
         "residual tiles of 8192, 8 warps": tiles(True, ROWS=8, num_warps=8),
         "norm tiles, 8 warps": tiles(False, num_warps=8),
     }
@@ -86,20 +85,6 @@ def kernels(step: fused_mlra.FusedStep) -> dict:
     attention, mlp = layer.self_attn, layer.mlp
     first = ("q_a_proj", "kv_a_proj", "k_rope_proj")
 
-    def latent(layer, rows):
-        config, cached = model.config, rows.squeeze(1)
-        heads = config.num_attention_heads // config.num_head_groups
-        latents = config.num_latent_heads
-        return latent_attention(
-            step.q_latent.view(1, 1, latents, heads, -1),
-            step.q_rope.view(1, 1, config.num_head_groups, heads, -1),
-            cached[..., : config.kv_lora_rank].unflatten(-1, (latents, -1)),
-            cached[..., config.kv_lora_rank :],
-            kv_end=step.counters[2:],
-            scaling=layer.self_attn.scaling,
-            implementation="triton",
-        )
-
     return {
         "1 latents of query and cache": (
             lambda layer, rows: step._linear(
@@ -113,10 +98,14 @@ def kernels(step: fused_mlra.FusedStep) -> dict:
             ),
             size(attention.q_b_proj),
         ),
-        "4 latent attention": (latent, 0),
-        "1-6 attention": (
+        "4 latent attention": (lambda layer, rows: step._latent_attention(layer.self_attn, rows), 0),
+        "1-5 attention": (
             lambda layer, rows: step._attention(layer, rows),
-            size(*(getattr(attention, n) for n in (*first, "q_b_proj", "kv_b_proj", "o_proj"))),
+            size(*(getattr(attention, n) for n in (*first, "q_b_proj", "kv_b_proj"))),
+        ),
+        "6-8 output projection and MLP": (
+            lambda layer, rows: (step.reports.zero_(), step._output_and_mlp(layer)),
+            size(attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj),
         ),
         "6 output projection": (
             lambda layer, rows: step._linear(

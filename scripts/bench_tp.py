@@ -231,6 +231,7 @@ def measure_decode(model: MLRAForCausalLM, context: int, replays: int, device: t
         def attention():
             for layer, cached in zip(layers, cache.layers, strict=True):
                 step.run._attention(layer, cached.rows)
+                step.run._add(layer.self_attn.o_proj, step.run.heads)
 
         result["attention_us_per_layer"] = median_time(attention, device, replays) / len(layers)
     return result
