@@ -21,9 +21,8 @@ R latent, D_N / E / V positionless key, RoPE and value widths.
 import torch
 from torch import nn
 
-from .hopper_linear_mlra import block as stream_block
 from .hopper_linear_mlra import linear as stream_linear
-from .hopper_linear_mlra import streams, streams_block
+from .hopper_linear_mlra import streams
 from .plans_mlra import device_facts, launch_options
 from .tensor_parallel_mlra import (
     gather_output,
@@ -34,7 +33,6 @@ from .tensor_parallel_mlra import (
     sum_output,
     tensor_parallel_mesh,
 )
-
 from .triton_mlra import partial_results
 
 try:
@@ -55,6 +53,16 @@ if triton is not None:
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
             tl.extra.cuda.gdc_wait()
+
+    @triton.jit
+    def _embed_kernel(token_ids, stride, weight, hidden, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+        """The embeddings of the tokens, one to a program; the kernel behind loads its weights meanwhile."""
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        token = tl.load(token_ids + tl.program_id(0) * stride).to(tl.int64)
+        row = tl.load(weight + token * WIDTH + columns, mask=columns < WIDTH, other=0.0)
+        tl.store(hidden + tl.program_id(0) * WIDTH + columns, row, mask=columns < WIDTH)
 
     @triton.jit
     def _block_of(block, w0, w1, w2, w3, n0, n1, n2, n3, ROWS: tl.constexpr):
@@ -107,6 +115,8 @@ if triton is not None:
         if SWIGLU:
             first_up = _tile(w1, rows, n, 0, K, WIDTH)
             second_up = _tile(w1, rows, n, WIDTH, K, WIDTH) if WIDTH < K else first_up
+        if NORM:
+            first_gamma = _columns(gamma, 0, K, WIDTH)
         _wait(PDL)
         for m in tl.static_range(M):
             target = m * out_stride + first + rows
@@ -126,7 +136,7 @@ if triton is not None:
                 row = _columns(x + m * x_stride, start, K, WIDTH)
                 if NORM:
                     squares += row * row
-                    row *= _columns(gamma, start, K, WIDTH)
+                    row *= first_gamma if start == 0 else _columns(gamma, start, K, WIDTH)
                 acc += weight.to(tl.float32) * row[None, :]
                 weight = following
                 if SWIGLU:
@@ -147,67 +157,85 @@ if triton is not None:
             tl.store(out + target, y.to(out.dtype.element_ty), mask=rows < n)
 
     @triton.jit
-    def _rotation(inv_freq, position, rope_scale, E: tl.constexpr, EP: tl.constexpr):
-        """Cosines and sines of RoPE at a position."""
-        half = tl.arange(0, EP)
-        angle = position.to(tl.float32) * tl.load(inv_freq + half, mask=half < E // 2, other=0.0)
-        return tl.cos(angle) * rope_scale, tl.sin(angle) * rope_scale
-
-    @triton.jit
-    def _rotate(source, target, cos, sin, E: tl.constexpr, EP: tl.constexpr):
-        """RoPE of one vector of E numbers."""
-        half = tl.arange(0, EP)
-        ok = half < E // 2
-        x1 = tl.load(source + half, mask=ok, other=0.0).to(tl.float32)
-        x2 = tl.load(source + E // 2 + half, mask=ok, other=0.0).to(tl.float32)
-        tl.store(target + half, (x1 * cos - x2 * sin).to(target.dtype.element_ty), mask=ok)
-        tl.store(target + E // 2 + half, (x2 * cos + x1 * sin).to(target.dtype.element_ty), mask=ok)
-
-    @triton.jit
     def _absorb_kernel(
         q, a, a_stride, kv_first, kv_b, latent_gamma, inv_freq, counters, q_latent, q_rope, cache, cache_b, cache_s,
-        reports, alpha_kv, eps, rope_scale,
+        alpha_kv, eps, rope_scale,
         M: tl.constexpr, L: tl.constexpr, C: tl.constexpr, H: tl.constexpr, R: tl.constexpr, DN: tl.constexpr,
         E: tl.constexpr, V: tl.constexpr, DNP: tl.constexpr, RP: tl.constexpr, RB: tl.constexpr, EP: tl.constexpr,
         PDL: tl.constexpr,
     ):  # fmt: skip
-        """q_latent[m, l, h] = W_uk[l, h]^T q_nope[m]; on the side RoPE of the queries and this token's cache row.
+        """q_latent[m, l, h] = W_uk[l, h]^T q_nope[m], RB columns to a program; the last program of each latent and
+        head rotates instead: queries, and for the first head this token's cache row, which it normalises.
 
         `counters` holds [row, position of each sequence, ...], and is read before the wait: no kernel of the step
-        writes it but the last. `a` holds the outputs of kernel 1. `reports` is cleared for the kernel after next.
+        writes it but the last. `a` holds the outputs of kernel 1.
         """
         latent, head = tl.program_id(0) // H, tl.program_id(0) % H
         query_head = (latent // C) * H + head
-        depth, columns = tl.arange(0, DNP), tl.program_id(1) * RB + tl.arange(0, RB)
-        base = kv_b + (latent * H + head).to(tl.int64) * (DN + V) * R
-        mask = (depth < DN)[:, None] & (columns < R)[None, :]
-        weight = tl.load(base + depth[:, None] * R + columns[None, :], mask=mask, other=0.0)
-        index = tl.arange(0, RP)
-        gamma = tl.load(latent_gamma + latent * R + index, mask=index < R, other=0.0).to(tl.float32)
-        new_row = tl.load(counters).to(tl.int64)
-        for m in tl.static_range(M):
-            cos, sin = _rotation(inv_freq, tl.load(counters + 1 + m), rope_scale, E, EP)
-            if m == 0:
-                _wait(PDL)
-                if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-                    tl.store(reports + tl.arange(0, 2), 0)
-            query = q + (m * (L // C) * H + query_head) * (DN + E)
-            nope = tl.load(query + depth, mask=depth < DN, other=0.0).to(tl.float32)
-            z = tl.sum(weight.to(tl.float32) * nope[:, None], axis=0)
-            tl.store(q_latent + ((m * L + latent) * H + head) * R + columns, z.to(weight.dtype), mask=columns < R)
-            if tl.program_id(1) == 0:
-                if latent % C == 0:
-                    target = q_rope + (m * (L // C) * H + query_head) * E
-                    _rotate(query + DN, target, cos, sin, E, EP)
-                if head == 0:
-                    row = cache + m * cache_b + new_row * cache_s
-                    c = tl.load(a + m * a_stride + kv_first + latent * R + index, mask=index < R, other=0.0)
-                    c = c.to(tl.float32)
-                    c = c * gamma * (alpha_kv * tl.rsqrt(tl.sum(c * c) / R + eps))
-                    tl.store(row + latent * R + index, c.to(weight.dtype), mask=index < R)
-                    if latent == 0:
-                        source = a + m * a_stride + kv_first + L * R
-                        _rotate(source, row + L * R, cos, sin, E, EP)
+        if tl.program_id(1) < tl.num_programs(1) - 1:
+            depth, columns = tl.arange(0, DNP), tl.program_id(1) * RB + tl.arange(0, RB)
+            base = kv_b + (latent * H + head).to(tl.int64) * (DN + V) * R
+            mask = (depth < DN)[:, None] & (columns < R)[None, :]
+            weight = tl.load(base + depth[:, None] * R + columns[None, :], mask=mask, other=0.0)
+            _wait(PDL)
+            for m in tl.static_range(M):
+                nope = tl.load(q + (m * (L // C) * H + query_head) * (DN + E) + depth, mask=depth < DN, other=0.0)
+                z = tl.sum(weight.to(tl.float32) * nope.to(tl.float32)[:, None], axis=0)
+                tl.store(q_latent + ((m * L + latent) * H + head) * R + columns, z.to(weight.dtype), mask=columns < R)
+        else:
+            index, half = tl.arange(0, RP), tl.arange(0, EP)
+            gamma = tl.load(latent_gamma + latent * R + index, mask=index < R, other=0.0).to(tl.float32)
+            frequency = tl.load(inv_freq + half, mask=half < E // 2, other=0.0)
+            new_row = tl.load(counters).to(tl.int64)
+            of_query = half < tl.where(latent % C == 0, E // 2, 0)
+            of_latent = index < tl.where(head == 0, R, 0)
+            of_key = half < tl.where(tl.program_id(0) == 0, E // 2, 0)
+            for m in tl.static_range(M):
+                angle = tl.load(counters + 1 + m).to(tl.float32) * frequency
+                cos, sin = tl.cos(angle) * rope_scale, tl.sin(angle) * rope_scale
+                if m == 0:
+                    _wait(PDL)
+                # All loads first: none then waits for another
+                query = q + (m * (L // C) * H + query_head) * (DN + E) + DN + half
+                q1, q2 = _halves(query, of_query, E)
+                source = a + m * a_stride + kv_first
+                c = tl.load(source + latent * R + index, mask=of_latent, other=0.0).to(tl.float32)
+                k1, k2 = _halves(source + L * R + half, of_key, E)
+                row = cache + m * cache_b + new_row * cache_s
+                _rotate(q_rope + (m * (L // C) * H + query_head) * E + half, q1, q2, cos, sin, of_query, E)
+                c = c * gamma * (alpha_kv * tl.rsqrt(tl.sum(c * c) / R + eps))
+                tl.store(row + latent * R + index, c.to(cache.dtype.element_ty), mask=of_latent)
+                _rotate(row + L * R + half, k1, k2, cos, sin, of_key, E)
+
+    @triton.jit
+    def _halves(source, mask, E: tl.constexpr):
+        """The two halves of a vector that RoPE mixes."""
+        x1 = tl.load(source, mask=mask, other=0.0)
+        return x1.to(tl.float32), tl.load(source + E // 2, mask=mask, other=0.0).to(tl.float32)
+
+    @triton.jit
+    def _rotate(target, x1, x2, cos, sin, mask, E: tl.constexpr):
+        tl.store(target, (x1 * cos - x2 * sin).to(target.dtype.element_ty), mask=mask)
+        tl.store(target + E // 2, (x2 * cos + x1 * sin).to(target.dtype.element_ty), mask=mask)
+
+    @triton.jit
+    def _parts_tile(
+        part, part_lse, first, p_first, first_slot, p, p_last, SLOT: tl.constexpr,
+        C: tl.constexpr, R: tl.constexpr, CP: tl.constexpr, RP: tl.constexpr, SPLITS: tl.constexpr,
+    ):  # fmt: skip
+        """Partial results of the programs from p on, of one head of each branch: log2-sum-exps [CP, SPLITS] and
+        latents [CP, SPLITS, RP]."""
+        ps, rank = p + tl.arange(0, SPLITS), tl.arange(0, RP)
+        slots = tl.where(ps == p_first, first_slot, 2 * ps).to(tl.int64)
+        rows = first[:, None] + slots[None, :] * SLOT
+        ok = (tl.arange(0, CP) < C)[:, None] & (ps <= p_last)[None, :]
+        lse = tl.load(part_lse + rows, mask=ok, other=float("-inf"))
+        latents = tl.load(
+            part + (rows * R)[:, :, None] + rank[None, None, :],
+            mask=ok[:, :, None] & (rank < R)[None, None, :],
+            other=0.0,
+        )
+        return lse, latents
 
     @triton.jit(do_not_specialize=["P"])
     def _value_kernel(
@@ -230,7 +258,7 @@ if triton is not None:
         rows = latent_head[None, :] * (DN + V) + DN + values[:, None]
         mask = (values < V)[:, None] & ((columns // RP < C) & (columns % RP < R))[None, :]
         weight = tl.load(kv_b + rows.to(tl.int64) * R + (columns % RP)[None, :], mask=mask, other=0.0)
-        branch, rank = tl.arange(0, CP), tl.arange(0, RP)
+        first = (first_latent + tl.arange(0, CP)) * H + query_head % H
         for m in tl.static_range(M):
             first_slot, p_first, p_last = _parts_of(
                 m, kv_end, kv_start, M, P, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG
@@ -240,16 +268,12 @@ if triton is not None:
             z = tl.zeros([CP, RP], tl.float32)
             top = tl.full([CP], float("-inf"), tl.float32)
             norm = tl.zeros([CP], tl.float32)
+            lse, latents = _parts_tile(
+                part, part_lse, first, p_first, first_slot, p_first, p_last, L * H, C, R, CP, RP, SPLITS
+            )
             for p in tl.range(p_first, p_last + 1, SPLITS):
-                ps = p + tl.arange(0, SPLITS)
-                slots = tl.where(ps == p_first, first_slot, 2 * ps)
-                parts = (slots.to(tl.int64)[None, :] * L + (first_latent + branch)[:, None]) * H + query_head % H
-                ok = (branch < C)[:, None] & (ps <= p_last)[None, :]
-                lse = tl.load(part_lse + parts, mask=ok, other=float("-inf"))
-                latents = tl.load(
-                    part + (parts * R)[:, :, None] + rank[None, None, :],
-                    mask=ok[:, :, None] & (rank < R)[None, None, :],
-                    other=0.0,
+                next_lse, next_latents = _parts_tile(
+                    part, part_lse, first, p_first, first_slot, p + SPLITS, p_last, L * H, C, R, CP, RP, SPLITS
                 )
                 new_top = tl.maximum(top, tl.max(lse, 1))
                 ref = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -258,6 +282,7 @@ if triton is not None:
                 z = z * before[:, None] + tl.sum(latents * w[:, :, None], 1)
                 norm = norm * before + tl.sum(w, 1)
                 top = new_top
+                lse, latents = next_lse, next_latents
             z = tl.reshape(z * tl.where(norm > 0, alpha / norm, 0.0)[:, None], [CP * RP])
             total = tl.sum(weight.to(tl.float32) * z[None, :], axis=1)
             column = query_head * V + values
@@ -281,7 +306,7 @@ def linear_plan(inner: int, swiglu: bool, residual: bool) -> dict[str, int]:
 
 def value_plan(programs: int, width: int) -> dict[str, int]:
     """How many partial results of `width` numbers are reduced at once, chosen as above."""
-    return {"SPLITS": max(2, min(triton.next_power_of_2(programs), 8192 // width)), "num_warps": 4}
+    return {"SPLITS": max(2, min(triton.next_power_of_2(programs), 4096 // width)), "num_warps": 4}
 
 
 def obstacle(model: nn.Module, num_sequences: int) -> str | None:
@@ -345,7 +370,6 @@ class FusedStep:
         self.heads = buffer(heads * config.v_head_dim)
         self.mlp = buffer(local_tensor(model.model.layers[0].mlp.up_proj.weight).shape[0])
         self.logits = buffer(local_tensor(model.lm_head.weight).shape[0])
-        self.reports = torch.zeros(2, dtype=torch.int32, device=counters.device)
         self.multiprocessors, self.early, self.hopper = device_facts(counters.device)
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -354,7 +378,10 @@ class FusedStep:
         self._embed(local_tensor(base.embed_tokens.weight), token_ids)
         for layer, cache_layer in zip(base.layers, self.cache.layers, strict=True):
             self._attention(layer, cache_layer.rows)
-            self._output_and_mlp(layer)
+            self._add(layer.self_attn.o_proj, self.heads)
+            mlp, norm = layer.mlp, layer.post_attention_layernorm
+            self._linear(self.hidden, [mlp.gate_proj, mlp.up_proj], self.mlp, norm=norm, swiglu=True)
+            self._add(mlp.down_proj, self.mlp)
         self._linear(self.hidden, [self.model.lm_head], self.logits, norm=base.norm)
         self.counters.add_(1)
         return self.logits if self.mesh is None else gather_output(self.logits, self.mesh.get_group())
@@ -362,7 +389,11 @@ class FusedStep:
     def _embed(self, weight: torch.Tensor, token_ids: torch.Tensor) -> None:
         """The embedding of each token, from the rank that keeps its row."""
         if self.mesh is None:
-            torch.index_select(weight, 0, token_ids, out=self.hidden)
+            width, block = weight.shape[1], 256
+            _embed_kernel[(self.num_sequences, triton.cdiv(width, block))](
+                token_ids, token_ids.stride(0), weight, self.hidden,
+                WIDTH=width, BLOCK=block, PDL=self.early, num_warps=1,
+            )  # fmt: skip
             return
         rows = token_ids - self.mesh.get_local_rank() * weight.shape[0]
         kept = (rows >= 0) & (rows < weight.shape[0])
@@ -375,25 +406,10 @@ class FusedStep:
         if self.mesh is not None:
             sum_output(self.hidden, self.mesh.get_group())
 
-    def _output_and_mlp(self, layer) -> None:
-        """Kernels 6 to 8, or one for all of them."""
-        attention, mlp, norm = layer.self_attn, layer.mlp, layer.post_attention_layernorm
-        layers = attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        if self.hopper and self.mesh is None:
-            weights = [linear.weight for linear in layers]
-            if streams_block(weights, self.num_sequences):
-                stream_block(
-                    self.heads, weights, norm, self.hidden, self.mlp, self.reports, self.multiprocessors, self.early
-                )
-                return
-        self._add(attention.o_proj, self.heads)
-        self._linear(self.hidden, [mlp.gate_proj, mlp.up_proj], self.mlp, norm=norm, swiglu=True)
-        self._add(mlp.down_proj, self.mlp)
-
     def _linear(self, x, layers, out, norm=None, scale=1.0, swiglu=False, residual=None):
         weights = [local_tensor(layer.weight) for layer in layers]
         one_map = len(weights) == 1 or swiglu
-        if self.hopper and one_map and streams(weights, self.num_sequences, norm is not None):
+        if self.hopper and one_map and streams(weights, self.num_sequences):
             stream_linear(
                 x, weights, out, norm, scale, residual, self.residual_share, self.multiprocessors, self.early
             )
@@ -429,10 +445,10 @@ class FusedStep:
         padded_rank, padded_nope = triton.next_power_of_2(rank), triton.next_power_of_2(nope)
         columns = min(padded_rank, max(16, 8192 // padded_nope))
         rotary = self.model.model.rotary_emb
-        _absorb_kernel[(latents * heads, triton.cdiv(rank, columns))](
+        _absorb_kernel[(latents * heads, triton.cdiv(rank, columns) + 1)](
             self.q, self.a, self.a.stride(0), config.q_lora_rank, kv_b, latent_gamma, rotary.inv_freq,
             self.counters, self.q_latent, self.q_rope,
-            rows, rows.stride(0), rows.stride(2), self.reports, attention.alpha_kv, attention.kv_a_layernorm.variance_epsilon,
+            rows, rows.stride(0), rows.stride(2), attention.alpha_kv, attention.kv_a_layernorm.variance_epsilon,
             rotary.attention_scaling, M=batch, L=latents, C=branches, H=heads, R=rank, DN=nope, E=rope, V=value,
             DNP=padded_nope, RP=padded_rank, RB=columns, EP=triton.next_power_of_2(rope // 2), PDL=self.early,
             num_warps=4, **launch_options(self.early),
@@ -441,8 +457,8 @@ class FusedStep:
         padded_branches = triton.next_power_of_2(branches)
         block = min(triton.next_power_of_2(value), max(4, 16384 // (padded_branches * padded_rank)))
         _value_kernel[(groups * heads, triton.cdiv(value, block))](
-            parts.part, parts.lse, *self._lengths(), kv_b, self.a[:, sum(self.widths_a[:3]) :], self.a.stride(0), self.heads,
-            attention.alpha_attn, parts.programs, M=batch, L=latents, C=branches, H=heads, R=rank, DN=nope, V=value,
+            parts.part, parts.lse, *self._lengths(), kv_b,
+            self.a[:, sum(self.widths_a[:3]) :], self.a.stride(0), self.heads, attention.alpha_attn, parts.programs, M=batch, L=latents, C=branches, H=heads, R=rank, DN=nope, V=value,
             CP=padded_branches, RP=padded_rank, VB=block, GATE=config.attn_output_gate, PDL=self.early,
             **value_plan(parts.programs, padded_branches * padded_rank), **parts.deal, **launch_options(self.early),
         )  # fmt: skip
@@ -452,7 +468,7 @@ class FusedStep:
 
     def _latent_attention(self, attention, rows):
         """Kernel 4. All that the kernels in front of it in this step write are this token's rows, and no step begins
-        before the one before has ended (the embedding's kernel is an ordinary one): older rows are settled."""
+        before the one before has ended (the embedding's kernel is launched in the ordinary way): older rows are settled."""
         config, batch = attention.config, self.num_sequences
         latents, heads, groups = self.local_sizes
         split, cached = latents * config.latent_head_dim, rows.squeeze(1)
@@ -462,5 +478,5 @@ class FusedStep:
             self.q_rope.view(batch, 1, groups, heads, -1),
             cached[..., :split].unflatten(-1, (latents, -1)),
             cached[..., split:],
-            *self._lengths(), self.key_mask, None, 0, attention.scaling, settled=True,
+            *self._lengths(), self.key_mask, None, 0, attention.scaling, True,
         )  # fmt: skip

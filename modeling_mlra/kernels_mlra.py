@@ -75,8 +75,11 @@ def reference_latent_attention(
     return z.transpose(1, 2).to(q_latent.dtype)
 
 
-def _flash_attention_3(q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling):
-    """FlashAttention-3's decode entry: one call on the rows [c | k_rope] themselves, or one `qv` call per latent."""
+def _flash_attention_3(
+    q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling, settled=False
+):
+    """FlashAttention-3's decode entry: one call on the rows [c | k_rope] themselves, or one `qv` call per latent.
+    `settled` makes no difference: its kernels start when the one in front has ended."""
     decode_calls["flash_attention_3"] += 1
     _, length, num_latents, _, width = q_latent.shape
     attend = flash_attn_interface.flash_attn_with_kvcache
@@ -123,7 +126,7 @@ def _register(name, function):
     if not hasattr(torch.ops.mlra, name):
         _library.define(
             f"{name}(Tensor q_latent, Tensor q_rope, Tensor latents, Tensor k_rope, Tensor kv_end, Tensor? kv_start, "
-            "Tensor? key_mask, Tensor? block_table, int page_size, float scaling) -> Tensor"
+            "Tensor? key_mask, Tensor? block_table, int page_size, float scaling, bool settled=False) -> Tensor"
         )
         _library.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"mlra::{name}", _empty_result, lib=_library)
@@ -224,6 +227,7 @@ def latent_attention(
     implementation: str = "auto",
     block_table: torch.Tensor | None = None,
     page_size: int = 0,
+    settled: bool = False,
 ) -> torch.Tensor:
     """Absorbed attention of T query positions over the cached rows of each sequence.
 
@@ -243,6 +247,8 @@ def latent_attention(
         implementation: "auto", "triton", "flash_attention_3", "torch", "org/repo" or a local kernel folder.
         block_table: int32 `[B, max_blocks]`: row j lies at row block_table[b, j // page_size] * page_size
             + j % page_size of the pool.
+        settled: promise that kernels in front that may still run write no lengths, and no cached rows but those of
+            the T query positions. "triton" then fetches older rows before the kernel in front has ended (Hopper).
 
     Returns:
         `[B, T, L, H, R]` in q_latent's dtype.
@@ -254,7 +260,7 @@ def latent_attention(
     name = choose_implementation(implementation, q_latent, q_rope, latents, k_rope, kv_start, key_mask)
     arguments = (q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling)
     if name in _operators:
-        return _operators[name](*arguments)
+        return _operators[name](*arguments, settled)
     if not torch.compiler.is_compiling():
         decode_calls[name] += 1
     if name == "torch":

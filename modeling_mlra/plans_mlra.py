@@ -56,10 +56,11 @@ def decode_plan(rows: int, num_latents: int, groups: int, width: int, rope_width
     if hopper and rows <= 64:
         plan |= {"kernel": "rows", "BM": 64, "BN": 64, "UNIT": 64, "num_warps": 4, "num_stages": 6, "AHEAD": 2}
         # A tile for each of the two warpgroups; with several latents more, which leaves room for the kernel behind
-        plan["MIN_UNITS"] = 2 if num_latents == 1 else 4
+        plan["MIN_UNITS"] = 2 if num_latents == 1 else 3
         plan["OVERLAP"] = num_latents > 1  # one latent alone waits for memory, and better holds no buffer for longer
     elif hopper:
-        plan |= {"kernel": "rows", "BM": 128, "BN": 128, "UNIT": 128, "num_warps": 4, "num_stages": 3, "AHEAD": 1, "OVERLAP": True}
+        plan |= {"kernel": "rows", "BM": 128, "BN": 128, "UNIT": 128, "num_warps": 4, "num_stages": 3}
+        plan |= {"AHEAD": 2, "OVERLAP": True}
     elif rows <= 32 and padded <= 128 and branches in (2, 4, 8):
         plan |= {"NL": branches, "BM": 16 if rows <= 16 else 32, "BN": 16, "num_stages": 4, "num_warps": branches}
         plan["programs_per_sm"] = 8 // branches
@@ -75,8 +76,8 @@ def reduction_plan(batch: int, num_latents: int, rows: int, programs: int, padde
     splits = min(256, max(8, triton.next_power_of_2(triton.cdiv(programs, batch) + 1)))
     if splits == 8 and batch * num_latents * rows > 8192:
         return {"SPLITS": 1, "BD": padded_width, "ROWS": min(16, triton.next_power_of_2(rows)), "num_warps": 4}
-    columns = max(16, min(padded_width, 4096 // splits))
-    return {"SPLITS": splits, "BD": columns, "ROWS": 1, "num_warps": 1 if splits == 8 else 4}
+    columns = min(padded_width, 4096 // splits if splits < 64 else 32)
+    return {"SPLITS": splits, "BD": columns, "ROWS": 1, "num_warps": {8: 1, 256: 8}.get(splits, 4)}
 
 
 # What to change in a plan, one after the other, if its tiles do not fit a GPU's shared memory (float32, wide latents).

@@ -401,27 +401,26 @@ def triton_latent_attention(q_latent, q_rope, latents, k_rope, kv_end, kv_start,
     return out
 
 
-def partial_results(out, q_latent, q_rope, *arguments, settled: bool = False, **tuning) -> PartialResults:
+def partial_results(out, q_latent, q_rope, *arguments, **tuning) -> PartialResults:
     """Run the decode kernel with the largest plan that fits; arguments as in `latent_attention`, lengths in int32.
 
     Args:
         out: like `q_latent`, takes the results of sequences that one share covers; None leaves these as a part too.
-        settled: promise that the kernels in front, as far as they may still run, write no lengths and of the cached
-            rows only those of the query positions. They are then fetched before the kernel in front has ended.
     """
     key = (q_latent.device, q_latent.dtype, q_latent.shape[1:], q_rope.shape[2:])
     for index in range(_fitting_plans.get(key, 0), len(SMALLER_PLANS) - 1):
         try:
-            result = _launch(out, settled, q_latent, q_rope, *arguments, **(SMALLER_PLANS[index] | tuning))
+            result = _launch(out, q_latent, q_rope, *arguments, **(SMALLER_PLANS[index] | tuning))
         except OutOfResources:
             continue
         _fitting_plans[key] = index
         return result
-    return _launch(out, settled, q_latent, q_rope, *arguments, **(SMALLER_PLANS[-1] | tuning))
+    return _launch(out, q_latent, q_rope, *arguments, **(SMALLER_PLANS[-1] | tuning))
 
 
 def _launch(
-    out, settled, q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling, **tuning
+    out, q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling,
+    settled=False, **tuning,
 ):  # fmt: skip
     batch, length, num_latents, heads, width = q_latent.shape
     groups, rope_width = q_rope.shape[2:5:2]
@@ -442,7 +441,9 @@ def _launch(
     programs = max(1, multiprocessors * plan["programs_per_sm"] // lanes)
     undivided = batch // triton.cdiv(batch, programs)
     if 16 * undivided >= 15 * programs:
-        programs = undivided  # sequences of one length then stay whole: nothing to reduce is worth idle multiprocessors
+        programs = (
+            undivided  # sequences of one length then stay whole: nothing to reduce is worth idle multiprocessors
+        )
     most_units = batch * (triton.cdiv(capacity, plan["UNIT"]) + 1)
     programs = min(programs, triton.cdiv(most_units, plan["MIN_UNITS"]))
     deal = {

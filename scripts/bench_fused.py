@@ -67,8 +67,8 @@ def variants() -> dict:
         "shipped": contextlib.nullcontext(),
         "no rings": rings(2**20),
         "rings for all but stacked weights": rings(0),
-        **{f"rings of {n} tiles": rings(32, STAGES=n) for n in (6, 10)},
-        "ring tiles of 4 rows, 16": rings(32, ROWS=4, STAGES=16),
+        **{f"rings of {n} tiles": rings(32, STAGES=n) for n in (3, 5, 6)},
+        "rings of 8 tiles of 4 rows": rings(32, ROWS=4, STAGES=8),
         "residual tiles of 8192, 8 warps": tiles(True, ROWS=8, num_warps=8),
         "norm tiles, 8 warps": tiles(False, num_warps=8),
     }
@@ -102,10 +102,6 @@ def kernels(step: fused_mlra.FusedStep) -> dict:
         "1-5 attention": (
             lambda layer, rows: step._attention(layer, rows),
             size(*(getattr(attention, n) for n in (*first, "q_b_proj", "kv_b_proj"))),
-        ),
-        "6-8 output projection and MLP": (
-            lambda layer, rows: (step.reports.zero_(), step._output_and_mlp(layer)),
-            size(attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj),
         ),
         "6 output projection": (
             lambda layer, rows: step._linear(

@@ -44,14 +44,14 @@ def test_what_streams_through_rings(monkeypatch):
     """Large weights whose rows bulk copies can take; the vectors must fit beside the rings."""
     monkeypatch.setattr(hopper_linear_mlra, "RING_BYTES", 2**20)
     weight = torch.zeros(1024, 1024, dtype=torch.bfloat16)
-    assert hopper_linear_mlra.streams([weight], 4, norm=True)
-    assert hopper_linear_mlra.streams([weight[:256], weight[256:512]], 1, norm=False)
-    assert not hopper_linear_mlra.streams([weight[:256]], 1, norm=False)  # too small
-    assert not hopper_linear_mlra.streams([weight[:, :1000]], 1, norm=False)  # rows apart
-    assert not hopper_linear_mlra.streams([torch.zeros(1024, 1001, dtype=torch.bfloat16)], 1, norm=False)  # unaligned
+    assert hopper_linear_mlra.streams([weight], 4)
+    assert hopper_linear_mlra.streams([weight[:256], weight[256:512]], 1)
+    assert not hopper_linear_mlra.streams([weight[:256]], 1)  # too small
+    assert not hopper_linear_mlra.streams([weight[:, :1000]], 1)  # rows apart
+    assert not hopper_linear_mlra.streams([torch.zeros(1024, 1001, dtype=torch.bfloat16)], 1)  # unaligned
     wide = torch.zeros(64, 28672, dtype=torch.bfloat16)
-    assert hopper_linear_mlra.streams([wide], 1, norm=False)
-    assert not hopper_linear_mlra.streams([wide], 2, norm=False)
+    assert hopper_linear_mlra.streams([wide], 1)
+    assert not hopper_linear_mlra.streams([wide], 2)
 
 
 @pytest.mark.gpu
@@ -80,9 +80,8 @@ def test_gpu_linear_through_rings(inner, rows, vectors, dtype, monkeypatch):
     monkeypatch.setattr(hopper_linear_mlra, "RING_BYTES", 0)
     limit = FUSED_FLOAT32_RATIO if dtype == torch.float32 else KERNEL_BF16_RATIO
     for name, (used, used_norm, scale, residual, expected) in cases.items():
-        if not hopper_linear_mlra.streams(used, vectors, used_norm is not None):
-            held = 4 if used_norm is not None or dtype == torch.float32 else 2
-            assert held * inner * vectors > 90_000  # vectors that do not fit beside the rings
+        if not hopper_linear_mlra.streams(used, vectors):
+            assert x.nbytes > 90_000  # the vectors do not fit beside the rings
             continue
         out = torch.full((vectors, rows), torch.nan, dtype=dtype, device="cuda")
         arguments = (used_norm, scale, residual, 0.5, multiprocessors, early)
@@ -92,49 +91,8 @@ def test_gpu_linear_through_rings(inner, rows, vectors, dtype, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("vectors", [1, 2])
-@pytest.mark.parametrize(("inner", "hidden_size", "mlp_size"), [(96, 64, 200), (2048, 1024, 2744), (3072, 3072, 9880)])
-def test_gpu_projection_and_mlp_in_one_kernel(inner, hidden_size, mlp_size, vectors, dtype, monkeypatch):
-    """Against float64; and the same bits every time, whatever the order in which programs reach each other."""
-    multiprocessors, early, _ = plans_mlra.device_facts(torch.device("cuda", 0))
-    generator = torch.Generator("cuda").manual_seed(0)
-
-    def normal(*shape):
-        return torch.randn(shape, dtype=dtype, device="cuda", generator=generator)
-
+def test_gpu_fused_step_through_rings(monkeypatch):
     monkeypatch.setattr(hopper_linear_mlra, "RING_BYTES", 0)
-    norm = MLRARMSNorm(hidden_size, 1e-6).to("cuda", dtype)
-    norm.weight.data.copy_(normal(hidden_size))
-    shapes = (hidden_size, inner), (mlp_size, hidden_size), (mlp_size, hidden_size), (hidden_size, mlp_size)
-    weights = [normal(*shape) / shape[1] ** 0.5 for shape in shapes]
-    heads, before = normal(vectors, inner), normal(vectors, hidden_size)
-    o, gate, up, down = (weight.double() for weight in weights)
-    hidden = before.double() + heads.double() @ o.T
-    normed = hidden * (hidden.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * norm.weight.double()
-    middle = nn.functional.silu(normed @ gate.T) * (normed @ up.T)
-    expected = hidden + middle @ down.T
-    if not hopper_linear_mlra.streams_block(weights, vectors):
-        assert dtype == torch.float32 and vectors * mlp_size > 15_000  # vectors that do not fit beside the rings
-        return
-    reports, first = torch.empty(2, dtype=torch.int32, device="cuda"), None
-    limit = FUSED_FLOAT32_RATIO if dtype == torch.float32 else KERNEL_BF16_RATIO
-    for _ in range(100):
-        result, mlp = before.clone(), torch.full((vectors, mlp_size), torch.nan, dtype=dtype, device="cuda")
-        reports.zero_()
-        hopper_linear_mlra.block(heads, weights, norm, result, mlp, reports, multiprocessors, early)
-        first = result if first is None else first
-        assert torch.equal(result, first)
-    assert rms_ratio(middle, mlp.double()) < 2 * limit
-    assert rms_ratio(expected, first.double()) < limit
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("kernel", ["one", "three"])
-def test_gpu_fused_step_through_rings(kernel, monkeypatch):
-    monkeypatch.setattr(hopper_linear_mlra, "RING_BYTES", 0)
-    if kernel == "three":
-        monkeypatch.setattr(fused_mlra, "streams_block", lambda *_: False)
     assert compare("mlra_4", DEVICE)["logits"] < FUSED_FLOAT32_RATIO
 
 
