@@ -306,7 +306,8 @@ def linear_plan(inner: int, swiglu: bool, residual: bool) -> dict[str, int]:
 
 def value_plan(programs: int, width: int) -> dict[str, int]:
     """How many partial results of `width` numbers are reduced at once, chosen as above."""
-    return {"SPLITS": max(2, min(triton.next_power_of_2(programs), 4096 // width)), "num_warps": 4}
+    splits, warps = (2048, 4) if programs <= 16 else (8192, 8)
+    return {"SPLITS": max(2, splits // width), "num_warps": warps}
 
 
 def obstacle(model: nn.Module, num_sequences: int) -> str | None:
@@ -409,7 +410,7 @@ class FusedStep:
     def _linear(self, x, layers, out, norm=None, scale=1.0, swiglu=False, residual=None):
         weights = [local_tensor(layer.weight) for layer in layers]
         one_map = len(weights) == 1 or swiglu
-        if self.hopper and one_map and streams(weights, self.num_sequences):
+        if self.hopper and one_map and streams(weights, self.num_sequences, norm is not None):
             stream_linear(
                 x, weights, out, norm, scale, residual, self.residual_share, self.multiprocessors, self.early
             )
@@ -458,7 +459,8 @@ class FusedStep:
         block = min(triton.next_power_of_2(value), max(4, 16384 // (padded_branches * padded_rank)))
         _value_kernel[(groups * heads, triton.cdiv(value, block))](
             parts.part, parts.lse, *self._lengths(), kv_b,
-            self.a[:, sum(self.widths_a[:3]) :], self.a.stride(0), self.heads, attention.alpha_attn, parts.programs, M=batch, L=latents, C=branches, H=heads, R=rank, DN=nope, V=value,
+            self.a[:, sum(self.widths_a[:3]) :], self.a.stride(0), self.heads, attention.alpha_attn, parts.programs,
+            M=batch, L=latents, C=branches, H=heads, R=rank, DN=nope, V=value,
             CP=padded_branches, RP=padded_rank, VB=block, GATE=config.attn_output_gate, PDL=self.early,
             **value_plan(parts.programs, padded_branches * padded_rank), **parts.deal, **launch_options(self.early),
         )  # fmt: skip
@@ -467,8 +469,9 @@ class FusedStep:
         return self.counters[1 + self.num_sequences :], self.kv_start
 
     def _latent_attention(self, attention, rows):
-        """Kernel 4. All that the kernels in front of it in this step write are this token's rows, and no step begins
-        before the one before has ended (the embedding's kernel is launched in the ordinary way): older rows are settled."""
+        """Kernel 4. Older rows and lengths are settled: of what it reads, the kernels in front of it in this step write
+        this token's rows only, and no step begins before the one before has ended (`_embed_kernel` is launched in the
+        ordinary way)."""
         config, batch = attention.config, self.num_sequences
         latents, heads, groups = self.local_sizes
         split, cached = latents * config.latent_head_dim, rows.squeeze(1)

@@ -105,8 +105,9 @@ if gluon is not None:
     @gluon.jit
     def _copy_tiles(
         c_desc, k_desc, c_buf, k_buf, full, empty, q_full, kv_end, kv_start, B, T, P, S, p, latent,
-        R: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, UNIT: gl.constexpr, MIN_UNITS: gl.constexpr,
-        BLOCK_B: gl.constexpr, HAS_START: gl.constexpr, BIG: gl.constexpr, EARLY: gl.constexpr,
+        R: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, UNIT: gl.constexpr,
+        MIN_UNITS: gl.constexpr, BLOCK_B: gl.constexpr, HAS_START: gl.constexpr, BIG: gl.constexpr,
+        EARLY: gl.constexpr,
     ):  # fmt: skip
         """The copying warp: every tile of the share in turn, as soon as its buffer is free; EARLY: only those with
         rows of the T query positions after the kernel in front.

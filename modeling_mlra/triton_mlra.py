@@ -210,7 +210,7 @@ if triton is not None:
         HAS_START: tl.constexpr, HAS_MASK: tl.constexpr, PAGE: tl.constexpr, CAUSAL: tl.constexpr,
         BIG: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        """One share of the rows, for BM query rows of NL latents of one group. `whole`: whole sequences go to `out`."""
+        """One share of the rows, for BM query rows of NL latents of one group; `whole` sequences go to `out`."""
         LANES: tl.constexpr = L // NL
         PRECISION: tl.constexpr = "ieee" if latents.dtype.element_ty == tl.float32 else "tf32"
         M = T * H
@@ -368,7 +368,7 @@ class PartialResults:
     """What the decode kernel leaves of shares that do not cover a whole sequence, for a second kernel to reduce.
 
     Attributes:
-        part: float32 `[2 * programs, L, M, r]`, each normalised; a program has two slots, `_parts_of` finds a sequence's.
+        part: float32 `[2 * programs, L, M, r]`, normalised; a program has two slots, `_parts_of` finds a sequence's.
         lse: float32 `[2 * programs, L, M]`, log2-sum-exp of the weights behind each.
         programs: number of shares at most.
         deal: constants of the division of work, for `_parts_of`.
