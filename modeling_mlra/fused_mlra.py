@@ -93,7 +93,7 @@ if triton is not None:
     @triton.jit
     def _columns(x, first, K: tl.constexpr, WIDTH: tl.constexpr):
         columns = first + tl.arange(0, WIDTH)
-        return tl.load(x + columns, mask=columns < K, other=0.0).to(tl.float32)
+        return tl.load(x + columns, mask=columns < K, other=0.0)
 
     @triton.jit
     def _linear_kernel(
@@ -104,48 +104,43 @@ if triton is not None:
     ):  # fmt: skip
         """out[m] = [w0; w1; w2; w3] x[m] for row blocks of up to four weights, or silu(w0 x) * (w1 x).
 
-        Rows are read in chunks of WIDTH columns: the first two before the wait, each later one two chunks ahead.
+        Rows are read in chunks of WIDTH columns: the first three before the wait, each later one three chunks ahead.
         """
         w, n, first, block = w0, n0, 0, tl.program_id(0)
         if not SWIGLU:
             w, n, first, block = _block_of(block, w0, w1, w2, w3, n0, n1, n2, n3, ROWS)
         rows = block * ROWS + tl.arange(0, ROWS)
-        first_chunk = _tile(w, rows, n, 0, K, WIDTH)
-        second_chunk = _tile(w, rows, n, WIDTH, K, WIDTH) if WIDTH < K else first_chunk
-        if SWIGLU:
-            first_up = _tile(w1, rows, n, 0, K, WIDTH)
-            second_up = _tile(w1, rows, n, WIDTH, K, WIDTH) if WIDTH < K else first_up
-        if NORM:
-            first_gamma = _columns(gamma, 0, K, WIDTH)
+        CHUNKS: tl.constexpr = (K + WIDTH - 1) // WIDTH
+        early, early_up, early_gamma = (), (), ()
+        for i in tl.static_range(min(3, CHUNKS)):
+            early = early + (_tile(w, rows, n, i * WIDTH, K, WIDTH),)
+            if SWIGLU:
+                early_up = early_up + (_tile(w1, rows, n, i * WIDTH, K, WIDTH),)
+            if NORM:
+                early_gamma = early_gamma + (_columns(gamma, i * WIDTH, K, WIDTH),)
         _wait(PDL)
         for m in tl.static_range(M):
             target = m * out_stride + first + rows
             if RESIDUAL:
                 before = tl.load(residual + target, mask=rows < n, other=0.0).to(tl.float32)
-            weight, following = first_chunk, second_chunk
+            weights, weights_up = early, early_up
             acc = tl.zeros([ROWS, WIDTH], tl.float32)
             if SWIGLU:
-                weight_up, following_up = first_up, second_up
                 acc_up = tl.zeros([ROWS, WIDTH], tl.float32)
             squares = tl.zeros([WIDTH], tl.float32)
-            for start in tl.static_range(0, K, WIDTH):
-                if start + 2 * WIDTH < K:
-                    later = _tile(w, rows, n, start + 2 * WIDTH, K, WIDTH)
+            for i in tl.static_range(CHUNKS):
+                if i + 3 < CHUNKS:
+                    weights = weights + (_tile(w, rows, n, (i + 3) * WIDTH, K, WIDTH),)
                     if SWIGLU:
-                        later_up = _tile(w1, rows, n, start + 2 * WIDTH, K, WIDTH)
-                row = _columns(x + m * x_stride, start, K, WIDTH)
+                        weights_up = weights_up + (_tile(w1, rows, n, (i + 3) * WIDTH, K, WIDTH),)
+                row = _columns(x + m * x_stride, i * WIDTH, K, WIDTH).to(tl.float32)
                 if NORM:
                     squares += row * row
-                    row *= first_gamma if start == 0 else _columns(gamma, start, K, WIDTH)
-                acc += weight.to(tl.float32) * row[None, :]
-                weight = following
+                    chunk_gamma = early_gamma[i] if i < 3 else _columns(gamma, i * WIDTH, K, WIDTH)
+                    row *= chunk_gamma.to(tl.float32)
+                acc += weights[i].to(tl.float32) * row[None, :]
                 if SWIGLU:
-                    acc_up += weight_up.to(tl.float32) * row[None, :]
-                    weight_up = following_up
-                if start + 2 * WIDTH < K:
-                    following = later
-                    if SWIGLU:
-                        following_up = later_up
+                    acc_up += weights_up[i].to(tl.float32) * row[None, :]
             factor = scale
             if NORM:
                 factor = scale * tl.rsqrt(tl.sum(squares) / K + eps)
@@ -291,17 +286,50 @@ if triton is not None:
                 total *= tl.sigmoid(g)
             tl.store(out + m * (L // C) * H * V + column, total.to(weight.dtype), mask=values < V)
 
+    @triton.jit
+    def _choose_kernel(
+        logits, vocab_size, unfinished, pad, end_tokens, num_ends, token_ids, sequences, sequence_stride, column,
+        counters, COUNTERS: tl.constexpr, COUNTERS_P: tl.constexpr, ENDS: tl.constexpr, BLOCK: tl.constexpr,
+        CHUNKS: tl.constexpr, PDL: tl.constexpr,
+    ):  # fmt: skip
+        """The first of the most likely tokens of one sequence, or `pad` behind its end; appends it and counts."""
+        m = tl.program_id(0)
+        _wait(PDL)
+        index = tl.arange(0, BLOCK)
+        top = tl.full([BLOCK], float("-inf"), tl.float32)
+        at = index
+        for i in tl.static_range(CHUNKS):
+            here = i * BLOCK + index
+            score = tl.load(logits + m * vocab_size + here, mask=here < vocab_size, other=float("-inf")).to(tl.float32)
+            score = tl.where(score != score, float("inf"), score)  # as torch.argmax takes NaN
+            at = tl.where(score > top, here, at)
+            top = tl.maximum(score, top)
+        token = tl.min(tl.where(top == tl.max(top, 0), at, vocab_size), 0).to(tl.int64)
+        going_on = tl.load(unfinished + m)
+        token = tl.where(going_on != 0, token, pad)
+        ends = tl.arange(0, ENDS)
+        hit = (tl.load(end_tokens + ends, mask=ends < num_ends, other=0) == token) & (ends < num_ends)
+        tl.store(unfinished + m, tl.where(tl.max(hit.to(tl.int32), 0) != 0, 0, going_on))
+        place = tl.load(column + m)
+        tl.store(sequences + m * sequence_stride + place, token)
+        tl.store(column + m, place + 1)
+        tl.store(token_ids + m, token)
+        if m == 0:
+            number = tl.arange(0, COUNTERS_P)
+            count = tl.load(counters + number, mask=number < COUNTERS, other=0)
+            tl.store(counters + number, count + 1, mask=number < COUNTERS)
+
 
 def linear_plan(inner: int, swiglu: bool, residual: bool) -> dict[str, int]:
     """Rows and columns of a program's tile, chosen on an H200 with `python -m scripts.bench_fused`.
 
-    Whole rows in registers where a norm or two weights share the input; chunks where only the residual is added.
+    Up to 3072 columns are all there before the wait; longer rows are, where a norm or two weights share the input.
     """
-    if residual:
-        width, tile = min(1024, triton.next_power_of_2(inner)), 4096
-    else:
-        width, tile = triton.next_power_of_2(inner), 8192 if swiglu else 16384
-    return {"ROWS": max(1, tile // width), "WIDTH": width, "num_warps": 4}
+    width = triton.next_power_of_2(inner)
+    rows = 4096 // min(1024, width) if residual else (8192 if swiglu else 16384) // width
+    if residual or inner <= 3072:
+        width = min(1024, width)
+    return {"ROWS": max(1, rows), "WIDTH": width, "num_warps": 4}
 
 
 def value_plan(programs: int, width: int) -> dict[str, int]:
@@ -375,6 +403,30 @@ class FusedStep:
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Logits `[M, vocab_size]` after `token_ids` `[M]`; appends their rows to the cache and counts them."""
+        logits = self._logits_after(token_ids)
+        self.counters.add_(1)
+        return logits
+
+    def choose(self, token_ids, unfinished, pad: int, end_tokens, sequences, column) -> None:
+        """The same, and the most likely next token of each sequence, all on the device.
+
+        Args:
+            token_ids: int64 `[M]`, replaced by the next ones.
+            unfinished: int64 `[M]`, 0 for a sequence that has ended, to which `pad` is appended; updated.
+            end_tokens: int64 `[N]`, tokens that end a sequence.
+            sequences: int64 `[M, S]`; the tokens go to column `column[m]`, int64 `[M]`, which moves on.
+        """
+        logits = self._logits_after(token_ids)
+        block = min(16384, triton.next_power_of_2(logits.shape[1]))
+        _choose_kernel[(self.num_sequences,)](
+            logits, logits.shape[1], unfinished, pad, end_tokens, end_tokens.numel(), token_ids,
+            sequences, sequences.stride(0), column, self.counters,
+            COUNTERS=self.counters.numel(), COUNTERS_P=triton.next_power_of_2(self.counters.numel()),
+            ENDS=triton.next_power_of_2(max(1, end_tokens.numel())), BLOCK=block,
+            CHUNKS=triton.cdiv(logits.shape[1], block), PDL=self.early, num_warps=16, **launch_options(self.early),
+        )  # fmt: skip
+
+    def _logits_after(self, token_ids: torch.Tensor) -> torch.Tensor:
         base = self.model.model
         self._embed(local_tensor(base.embed_tokens.weight), token_ids)
         for layer, cache_layer in zip(base.layers, self.cache.layers, strict=True):
@@ -384,7 +436,6 @@ class FusedStep:
             self._linear(self.hidden, [mlp.gate_proj, mlp.up_proj], self.mlp, norm=norm, swiglu=True)
             self._add(mlp.down_proj, self.mlp)
         self._linear(self.hidden, [self.model.lm_head], self.logits, norm=base.norm)
-        self.counters.add_(1)
         return self.logits if self.mesh is None else gather_output(self.logits, self.mesh.get_group())
 
     def _embed(self, weight: torch.Tensor, token_ids: torch.Tensor) -> None:
@@ -469,9 +520,9 @@ class FusedStep:
         return self.counters[1 + self.num_sequences :], self.kv_start
 
     def _latent_attention(self, attention, rows):
-        """Kernel 4. Older rows and lengths are settled: of what it reads, the kernels in front of it in this step write
-        this token's rows only, and no step begins before the one before has ended (`_embed_kernel` is launched in the
-        ordinary way)."""
+        """Kernel 4. Older rows and lengths are settled: of what it reads, the kernels in front of it in this step
+        write this token's rows only, and no step begins before the one before has ended (`_embed_kernel` is launched
+        in the ordinary way)."""
         config, batch = attention.config, self.num_sequences
         latents, heads, groups = self.local_sizes
         split, cached = latents * config.latent_head_dim, rows.squeeze(1)

@@ -8,7 +8,7 @@ cache and following calls are those of the library's loop. It has the signature 
 
 from collections import Counter, deque
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -65,8 +65,8 @@ def choice_of_logits_alone(logits_processor, stopping_criteria, vocab_size: int,
     """What chooses and ends by logits and last tokens alone, in a form that waits for nothing and can be captured.
 
     Returns:
-        The processors as one function of scores `[B, vocab_size]` and the end as one of tokens `[B]`; None if one of
-        them reads the sequence or is not known to. The length limit is the caller's.
+        The processors as a list of functions of scores `[B, vocab_size]`, and the tokens that end a sequence; None if
+        one of them reads the sequence or is not known to. The length limit is the caller's.
     """
     known = (logits_processor, OF_LOGITS_ALONE), (stopping_criteria, OF_LAST_TOKEN_ALONE)
     if not all(type(item) in classes for items, classes in known for item in items):
@@ -79,14 +79,7 @@ def choice_of_logits_alone(logits_processor, stopping_criteria, vocab_size: int,
         else:
             processors.append(partial(processor, None))
     ends = [c.eos_token_id.to(device).flatten() for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
-    end_tokens = torch.cat([torch.empty(0, dtype=torch.long, device=device), *ends])
-
-    def process(scores: torch.Tensor) -> torch.Tensor:
-        for processor in processors:
-            scores = processor(scores)
-        return scores
-
-    return process, lambda tokens: (tokens[:, None] == end_tokens).any(-1)
+    return processors, torch.cat([torch.empty(0, dtype=torch.long, device=device), *ends])
 
 
 class DecodingStep:
@@ -164,24 +157,24 @@ class LaggedFlags:
         self.pending: deque = deque()
         self.num_after_stop: int | None = None
 
-    def add(self, finished: torch.Tensor, tokens: torch.Tensor, undo_state) -> None:
-        on_device = finished.device.type == "cuda"
+    def add(self, unfinished: torch.Tensor, tokens: torch.Tensor, undo_state) -> None:
+        on_device = unfinished.device.type == "cuda"
         event = torch.cuda.Event() if on_device else None
-        finished = finished.to("cpu", copy=True, non_blocking=on_device)
+        unfinished = unfinished.to("cpu", copy=True, non_blocking=on_device)
         kept = None if self.streamer is None else tokens.to("cpu", copy=True, non_blocking=on_device)
-        self.pending.append((finished, kept, event, undo_state))
+        self.pending.append((unfinished, kept, event, undo_state))
         if event is not None:
             event.record()
 
     def read(self, drain: bool = False) -> bool:
         """Read what is old enough (or all); True once a step had finished every sequence."""
         while self.pending and (drain or len(self.pending) > self.lag):
-            finished, tokens, event, undo_state = self.pending.popleft()
+            unfinished, tokens, event, undo_state = self.pending.popleft()
             if event is not None:
                 event.synchronize()
             if self.streamer is not None:
                 self.streamer.put(tokens)
-            if bool(finished):
+            if not unfinished.any():
                 self.num_after_stop, self.undo_state = len(self.pending), undo_state
                 self.pending.clear()
                 return True
@@ -253,15 +246,17 @@ def captured_decode(
     else:
         positions = (position_ids[:, -1] + 1).expand(batch)
     token_ids = torch.zeros(batch, dtype=torch.long, device=device)
-    column = torch.full((1,), length, device=device)  # where the next tokens go
-    finished = torch.zeros((), dtype=torch.bool, device=device)
+    column = torch.full((batch, 1), length, device=device)  # where the next tokens go
     alone = None  # else the choice of a token is captured with the step
     if scores is None and raw_logits is None:
         alone = choice_of_logits_alone(logits_processor, stopping_criteria, logits.shape[-1], device)
 
     def select(logits: torch.Tensor) -> None:
         next_logits = logits.to(copy=True, dtype=torch.float32)
-        next_scores = alone[0](next_logits) if alone else logits_processor(sequences[:, :length], next_logits)
+        if alone is None:
+            next_scores = logits_processor(sequences[:, :length], next_logits)
+        else:
+            next_scores = reduce(lambda scores, process: process(scores), alone[0], next_logits)
         if scores is not None:
             scores.append(next_scores)
         if raw_logits is not None:
@@ -274,20 +269,28 @@ def captured_decode(
             tokens = torch.argmax(next_scores, dim=-1)
         if has_eos:
             tokens = tokens * unfinished + pad * (1 - unfinished)
-        sequences.index_copy_(1, column, tokens[:, None])
+        sequences.scatter_(1, column, tokens[:, None])
         column.add_(1)
-        stopped = alone[1](tokens) if alone else stopping_criteria(sequences[:, : length + 1], None)
+        if alone is None:
+            stopped = stopping_criteria(sequences[:, : length + 1], None)
+        else:
+            stopped = (tokens[:, None] == alone[1]).any(-1)
         unfinished.mul_(~stopped)
         token_ids.copy_(tokens)
-        torch.eq(unfinished.max(), 0, out=finished)
 
     step = DecodingStep(model, cache, positions, model_kwargs.get("attention_mask"))
     forward = Replay(lambda: step(token_ids), device)
-    advance = Replay(lambda: select(step(token_ids)), device) if alone else lambda: select(forward())
+    advance: Callable[[], Any] = lambda: select(forward())  # noqa: E731
+    fused = step.run if isinstance(step.run, FusedStep) else None
+    if fused is not None and alone is not None and not (alone[0] or generation_config.do_sample):
+        choice = unfinished, int(pad) if has_eos else 0, alone[1], sequences, column
+        advance = Replay(lambda: fused.choose(token_ids, *choice), device)
+    elif alone is not None:
+        advance = Replay(lambda: select(step(token_ids)), device)
     select(logits)
     while True:
         length += 1
-        flags.add(finished, token_ids, _random_state(device))
+        flags.add(unfinished, token_ids, _random_state(device))
         if flags.read(drain=length >= max_length) or length >= max_length:
             break
         advance()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from modeling_mlra import fused_mlra, hopper_linear_mlra, plans_mlra
+from modeling_mlra import MLRACache, fused_mlra, hopper_linear_mlra, plans_mlra
 from modeling_mlra.fused_mlra import obstacle
 from modeling_mlra.generation_mlra import captured_decodes
 from modeling_mlra.modeling_mlra import MLRARMSNorm
@@ -38,6 +38,28 @@ def test_fused_step_equals_the_modules(variant, setting):
 def test_rows_in_several_chunks(monkeypatch):
     monkeypatch.setattr(fused_mlra, "linear_plan", lambda *_: {"ROWS": 8, "WIDTH": 8, "num_warps": 4})
     assert compare("mlra_4", DEVICE)["logits"] < FUSED_FLOAT32_RATIO
+
+
+@pytest.mark.parametrize("end_tokens", [[], [5, 123]])
+def test_choice_of_the_next_token(end_tokens, monkeypatch):
+    """The first of equal maxima, as torch.argmax takes it; pads behind an end; appends, moves on and counts."""
+    model = tiny_model("mlra_4").to(DEVICE)
+    counters = torch.tensor([7, 3, 7, 7, 6, 8, 8, 8, 8], dtype=torch.int32, device=DEVICE)
+    step = fused_mlra.FusedStep(model, MLRACache(model.config, max_cache_len=20), counters.clone())
+    logits = torch.randn(4, 40_000, generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
+    logits[0, [5, 17_000, 39_999]] = 50.0
+    logits[1] = -torch.inf
+    logits[3, [30_000, 31_000]] = torch.tensor([torch.inf, torch.nan], dtype=logits.dtype, device=DEVICE)
+    monkeypatch.setattr(step, "_logits_after", lambda token_ids: logits)
+    tokens = torch.zeros(4, dtype=torch.long, device=DEVICE)
+    unfinished, column = torch.tensor([1, 1, 0, 1], device=DEVICE), torch.tensor([[2], [2], [2], [2]], device=DEVICE)
+    sequences = torch.full((4, 4), -1, device=DEVICE)
+    step.choose(tokens, unfinished, 9, torch.tensor(end_tokens, dtype=torch.long, device=DEVICE), sequences, column)
+    assert tokens.tolist() == [5, 0, 9, 30_000]
+    assert sequences.tolist() == [[-1, -1, token, -1] for token in tokens.tolist()]
+    assert column.flatten().tolist() == [3] * 4
+    assert unfinished.tolist() == [0 if end_tokens else 1, 1, 0, 1]
+    assert torch.equal(step.counters, counters + 1)
 
 
 def test_what_streams_through_rings(monkeypatch):

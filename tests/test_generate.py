@@ -160,11 +160,11 @@ def test_captured_loop_equals_the_library_loop(recorded, do_sample, lag, monkeyp
 def test_only_what_reads_logits_alone_is_chosen_inside_the_graph():
     length, device = MaxLengthCriteria(9), torch.device("cpu")
     processors = LogitsProcessorList([SuppressTokensLogitsProcessor([1, 3], device=device), TopKLogitsWarper(2)])
-    process, ends = choice_of_logits_alone(processors, [length, EosTokenCriteria([2, 4])], 5, device)
+    (suppress, top_k), ends = choice_of_logits_alone(processors, [length, EosTokenCriteria([2, 4])], 5, device)
     scores = torch.tensor([[1.0, 9.0, 2.0, 8.0, 3.0]])
-    assert torch.equal(process(scores), processors(None, scores))
-    assert ends(torch.tensor([4, 1, 2, 0])).tolist() == [True, False, True, False]
-    assert choice_of_logits_alone([], [length], 5, device)[1](torch.tensor([4])).tolist() == [False]
+    assert torch.equal(top_k(suppress(scores)), processors(None, scores))
+    assert ends.tolist() == [2, 4]
+    assert choice_of_logits_alone([], [length], 5, device)[1].tolist() == []
     assert choice_of_logits_alone([RepetitionPenaltyLogitsProcessor(1.3)], [length], 5, device) is None
     assert choice_of_logits_alone([], [length, lambda ids, _: ids[:, 0] == 1], 5, device) is None
 
