@@ -99,12 +99,12 @@ if triton is not None:
     def _linear_kernel(
         x, x_stride, gamma, scale, eps, residual, residual_share, out, out_stride,
         w0, w1, w2, w3, n0, n1, n2, n3,
-        K: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+        K: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, AHEAD: tl.constexpr,
         NORM: tl.constexpr, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """out[m] = [w0; w1; w2; w3] x[m] for row blocks of up to four weights, or silu(w0 x) * (w1 x).
 
-        Rows are read in chunks of WIDTH columns: the first three before the wait, each later one three chunks ahead.
+        Rows are read in chunks of WIDTH columns: the first AHEAD before the wait, each later one AHEAD chunks ahead.
         """
         w, n, first, block = w0, n0, 0, tl.program_id(0)
         if not SWIGLU:
@@ -112,7 +112,7 @@ if triton is not None:
         rows = block * ROWS + tl.arange(0, ROWS)
         CHUNKS: tl.constexpr = (K + WIDTH - 1) // WIDTH
         early, early_up, early_gamma = (), (), ()
-        for i in tl.static_range(min(3, CHUNKS)):
+        for i in tl.static_range(min(AHEAD, CHUNKS)):
             early = early + (_tile(w, rows, n, i * WIDTH, K, WIDTH),)
             if SWIGLU:
                 early_up = early_up + (_tile(w1, rows, n, i * WIDTH, K, WIDTH),)
@@ -129,14 +129,14 @@ if triton is not None:
                 acc_up = tl.zeros([ROWS, WIDTH], tl.float32)
             squares = tl.zeros([WIDTH], tl.float32)
             for i in tl.static_range(CHUNKS):
-                if i + 3 < CHUNKS:
-                    weights = weights + (_tile(w, rows, n, (i + 3) * WIDTH, K, WIDTH),)
+                if i + AHEAD < CHUNKS:
+                    weights = weights + (_tile(w, rows, n, (i + AHEAD) * WIDTH, K, WIDTH),)
                     if SWIGLU:
-                        weights_up = weights_up + (_tile(w1, rows, n, (i + 3) * WIDTH, K, WIDTH),)
+                        weights_up = weights_up + (_tile(w1, rows, n, (i + AHEAD) * WIDTH, K, WIDTH),)
                 row = _columns(x + m * x_stride, i * WIDTH, K, WIDTH).to(tl.float32)
                 if NORM:
                     squares += row * row
-                    chunk_gamma = early_gamma[i] if i < 3 else _columns(gamma, i * WIDTH, K, WIDTH)
+                    chunk_gamma = early_gamma[i] if i < AHEAD else _columns(gamma, i * WIDTH, K, WIDTH)
                     row *= chunk_gamma.to(tl.float32)
                 acc += weights[i].to(tl.float32) * row[None, :]
                 if SWIGLU:
@@ -323,13 +323,13 @@ if triton is not None:
 def linear_plan(inner: int, swiglu: bool, residual: bool) -> dict[str, int]:
     """Rows and columns of a program's tile, chosen on an H200 with `python -m scripts.bench_fused`.
 
-    Up to 3072 columns are all there before the wait; longer rows are, where a norm or two weights share the input.
+    Whole rows are there before the wait where a norm or two weights share the input.
     """
     width = triton.next_power_of_2(inner)
     rows = 4096 // min(1024, width) if residual else (8192 if swiglu else 16384) // width
     if residual or inner <= 3072:
         width = min(1024, width)
-    return {"ROWS": max(1, rows), "WIDTH": width, "num_warps": 4}
+    return {"ROWS": max(1, rows), "WIDTH": width, "AHEAD": 2 if residual else 3, "num_warps": 4}
 
 
 def value_plan(programs: int, width: int) -> dict[str, int]:

@@ -36,7 +36,7 @@ def test_fused_step_equals_the_modules(variant, setting):
 
 
 def test_rows_in_several_chunks(monkeypatch):
-    monkeypatch.setattr(fused_mlra, "linear_plan", lambda *_: {"ROWS": 8, "WIDTH": 8, "num_warps": 4})
+    monkeypatch.setattr(fused_mlra, "linear_plan", lambda *_: {"ROWS": 8, "WIDTH": 8, "AHEAD": 2, "num_warps": 4})
     assert compare("mlra_4", DEVICE)["logits"] < FUSED_FLOAT32_RATIO
 
 
