@@ -329,7 +329,8 @@ def linear_plan(inner: int, swiglu: bool, residual: bool) -> dict[str, int]:
     rows = 4096 // min(1024, width) if residual else (8192 if swiglu else 16384) // width
     if residual or inner <= 3072:
         width = min(1024, width)
-    return {"ROWS": max(1, rows), "WIDTH": width, "AHEAD": 2 if residual else 3, "num_warps": 4}
+    plan = {"ROWS": max(1, rows), "WIDTH": width, "AHEAD": 2 if residual else 3, "num_warps": 4}
+    return plan | ({"maxnreg": 88} if not residual and 1024 < inner <= 3072 else {})
 
 
 def value_plan(programs: int, width: int) -> dict[str, int]:
@@ -461,7 +462,7 @@ class FusedStep:
     def _linear(self, x, layers, out, norm=None, scale=1.0, swiglu=False, residual=None):
         weights = [local_tensor(layer.weight) for layer in layers]
         one_map = len(weights) == 1 or swiglu
-        if self.hopper and one_map and streams(weights, self.num_sequences, norm is not None):
+        if self.hopper and one_map and streams(weights, self.num_sequences):
             stream_linear(
                 x, weights, out, norm, scale, residual, self.residual_share, self.multiprocessors, self.early
             )

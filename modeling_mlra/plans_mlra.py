@@ -54,7 +54,7 @@ def decode_plan(rows: int, num_latents: int, groups: int, width: int, rope_width
     plan = {"kernel": "plain", "RP": padded, "EP": rope_padded, "UNIT": 32, "MIN_UNITS": 1, "NL": 1, "num_stages": 3}
     plan["programs_per_sm"] = 1
     if hopper and rows <= 64:
-        plan |= {"kernel": "rows", "BM": 64, "BN": 64, "UNIT": 64, "num_warps": 4, "num_stages": 6, "AHEAD": 2}
+        plan |= {"kernel": "rows", "BM": 64, "BN": 64, "UNIT": 64, "num_warps": 4, "num_stages": 6, "AHEAD": 4}
         # A tile for each of the two warpgroups; with several latents more, which leaves room for the kernel behind
         plan["MIN_UNITS"] = 2 if num_latents == 1 else 3
         plan["OVERLAP"] = num_latents > 1  # one latent alone waits for memory, and better holds no buffer for longer

@@ -67,8 +67,8 @@ def variants() -> dict:
         "shipped": contextlib.nullcontext(),
         "no ring": rings(2**20),
         "ring for all but stacked weights": rings(0),
-        **{f"ring of {n} tiles": rings(32, STAGES=n) for n in (6, 10)},
-        "ring of 16 tiles of 4 rows": rings(32, ROWS=4, STAGES=16),
+        **{f"ring of {n} tiles": rings(32, STAGES=n) for n in (3, 5)},
+        "ring of 16 tiles of 4 rows": rings(32, ROWS=4, STAGES=8),
         "residual tiles of 8192, 8 warps": tiles(True, ROWS=8, num_warps=8),
         "norm tiles, 8 warps": tiles(False, num_warps=8),
     }

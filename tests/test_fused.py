@@ -66,14 +66,14 @@ def test_what_streams_through_rings(monkeypatch):
     """Large weights whose rows bulk copies can take; the vectors must fit beside the rings."""
     monkeypatch.setattr(hopper_linear_mlra, "RING_BYTES", 2**20)
     weight = torch.zeros(1024, 1024, dtype=torch.bfloat16)
-    assert hopper_linear_mlra.streams([weight], 4, norm=True)
-    assert hopper_linear_mlra.streams([weight[:256], weight[256:512]], 1, norm=False)
-    assert not hopper_linear_mlra.streams([weight[:256]], 1, norm=False)  # too small
-    assert not hopper_linear_mlra.streams([weight[:, :1000]], 1, norm=False)  # rows apart
-    assert not hopper_linear_mlra.streams([torch.zeros(1024, 1001, dtype=torch.bfloat16)], 1, norm=False)  # unaligned
+    assert hopper_linear_mlra.streams([weight], 4)
+    assert hopper_linear_mlra.streams([weight[:256], weight[256:512]], 1)
+    assert not hopper_linear_mlra.streams([weight[:256]], 1)  # too small
+    assert not hopper_linear_mlra.streams([weight[:, :1000]], 1)  # rows apart
+    assert not hopper_linear_mlra.streams([torch.zeros(1024, 1001, dtype=torch.bfloat16)], 1)  # unaligned
     wide = torch.zeros(64, 28672, dtype=torch.bfloat16)
-    assert hopper_linear_mlra.streams([wide], 1, norm=False)
-    assert not hopper_linear_mlra.streams([wide], 2, norm=False)
+    assert hopper_linear_mlra.streams([wide], 1)
+    assert not hopper_linear_mlra.streams([wide], 2)
 
 
 @pytest.mark.gpu
@@ -102,9 +102,8 @@ def test_gpu_linear_through_rings(inner, rows, vectors, dtype, monkeypatch):
     monkeypatch.setattr(hopper_linear_mlra, "RING_BYTES", 0)
     limit = FUSED_FLOAT32_RATIO if dtype == torch.float32 else KERNEL_BF16_RATIO
     for name, (used, used_norm, scale, residual, expected) in cases.items():
-        if not hopper_linear_mlra.streams(used, vectors, used_norm is not None):
-            held = 4 if used_norm is not None or dtype == torch.float32 else 2
-            assert held * inner * vectors > 90_000  # vectors that do not fit beside the ring
+        if not hopper_linear_mlra.streams(used, vectors):
+            assert x.nbytes > 90_000  # vectors that do not fit beside the ring
             continue
         out = torch.full((vectors, rows), torch.nan, dtype=dtype, device="cuda")
         arguments = (used_norm, scale, residual, 0.5, multiprocessors, early)
