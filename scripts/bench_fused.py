@@ -3,7 +3,7 @@
     python -m scripts.bench_fused --output evals/results/fused_h200
 
 Each kernel runs for all 24 layers in one CUDA graph, so that weights come from memory and not from the L2 cache. The
-step is checked against the modules in float32 first, with and without a ring of weights, and not timed if it is wrong.
+step is checked against the modules in float32 first, with and without rings of weights, and not timed if it is wrong.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def filled_step(model: MLRAForCausalLM, context: int) -> fused_mlra.FusedStep:
 
 
 def rings(from_megabytes: int, **changed):
-    """Weights from a size on through a ring, with a changed plan; 2**20 megabytes stand for none."""
+    """Weights from a size on through rings, with a changed plan; 2**20 megabytes stand for none."""
     ring_plan = hopper_linear_mlra.ring_plan
     return patch.multiple(
         hopper_linear_mlra,
@@ -55,8 +55,8 @@ def tiles(of_residual: bool, **changed):
     """Changed tiles for one of the two kinds of the kernel that holds its weights in registers."""
     linear_plan = fused_mlra.linear_plan
 
-    def plan(inner, swiglu, residual):
-        return linear_plan(inner, swiglu, residual) | (changed if residual == of_residual else {})
+    def plan(inner, swiglu, residual, vectors):
+        return linear_plan(inner, swiglu, residual, vectors) | (changed if residual == of_residual else {})
 
     return patch.multiple(fused_mlra, linear_plan=plan)
 
@@ -65,10 +65,10 @@ def variants() -> dict:
     """Name -> what to time the step under."""
     return {
         "shipped": contextlib.nullcontext(),
-        "no ring": rings(2**20),
-        "ring for all but stacked weights": rings(0),
-        **{f"ring of {n} tiles": rings(32, STAGES=n) for n in (3, 5)},
-        "ring of 16 tiles of 4 rows": rings(32, ROWS=4, STAGES=8),
+        "no rings": rings(2**20),
+        "rings for all but stacked weights": rings(0),
+        **{f"rings of {n} tiles": rings(32, STAGES=n) for n in (3, 5)},
+        "rings of 8 tiles of 4 rows": rings(32, ROWS=4, STAGES=8),
         "residual tiles of 8192, 8 warps": tiles(True, ROWS=8, num_warps=8),
         "norm tiles, 8 warps": tiles(False, num_warps=8),
     }
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
         print("error: this benchmark needs a CUDA device and found none", file=sys.stderr)
         return 2
     checks = {}
-    for name, from_megabytes in (("registers", 2**20), ("ring", 0)):
+    for name, from_megabytes in (("registers", 2**20), ("rings", 0)):
         with rings(from_megabytes):
             checks[name] = check = compare("mlra_4", "cuda")
         if not (check["counters"] and max(check["logits"], check["rows"]) < FUSED_FLOAT32_RATIO):
