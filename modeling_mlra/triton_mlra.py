@@ -441,9 +441,8 @@ def _launch(
     programs = max(1, multiprocessors * plan["programs_per_sm"] // lanes)
     undivided = batch // triton.cdiv(batch, programs)
     if 16 * undivided >= 15 * programs:
-        programs = (
-            undivided  # sequences of one length then stay whole: nothing to reduce is worth idle multiprocessors
-        )
+        # Sequences of one length then stay whole: nothing to reduce is worth idle multiprocessors
+        programs = undivided
     most_units = batch * (triton.cdiv(capacity, plan["UNIT"]) + 1)
     programs = min(programs, triton.cdiv(most_units, plan["MIN_UNITS"]))
     deal = {

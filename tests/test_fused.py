@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from modeling_mlra import MLRACache, fused_mlra, hopper_linear_mlra, plans_mlra
+from modeling_mlra import MLRACache, fused_mlra, hopper_linear_mlra, plans_mlra, triton_mlra
 from modeling_mlra.fused_mlra import obstacle
 from modeling_mlra.generation_mlra import captured_decodes
 from modeling_mlra.modeling_mlra import MLRARMSNorm
@@ -38,6 +38,16 @@ def test_fused_step_equals_the_modules(variant, setting):
 def test_rows_in_several_chunks(monkeypatch):
     monkeypatch.setattr(fused_mlra, "linear_plan", lambda *_: {"ROWS": 8, "WIDTH": 8, "AHEAD": 2, "num_warps": 4})
     assert compare("mlra_4", DEVICE)["logits"] < FUSED_FLOAT32_RATIO
+
+
+@pytest.mark.parametrize("variant", ["mla", "mlra_4"])
+def test_many_partial_results_of_each_sequence(variant, monkeypatch):
+    """Five shares a sequence, reduced two at a time: several turns, and a share that ends one and starts the next."""
+    plan = triton_mlra.decode_plan
+    changed = {"UNIT": 2, "MIN_UNITS": 1, "programs_per_sm": 4}
+    monkeypatch.setattr(triton_mlra, "decode_plan", lambda *arguments: plan(*arguments) | changed)
+    monkeypatch.setattr(fused_mlra, "value_plan", lambda *_: {"SPLITS": 2, "num_warps": 4})
+    assert compare(variant, DEVICE)["logits"] < FUSED_FLOAT32_RATIO
 
 
 @pytest.mark.parametrize("end_tokens", [[], [5, 123]])
@@ -130,6 +140,10 @@ def test_generate_takes_the_captured_loop_and_gives_the_same_tokens(dtype):
     assert captured_decodes[kind] == before.get(kind, 0) + 1
     if dtype == torch.float32:
         assert torch.equal(tokens, model.generate(ids, max_new_tokens=24, do_sample=False))
+    settings = {"max_new_tokens": 24, "do_sample": False, "cache_implementation": "static", "pad_token_id": 0}
+    for end in (None, tokens[:, ids.shape[1] + 4].tolist()):  # recording takes the choice out of the graph
+        recorded = model.generate(ids, eos_token_id=end, output_logits=True, return_dict_in_generate=True, **settings)
+        assert torch.equal(model.generate(ids, eos_token_id=end, **settings), recorded.sequences)
 
 
 @pytest.mark.gpu

@@ -175,6 +175,21 @@ def test_sequences_stay_whole_where_that_idles_few_programs(monkeypatch):
     assert ratio(result, oracle(*arguments, kv_end, scaling=0.2)) < FP32_RATIO
 
 
+@pytest.mark.parametrize("implementation", ["triton", "torch"])
+def test_settled_rows_give_the_same_result(implementation):
+    """On Hopper GPUs with a row that the kernel right in front has written."""
+    size = (1, 1, 1, 1, 64, 128, 64, 5000) if DEVICE == "cuda" else (2, 1, 4, 1, 3, 16, 16, 20)
+    arguments, kv_end = inputs(*size, dtype=torch.bfloat16 if DEVICE == "cuda" else torch.float32)
+    arguments = [x.to(DEVICE) for x in arguments]
+    expected = run(arguments, kv_end, implementation, scaling=0.2)
+    newest = [x[:, -1].clone() for x in arguments[2:]]
+    for _ in range(5):
+        for rows, row in zip(arguments[2:], newest, strict=True):
+            rows[:, -1] = float("nan")
+            rows[:, -1] = row
+        assert torch.equal(run(arguments, kv_end, implementation, scaling=0.2, settled=True), expected)
+
+
 def test_reference_is_differentiable_and_float64():
     arguments, kv_end = inputs(1, 2, 2, 1, 2, 8, 4, 6, dtype=torch.float64)
     arguments = [x.clone().requires_grad_() for x in arguments]
