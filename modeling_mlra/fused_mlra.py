@@ -3,7 +3,7 @@
 Decoding reads every weight once per step and computes almost nothing, so its time is weight bytes over bandwidth plus
 what is lost between kernels. Here each program holds its tile of weights in registers before it waits for the kernel
 in front of it (programmatic dependent launch), so the memory stays busy across kernels; norms, rotations, the cache
-append, gates and residuals ride along, in float32. The parameters are the model's own. (On Hopper large weights can
+append, gates and residuals ride along, in float32. The parameters are the model's own. (On Hopper GPUs large weights
 stream through shared memory instead, `hopper_linear_mlra`.)
 
     1  [q_a | kv_a | k_rope | gate] = norm(x) W        5  o = alpha_attn * sum over branches of z W_uv, gated

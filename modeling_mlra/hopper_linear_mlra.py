@@ -20,7 +20,7 @@ SHARED_BYTES = 227 * 2**10
 linear_kernel: Any = None
 
 if gluon is not None:
-    from .hopper_mlra import _barrier, _program_release, _program_wait, fence_async_shared, mbarrier, tma
+    from .hopper_mlra import _barrier, _bulk_load, _program_release, _program_wait, fence_async_shared, mbarrier
 
     @gluon.jit
     def _copy_tiles(
@@ -40,10 +40,10 @@ if gluon is not None:
                     bar = full.index(stage)
                     mbarrier.wait(empty.index(stage), ((t // STAGES) & 1) ^ 1)
                     mbarrier.expect(bar, PARTS * w.block_type.nbytes)
-                    tma.async_copy_global_to_shared(w, [block * ROWS, column], bar, buf.index(stage * PARTS))
+                    _bulk_load(w, [block * ROWS, column], bar, buf.index(stage * PARTS))
                     if SWIGLU:
                         up = buf.index(stage * PARTS + 1)
-                        tma.async_copy_global_to_shared(w_up, [block * ROWS, column], bar, up)
+                        _bulk_load(w_up, [block * ROWS, column], bar, up)
 
     @gluon.jit
     def _share(blocks, first, P):

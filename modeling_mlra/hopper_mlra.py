@@ -16,7 +16,9 @@ try:
     )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+    # Names that differ between versions of triton
     _barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+    _bulk_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 except ImportError:
     gluon = gl = TensorDescriptor = rows_kernel = None
 
@@ -133,8 +135,8 @@ if gluon is not None:
                 bar = full.index(stage)
                 mbarrier.wait(empty.index(stage), ((g // STAGES) & 1) ^ 1)
                 mbarrier.expect(bar, c_desc.block_type.nbytes + k_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(k_desc, [b * S + j, 0], bar, k_buf.index(stage))
-                tma.async_copy_global_to_shared(c_desc, [b * S + j, latent * R], bar, c_buf.index(stage))
+                _bulk_load(k_desc, [b * S + j, 0], bar, k_buf.index(stage))
+                _bulk_load(c_desc, [b * S + j, latent * R], bar, c_buf.index(stage))
                 g += 1
             pos = stop_pos
             b += 1

@@ -1,6 +1,7 @@
 """What the decode kernels run on, and with which tiles; evals/results/decode_notes.md has what was measured."""
 
 import functools
+import logging
 
 import torch
 
@@ -12,6 +13,25 @@ try:
 except ImportError:
     triton = tl = None
 
+logger = logging.getLogger(__name__)
+
+# First and last version of triton whose experimental API the Hopper kernels compile with (tests/compile_kernels.py)
+GLUON_VERSIONS = (3, 6), (3, 9)
+
+
+def gluon_fits() -> bool:
+    """Whether the Hopper kernels can be compiled; says so if only the version of triton is in the way."""
+    if rows_kernel is None:
+        return False
+    first, last = GLUON_VERSIONS
+    if first <= tuple(int(number) for number in triton.__version__.split(".")[:2]) <= last:
+        return True
+    logger.warning(
+        f"triton {triton.__version__} is not one of {first[0]}.{first[1]} to {last[0]}.{last[1]}, for which the faster "
+        "Hopper kernels are written: the portable ones run"
+    )
+    return False
+
 
 @functools.lru_cache
 def device_facts(device: torch.device) -> tuple[int, bool, bool]:
@@ -22,7 +42,7 @@ def device_facts(device: torch.device) -> tuple[int, bool, bool]:
     properties = torch.cuda.get_device_properties(device)
     nvidia = torch.version.hip is None
     early = nvidia and properties.major >= 9 and hasattr(tl.extra.cuda, "gdc_wait")
-    return properties.multi_processor_count, early, nvidia and properties.major == 9 and rows_kernel is not None
+    return properties.multi_processor_count, early, nvidia and properties.major == 9 and gluon_fits()
 
 
 def launch_options(early: bool) -> dict[str, bool]:

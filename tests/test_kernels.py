@@ -3,14 +3,18 @@
 Triton runs in its interpreter here, so that no GPU is needed; tests marked `gpu` run the real kernels.
 """
 
+import os
+import subprocess
+import sys
 from unittest.mock import MagicMock
 
 import pytest
 import torch
 
-from modeling_mlra import kernels_mlra, triton_mlra
+from modeling_mlra import kernels_mlra, plans_mlra, triton_mlra
 from modeling_mlra.kernels_mlra import decode_calls, latent_attention
 from tests import tolerances
+from tests.paths import REPOSITORY
 
 triton = pytest.importorskip("triton")
 
@@ -359,6 +363,33 @@ def test_kernel_without_the_function_says_so(monkeypatch):
 
 
 # --- the real thing ---
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"), [("3.5.1", False), ("3.6.0", True), ("3.9.0+git1", True), ("3.10.0", False)]
+)
+def test_hopper_kernels_run_with_versions_of_triton_they_are_written_for(version, fits, monkeypatch, caplog):
+    monkeypatch.setattr(plans_mlra.triton, "__version__", version)
+    assert plans_mlra.gluon_fits() == fits
+    assert fits or f"triton {version} is not one of 3.6 to 3.9" in caplog.text
+
+
+def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
+    """With the installed triton: interpreted kernels never meet its compiler, and Hopper's cannot be interpreted."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "TRITON_CACHE_DIR": str(tmp_path)
+    }
+    command = [sys.executable, "-m", "tests.compile_kernels"]
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    lines = [line for line in result.stdout.splitlines() if "_kernel: " in line]
+    names = {line.partition(":")[0] for line in lines}
+    fused = {"embed_kernel", "linear_kernel", "absorb_kernel", "value_kernel", "choose_kernel"}
+    assert names == {"rows_kernel", "decode_kernel", "combine_kernel"} | fused
+    for line in lines:
+        if line.startswith("rows_kernel"):
+            assert " 0 matrix products" not in line and " 0 bulk copies" not in line, line
+    assert sum(" 8 bulk copies" in line for line in lines) == 6, "gate and up, down, vocabulary; 1 and 4 sequences"
 
 
 def test_a_plan_that_does_not_fit_gives_way_to_a_smaller_one(monkeypatch):
