@@ -27,8 +27,8 @@ def gluon_fits() -> bool:
     if first <= tuple(int(number) for number in triton.__version__.split(".")[:2]) <= last:
         return True
     logger.warning(
-        f"triton {triton.__version__} is not one of {first[0]}.{first[1]} to {last[0]}.{last[1]}, for which the Hopper "
-        "kernels are written: the portable ones run, which are slower"
+        f"triton {triton.__version__} is not one of {first[0]}.{first[1]} to {last[0]}.{last[1]}, for which the "
+        "Hopper kernels are written: the portable ones run, which are slower"
     )
     return False
 
