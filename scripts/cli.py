@@ -36,11 +36,22 @@ os.register_at_fork(after_in_child=_default_in_child)
 def run(body: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
     """Run `body(args)` and return the exit code: 0, 2 after one line on stderr, or 130 after Ctrl-C.
 
-    SIGTERM unwinds like Ctrl-C does, so that temporary folders are removed, and exits with 143.
+    SIGTERM unwinds like Ctrl-C does, so that temporary folders are removed, and exits with 143. A Ctrl-C that Python
+    drops, because it came inside a callback that cannot raise, still shows in the exit code.
     """
-    previous = signal.signal(signal.SIGTERM, _unwind)
+    interrupts = []
+
+    def interrupt(signum: int, frame: object) -> None:
+        interrupts.append(signum)
+        raise KeyboardInterrupt
+
+    previous = {signal.SIGTERM: signal.signal(signal.SIGTERM, _unwind)}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where Ctrl-C is to be ignored
+        previous[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
     try:
         body(args)
+        if interrupts:
+            raise KeyboardInterrupt
     except BrokenPipeError:  # whoever read our output is gone; nor must Python's own flush at exit complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -50,5 +61,6 @@ def run(body: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     return 0

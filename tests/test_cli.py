@@ -274,3 +274,18 @@ def test_forked_workers_die_of_sigterm_at_once():
         assert os.waitpid(child, 0)[1] == 0
 
     assert cli.run(body, argparse.Namespace()) == 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_python_drops_shows_in_the_exit_code(capsys):
+    """It came while an object was being finalised, where exceptions are printed and ignored."""
+
+    class Finalised:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(1000):  # the handler runs between two instructions
+                pass
+
+    assert cli.run(lambda _: Finalised() and None, argparse.Namespace()) == 130
+    assert capsys.readouterr().err.endswith("interrupted\n")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
