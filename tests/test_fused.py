@@ -13,6 +13,7 @@ from tests.models import VARIANTS, random_ids, rms_ratio, tiny_model
 from tests.tolerances import FUSED_FLOAT32_RATIO, KERNEL_BF16_RATIO
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []  # where there is one, all of them run on the GPU
 YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
 SETTINGS = {
     "plain": {},

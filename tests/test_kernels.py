@@ -21,6 +21,7 @@ triton = pytest.importorskip("triton")
 STRUCTURES = {"mla": (1, 1), "gla_2": (2, 1), "gla_4": (4, 1), "mlra_2": (4, 2), "mlra_4": (4, 4)}
 FP32_RATIO = 1e-5
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []  # where there is one, all of them run on the GPU
 
 
 @pytest.fixture(autouse=True)
