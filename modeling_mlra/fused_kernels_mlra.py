@@ -190,14 +190,13 @@ if triton is not None:
 
     @triton.jit
     def _parts_tile(
-        part, part_lse, first, p_first, first_slot, p, p_last, SLOT: tl.constexpr,
+        part, part_lse, first, m, p, p_last, SLOT: tl.constexpr,
         C: tl.constexpr, R: tl.constexpr, CP: tl.constexpr, RP: tl.constexpr, SPLITS: tl.constexpr,
     ):  # fmt: skip
-        """Partial results of the programs from p on, of one head of each branch: log2-sum-exps [CP, SPLITS] and
-        latents [CP, SPLITS, RP]."""
+        """Partial results of sequence m by the programs from p on, of one head of each branch: log2-sum-exps
+        [CP, SPLITS] and latents [CP, SPLITS, RP]."""
         ps, rank = p + tl.arange(0, SPLITS), tl.arange(0, RP)
-        slots = tl.where(ps == p_first, first_slot, 2 * ps).to(tl.int64)
-        rows = first[:, None] + slots[None, :] * SLOT
+        rows = first[:, None] + (ps + m).to(tl.int64)[None, :] * SLOT
         ok = (tl.arange(0, CP) < C)[:, None] & (ps <= p_last)[None, :]
         lse = tl.load(part_lse + rows, mask=ok, other=float("-inf"))
         latents = tl.load(
@@ -230,20 +229,16 @@ if triton is not None:
         weight = tl.load(kv_b + rows.to(tl.int64) * R + (columns % RP)[None, :], mask=mask, other=0.0)
         first = (first_latent + tl.arange(0, CP)) * H + query_head % H
         for m in tl.static_range(M):
-            first_slot, p_first, p_last = _parts_of(
-                m, kv_end, kv_start, M, P, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG
-            )
+            p_first, p_last = _parts_of(m, kv_end, kv_start, M, P, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG)
             if m == 0:
                 _wait(PDL)
             z = tl.zeros([CP, RP], tl.float32)
             top = tl.full([CP], float("-inf"), tl.float32)
             norm = tl.zeros([CP], tl.float32)
-            lse, latents = _parts_tile(
-                part, part_lse, first, p_first, first_slot, p_first, p_last, L * H, C, R, CP, RP, SPLITS
-            )
+            lse, latents = _parts_tile(part, part_lse, first, m, p_first, p_last, L * H, C, R, CP, RP, SPLITS)
             for p in tl.range(p_first, p_last + 1, SPLITS):
                 next_lse, next_latents = _parts_tile(
-                    part, part_lse, first, p_first, first_slot, p + SPLITS, p_last, L * H, C, R, CP, RP, SPLITS
+                    part, part_lse, first, m, p + SPLITS, p_last, L * H, C, R, CP, RP, SPLITS
                 )
                 new_top = tl.maximum(top, tl.max(lse, 1))
                 ref = tl.where(new_top == float("-inf"), 0.0, new_top)

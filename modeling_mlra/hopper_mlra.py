@@ -320,7 +320,6 @@ if gluon is not None:
                     m = top
                     _barrier()
                     mbarrier.arrive(merge_empty, count=1)
-                slot = 2 * p + (pos != first_pos).to(gl.int32)
                 z = acc * gl.expand_dims(gl.where(norm > 0, 1.0 / norm, 0.0), 1)
                 offs_o = first_row + offs_o
                 offs_d = gl.expand_dims(gl.arange(0, R, layout=gl.SliceLayout(0, O_LAYOUT)), 0)
@@ -329,7 +328,7 @@ if gluon is not None:
                     o_rows = gl.expand_dims((offs_o // H) * o_t + (offs_o % H) * o_h, 1)
                     gl.store(out + b64 * o_b + latent * o_l + o_rows + offs_d, z.to(dtype), mask=ok_o)
                 else:
-                    base = (slot.to(gl.int64) * L + latent) * M
+                    base = ((p + b64) * L + latent) * M
                     gl.store(part + base * R + gl.expand_dims(offs_o, 1) * R + offs_d, z, mask=ok_o)
                     gl.store(part_lse + base + offs_o, m + gl.log2(norm), mask=offs_o < M)
             g += tiles

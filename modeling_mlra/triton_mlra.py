@@ -74,7 +74,7 @@ if triton is not None:
         b, kv_end, kv_start, B, P,
         UNIT: tl.constexpr, MIN_UNITS: tl.constexpr, BLOCK_B: tl.constexpr, HAS_START: tl.constexpr, BIG: tl.constexpr,
     ):  # fmt: skip
-        """Where the partial results of sequence b are: the slot of the first, its program, and the last program."""
+        """Which programs, first and last, have a share of sequence b. Program p leaves its partial result at p + b."""
         offs_b = tl.arange(0, BLOCK_B)
         _, _, units = _lengths(kv_start, kv_end, offs_b, B, UNIT, HAS_START)
         total = tl.sum(units, 0)
@@ -87,8 +87,7 @@ if triton is not None:
         else:
             p_first = ((first + 1) * shares - 1) // total
             p_last = ((last + 1) * shares - 1) // total
-        inside = first != _share_start(p_first, total, shares, BIG)
-        return 2 * p_first + inside.to(tl.int32), p_first, p_last
+        return p_first, p_last
 
     @triton.jit
     def _cache_offsets(table_row, j, n, ok, stride, PAGE: tl.constexpr):
@@ -268,7 +267,6 @@ if triton is not None:
                     R, E, RP, EP, NL, BM, BN, HAS_MASK, PAGE, CAUSAL, PRECISION,
                 )  # fmt: skip
 
-            slot = 2 * p + (pos != first_pos).to(tl.int32)
             z = acc * tl.where(norm > 0, 1.0 / norm, 0.0)[:, :, None]
             latent = l0 + tl.arange(0, NL)
             offs_d = tl.arange(0, RP)
@@ -278,7 +276,7 @@ if triton is not None:
                 o_base = out + b64 * o_b
                 tl.store(o_base + o_rows[:, :, None] + offs_d[None, None, :], z.to(out.dtype.element_ty), mask=ok)
             else:
-                rows = (slot.to(tl.int64) * L + latent[:, None]) * M + offs_m[None, :]
+                rows = ((p + b64) * L + latent[:, None]) * M + offs_m[None, :]
                 tl.store(part_lse + rows, m + tl.log2(norm), mask=tl.broadcast_to(ok_m[None, :], rows.shape))
                 tl.store(part + (rows * R)[:, :, None] + offs_d[None, None, :], z, mask=ok)
             pos = stop_pos
@@ -304,7 +302,7 @@ if triton is not None:
         ok_d = offs_d < R
         o_base = out + b.to(tl.int64) * o_b + l * o_l
         _program_release(PDL)
-        first_slot, p_first, p_last = _parts_of(b, kv_end, kv_start, B, P, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG)
+        p_first, p_last = _parts_of(b, kv_end, kv_start, B, P, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG)
         _program_wait(PDL)
         if p_first == p_last:
             return
@@ -316,7 +314,7 @@ if triton is not None:
             top = tl.full([ROWS], float("-inf"), tl.float32)
             norm = tl.zeros([ROWS], tl.float32)
             for p in tl.range(p_first, p_last + 1):
-                rows = (tl.where(p == p_first, first_slot, 2 * p) * L + l).to(tl.int64) * M + m
+                rows = ((p + b) * L + l).to(tl.int64) * M + m
                 lse = tl.load(part_lse + rows, mask=ok_m, other=float("-inf"))
                 z = tl.load(part + (rows * R)[:, None] + offs_d[None, :], mask=ok, other=0.0)
                 new_top = tl.maximum(top, lse)
@@ -336,7 +334,7 @@ if triton is not None:
             for p0 in tl.range(p_first, p_last + 1, SPLITS):
                 ps = p0 + tl.arange(0, SPLITS)
                 ok = ps <= p_last
-                rows = (tl.where(ps == p_first, first_slot, 2 * ps) * L + l).to(tl.int64) * M + m0
+                rows = ((ps + b) * L + l).to(tl.int64) * M + m0
                 lse = tl.load(part_lse + rows, mask=ok, other=float("-inf"))
                 z = tl.load(part + (rows * R)[:, None] + offs_d[None, :], mask=ok[:, None] & ok_d[None, :], other=0.0)
                 new_top = tl.maximum(top, tl.max(lse, 0))
@@ -368,8 +366,9 @@ class PartialResults:
     """What the decode kernel leaves of shares that do not cover a whole sequence, for a second kernel to reduce.
 
     Attributes:
-        part: float32 `[2 * programs, L, M, r]`, normalised; a program has two slots, `_parts_of` finds a sequence's.
-        lse: float32 `[2 * programs, L, M]`, log2-sum-exp of the weights behind each.
+        part: float32 `[programs + B - 1, L, M, r]`, normalised, at `program + sequence`: with sequences laid end to
+            end, this grows from each share of a sequence to the next.
+        lse: float32 `[programs + B - 1, L, M]`, log2-sum-exp of the weights behind each.
         programs: number of shares at most.
         deal: constants of the division of work, for `_parts_of`.
     """
@@ -449,8 +448,9 @@ def _launch(
         "UNIT": plan["UNIT"], "MIN_UNITS": plan["MIN_UNITS"], "BLOCK_B": triton.next_power_of_2(batch),
         "HAS_START": kv_start is not None, "BIG": (most_units + 1) * (programs + 1) >= 2**31,
     }  # fmt: skip
-    part = torch.empty((2 * programs, num_latents, rows, width), dtype=torch.float32, device=device)
-    part_lse = torch.empty((2 * programs, num_latents, rows), dtype=torch.float32, device=device)
+    slots = programs + batch - 1
+    part = torch.empty((slots, num_latents, rows, width), dtype=torch.float32, device=device)
+    part_lse = torch.empty((slots, num_latents, rows), dtype=torch.float32, device=device)
     if key_mask is not None:
         key_mask = key_mask if key_mask.stride(-1) == 1 else key_mask.contiguous()
         key_mask = key_mask.view(torch.uint8) if key_mask.dtype == torch.bool else key_mask

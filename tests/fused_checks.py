@@ -8,12 +8,12 @@ from tests.models import random_ids, rms_ratio, tiny_model
 
 
 @torch.no_grad()
-def decode_two_tokens(model, fused: bool) -> dict[str, torch.Tensor]:
+def decode_two_tokens(model, fused: bool, batch: int) -> dict[str, torch.Tensor]:
     """Two steps behind a left-padded prompt, fused or by the modules: logits `[2, M, vocab]`, cache rows, counters.
 
     The cache's unused rows are NaN.
     """
-    ids = random_ids(2, 9).to(model.device)
+    ids = random_ids(batch, 9).to(model.device)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -22,7 +22,7 @@ def decode_two_tokens(model, fused: bool) -> dict[str, torch.Tensor]:
     for layer in cache.layers:
         layer.rows[:, :, 7:] = torch.nan
     key_mask = torch.nn.functional.pad(mask, (0, 11), value=1).bool()
-    counters = torch.tensor([7, *positions[:, 7].tolist(), 8, 8], dtype=torch.int32, device=model.device)
+    counters = torch.tensor([7, *positions[:, 7].tolist(), *[8] * batch], dtype=torch.int32, device=model.device)
     step = FusedStep(model, cache, counters, key_mask.int().argmax(-1).int(), key_mask) if fused else None
     logits = []
     for t in (7, 8):
@@ -35,12 +35,12 @@ def decode_two_tokens(model, fused: bool) -> dict[str, torch.Tensor]:
     return {"logits": torch.stack(logits), "rows": rows, "counters": counters}
 
 
-def compare(variant: str, device: str, **overrides) -> dict[str, float | bool]:
+def compare(variant: str, device: str, batch: int = 2, **overrides) -> dict[str, float | bool]:
     """The fused step against the modules: RMS ratios of logits and of the rows written to the cache."""
     model = tiny_model(variant, num_attention_heads=4, **overrides).to(device)
-    expected, seen = decode_two_tokens(model, fused=False), decode_two_tokens(model, fused=True)
+    expected, seen = (decode_two_tokens(model, fused, batch) for fused in (False, True))
     return {
         "logits": rms_ratio(expected["logits"], seen["logits"]),
         "rows": rms_ratio(expected["rows"], seen["rows"]),
-        "counters": seen["counters"].tolist() == [9, 6, 9, 10, 10],
+        "counters": seen["counters"].tolist() == [9, 6, *[9] * (batch - 1), *[10] * batch],
     }

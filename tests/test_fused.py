@@ -10,7 +10,7 @@ from modeling_mlra.generation_mlra import captured_decodes
 from modeling_mlra.modeling_mlra import MLRARMSNorm
 from tests.fused_checks import compare
 from tests.models import VARIANTS, random_ids, rms_ratio, tiny_model
-from tests.tolerances import FUSED_FLOAT32_RATIO, KERNEL_BF16_RATIO
+from tests.tolerances import FUSED_BFLOAT16_RATIO, FUSED_FLOAT32_RATIO, KERNEL_BF16_RATIO
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []  # where there is one, all of them run on the GPU
@@ -49,6 +49,24 @@ def test_many_partial_results_of_each_sequence(variant, monkeypatch):
     monkeypatch.setattr(triton_mlra, "decode_plan", lambda *arguments: plan(*arguments) | changed)
     monkeypatch.setattr(fused_mlra, "value_plan", lambda *_: {"SPLITS": 2, "num_warps": 4})
     assert compare(variant, DEVICE)["logits"] < FUSED_FLOAT32_RATIO
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4])
+def test_few_shares_of_several_short_sequences(batch, monkeypatch):
+    """One or two programs hold all sequences: each leaves a partial result of its own."""
+    plan = triton_mlra.decode_plan
+    monkeypatch.setattr(triton_mlra, "decode_plan", lambda *arguments: plan(*arguments) | {"MIN_UNITS": 3})
+    result = compare("mlra_4", DEVICE, batch)
+    assert result["counters"]
+    assert max(result["logits"], result["rows"]) < FUSED_FLOAT32_RATIO
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_widths_that_hopper_kernels_take(batch):
+    """bfloat16, latents of 128: where there is such a GPU, its decode kernel, with all sequences in one share."""
+    result = compare("mlra_4", DEVICE, batch, dtype=torch.bfloat16, kv_lora_rank=512, qk_rope_head_dim=64)
+    assert result["counters"]
+    assert max(result["logits"], result["rows"]) < FUSED_BFLOAT16_RATIO
 
 
 @pytest.mark.parametrize("end_tokens", [[], [5, 123]])

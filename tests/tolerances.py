@@ -21,6 +21,9 @@ QUANTIZED_CACHE_RATIO = 0.2
 FUSED_FLOAT32_RATIO = 1e-5
 """float32: the fused decoding step against the modules, RMS ratio."""
 
+FUSED_BFLOAT16_RATIO = 4e-2
+"""bfloat16: the fused decoding step, which rounds less, against the modules, RMS ratio of logits."""
+
 DEMO_PERPLEXITY_RTOL = 1e-3
 """bfloat16 model on another processor or in other batches than the card's figure, relative."""
 
