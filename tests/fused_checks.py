@@ -8,7 +8,7 @@ from tests.models import random_ids, rms_ratio, tiny_model
 
 
 @torch.no_grad()
-def decode_two_tokens(model, fused: bool, batch: int) -> dict[str, torch.Tensor]:
+def decode_two_tokens(model, fused: bool, batch: int = 2) -> dict[str, torch.Tensor]:
     """Two steps behind a left-padded prompt, fused or by the modules: logits `[2, M, vocab]`, cache rows, counters.
 
     The cache's unused rows are NaN.
