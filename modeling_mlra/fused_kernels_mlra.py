@@ -10,7 +10,7 @@ try:
     import triton
     import triton.language as tl
 
-    from .triton_mlra import _parts_of
+    from .triton_mlra import _parts_of, _rescale
 except ImportError:
     triton = tl = None
 
@@ -31,7 +31,7 @@ if triton is not None:
 
     @triton.jit
     def embed_kernel(token_ids, stride, weight, hidden, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-        """The embeddings of the tokens, one to a program; the kernel behind loads its weights meanwhile."""
+        """The embeddings of the tokens, BLOCK numbers to a program; the kernel behind loads its weights meanwhile."""
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
         columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -241,9 +241,8 @@ if triton is not None:
                     part, part_lse, first, m, p + SPLITS, p_last, L * H, C, R, CP, RP, SPLITS
                 )
                 new_top = tl.maximum(top, tl.max(lse, 1))
-                ref = tl.where(new_top == float("-inf"), 0.0, new_top)
+                ref, before = _rescale(top, new_top)
                 w = tl.exp2(lse - ref[:, None])
-                before = tl.exp2(top - ref)
                 z = z * before[:, None] + tl.sum(latents * w[:, :, None], 1)
                 norm = norm * before + tl.sum(w, 1)
                 top = new_top

@@ -280,13 +280,15 @@ def captured_decode(
 
     step = DecodingStep(model, cache, positions, model_kwargs.get("attention_mask"))
     forward = Replay(lambda: step(token_ids), device)
-    advance: Callable[[], Any] = lambda: select(forward())  # noqa: E731
     fused = step.run if isinstance(step.run, FusedStep) else None
-    if fused is not None and alone is not None and not (alone[0] or generation_config.do_sample):
+    advance: Callable[[], Any]
+    if alone is None:
+        advance = lambda: select(forward())  # noqa: E731
+    elif fused is None or alone[0] or generation_config.do_sample:
+        advance = Replay(lambda: select(step(token_ids)), device)
+    else:
         choice = unfinished, int(pad) if has_eos else 0, alone[1], sequences, column
         advance = Replay(lambda: fused.choose(token_ids, *choice), device)
-    elif alone is not None:
-        advance = Replay(lambda: select(step(token_ids)), device)
     select(logits)
     while True:
         length += 1

@@ -98,12 +98,19 @@ if triton is not None:
         return tl.cast(j, tl.int64) * stride, n * stride
 
     @triton.jit
+    def _rescale(m, m_new):
+        """What to subtract under a new maximum (log2 units; 0 where nothing was seen), and the factor of the sums so
+        far."""
+        m_ref = tl.where(m_new == float("-inf"), 0.0, m_new)
+        return m_ref, tl.exp2(m - m_ref)
+
+    @triton.jit
     def _softmax_step(s, seen, m, scale_log2, AXIS: tl.constexpr):
         """Scores to weights against the running maximum (log2 units): weights, factor of what came before, maximum."""
         s = tl.where(seen, s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, AXIS) * scale_log2)
-        m_ref = tl.where(m_new == float("-inf"), 0.0, m_new)
-        return tl.exp2(s * scale_log2 - tl.expand_dims(m_ref, AXIS)), tl.exp2(m - m_ref), m_new
+        m_ref, alpha = _rescale(m, m_new)
+        return tl.exp2(s * scale_log2 - tl.expand_dims(m_ref, AXIS)), alpha, m_new
 
     @triton.jit
     def _rows_segment(
@@ -318,9 +325,8 @@ if triton is not None:
                 lse = tl.load(part_lse + rows, mask=ok_m, other=float("-inf"))
                 z = tl.load(part + (rows * R)[:, None] + offs_d[None, :], mask=ok, other=0.0)
                 new_top = tl.maximum(top, lse)
-                ref = tl.where(new_top == float("-inf"), 0.0, new_top)
+                ref, alpha = _rescale(top, new_top)
                 w = tl.exp2(lse - ref)
-                alpha = tl.exp2(top - ref)
                 acc = acc * alpha[:, None] + z * w[:, None]
                 norm = norm * alpha + w
                 top = new_top
@@ -338,9 +344,8 @@ if triton is not None:
                 lse = tl.load(part_lse + rows, mask=ok, other=float("-inf"))
                 z = tl.load(part + (rows * R)[:, None] + offs_d[None, :], mask=ok[:, None] & ok_d[None, :], other=0.0)
                 new_top = tl.maximum(top, tl.max(lse, 0))
-                ref = tl.where(new_top == float("-inf"), 0.0, new_top)
+                ref, alpha = _rescale(top, new_top)
                 w = tl.exp2(lse - ref)
-                alpha = tl.exp2(top - ref)
                 acc = acc * alpha + tl.sum(z * w[:, None], 0)
                 norm = norm * alpha + tl.sum(w, 0)
                 top = new_top
