@@ -95,7 +95,8 @@ if triton is not None:
         if PAGE:
             page = tl.load(table_row + (j + n) // PAGE, mask=ok, other=0)
             return 0, (page.to(tl.int64) * PAGE + (j + n) % PAGE) * stride
-        return tl.cast(j, tl.int64) * stride, n * stride
+        else:  # its types differ, so the compiler must not come here too
+            return tl.cast(j, tl.int64) * stride, n * stride
 
     @triton.jit
     def _rescale(m, m_new):

@@ -81,14 +81,14 @@ def empty(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def attend(batch: int, length: int, latents: int, heads: int, masked: bool) -> None:
+def attend(batch: int, length: int, latents: int, heads: int, masked=False, page_size=0, dtype=torch.bfloat16) -> None:
     """Decode attention of 64 or 128 query rows over latents of width 128."""
-    rows = empty(batch, 4096, latents * 128 + 64)
+    rows = empty(*(() if page_size else (batch,)), 4096, latents * 128 + 64, dtype=dtype)
     triton_mlra.triton_latent_attention(
-        empty(batch, length, latents, heads, 128), empty(batch, length, 1, heads, 64),
+        empty(batch, length, latents, heads, 128, dtype=dtype), empty(batch, length, 1, heads, 64, dtype=dtype),
         rows[..., :-64].unflatten(-1, (latents, 128)), rows[..., -64:], empty(batch, dtype=torch.int32),
         empty(batch, dtype=torch.int32) if masked else None, empty(batch, 4096, dtype=torch.bool) if masked else None,
-        None, 0, 0.1,
+        empty(batch, 64, dtype=torch.int32) if page_size else None, page_size, 0.1,
     )  # fmt: skip
 
 
@@ -111,13 +111,16 @@ def main() -> None:
                 stack.enter_context(patch.object(module, name, Compiled(getattr(module, name), seen)))
         for module in (triton_mlra, fused_mlra):
             stack.enter_context(patch.object(module, "device_facts", lambda _: (132, True, True)))
-        attend(batch=1, length=1, latents=1, heads=64, masked=False)
+        attend(batch=1, length=1, latents=1, heads=64)
         attend(batch=3, length=4, latents=4, heads=24, masked=True)
+        attend(batch=3, length=1, latents=4, heads=24, page_size=32)
+        attend(batch=3, length=4, latents=4, heads=24, page_size=7)
         step(num_sequences=1)
         step(num_sequences=4, attn_output_gate=True)
         stack.enter_context(patch.object(triton_mlra, "device_facts", lambda _: (108, False, False)))
-        attend(batch=1, length=1, latents=1, heads=64, masked=False)
+        attend(batch=1, length=1, latents=1, heads=64)
         attend(batch=3, length=1, latents=4, heads=24, masked=True)
+        attend(batch=3, length=4, latents=4, heads=24, dtype=torch.float32)
 
 
 if __name__ == "__main__":
