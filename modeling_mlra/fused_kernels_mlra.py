@@ -10,7 +10,7 @@ try:
     import triton
     import triton.language as tl
 
-    from .triton_mlra import _parts_of, _rescale
+    from .triton_mlra import _dot, _parts_of, _rescale
 except ImportError:
     triton = tl = None
 
@@ -130,52 +130,60 @@ if triton is not None:
     def absorb_kernel(
         q, a, a_stride, kv_first, kv_b, latent_gamma, inv_freq, counters, q_latent, q_rope, cache, cache_b, cache_s,
         alpha_kv, eps, rope_scale,
-        M: tl.constexpr, L: tl.constexpr, C: tl.constexpr, H: tl.constexpr, R: tl.constexpr, DN: tl.constexpr,
-        E: tl.constexpr, V: tl.constexpr, DNP: tl.constexpr, RP: tl.constexpr, RB: tl.constexpr, EP: tl.constexpr,
-        PDL: tl.constexpr,
+        M: tl.constexpr, MP: tl.constexpr, L: tl.constexpr, C: tl.constexpr, H: tl.constexpr, R: tl.constexpr,
+        DN: tl.constexpr, E: tl.constexpr, V: tl.constexpr, DNP: tl.constexpr, RP: tl.constexpr, RB: tl.constexpr,
+        EP: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        """q_latent[m, l, h] = W_uk[l, h]^T q_nope[m], RB columns to a program; the last program of each latent and
-        head rotates instead: queries, and for the first head this token's cache row, which it normalises.
+        """q_latent[m, l, h] = W_uk[l, h]^T q_nope[m], RB columns to a program, sequence after sequence or (MP > 0) as
+        one matrix product. The last M programs of each latent and head rotate instead, one sequence each: queries, and
+        for the first head this token's cache row, which they normalise.
 
         `counters` holds [row, position of each sequence, ...], and is read before the wait: no kernel of the step
         writes it but the last. `a` holds the outputs of kernel 1.
         """
         latent, head = tl.program_id(0) // H, tl.program_id(0) % H
         query_head = (latent // C) * H + head
-        if tl.program_id(1) < tl.num_programs(1) - 1:
-            depth, columns = tl.arange(0, DNP), tl.program_id(1) * RB + tl.arange(0, RB)
+        block, rotated = tl.program_id(1), tl.program_id(1) - (tl.num_programs(1) - M)
+        if rotated < 0:
+            depth, columns = tl.arange(0, DNP), block * RB + tl.arange(0, RB)
             base = kv_b + (latent * H + head).to(tl.int64) * (DN + V) * R
             mask = (depth < DN)[:, None] & (columns < R)[None, :]
             weight = tl.load(base + depth[:, None] * R + columns[None, :], mask=mask, other=0.0)
             _wait(PDL)
-            for m in tl.static_range(M):
-                nope = tl.load(q + (m * (L // C) * H + query_head) * (DN + E) + depth, mask=depth < DN, other=0.0)
-                z = tl.sum(weight.to(tl.float32) * nope.to(tl.float32)[:, None], axis=0)
-                tl.store(q_latent + ((m * L + latent) * H + head) * R + columns, z.to(weight.dtype), mask=columns < R)
+            if MP > 0:
+                vectors = tl.arange(0, MP)
+                of_query = ((vectors * (L // C) * H + query_head) * (DN + E))[:, None] + depth[None, :]
+                nopes = tl.load(q + of_query, mask=(vectors < M)[:, None] & (depth < DN)[None, :], other=0.0)
+                sums = _dot(nopes, weight, None, "ieee").to(weight.dtype)
+                of_latent = (((vectors * L + latent) * H + head) * R)[:, None] + columns[None, :]
+                tl.store(q_latent + of_latent, sums, mask=(vectors < M)[:, None] & (columns < R)[None, :])
+            else:
+                for m in tl.static_range(M):
+                    nope = tl.load(q + (m * (L // C) * H + query_head) * (DN + E) + depth, mask=depth < DN, other=0.0)
+                    z = tl.sum(weight.to(tl.float32) * nope.to(tl.float32)[:, None], axis=0)
+                    target = q_latent + ((m * L + latent) * H + head) * R + columns
+                    tl.store(target, z.to(weight.dtype), mask=columns < R)
         else:
             index, half = tl.arange(0, RP), tl.arange(0, EP)
             gamma = tl.load(latent_gamma + latent * R + index, mask=index < R, other=0.0).to(tl.float32)
             frequency = tl.load(inv_freq + half, mask=half < E // 2, other=0.0)
-            new_row = tl.load(counters).to(tl.int64)
-            of_query = half < tl.where(latent % C == 0, E // 2, 0)
-            of_latent = index < tl.where(head == 0, R, 0)
-            of_key = half < tl.where(tl.program_id(0) == 0, E // 2, 0)
-            for m in tl.static_range(M):
-                angle = tl.load(counters + 1 + m).to(tl.float32) * frequency
-                cos, sin = tl.cos(angle) * rope_scale, tl.sin(angle) * rope_scale
-                if m == 0:
-                    _wait(PDL)
-                # All loads first: none then waits for another
-                query = q + (m * (L // C) * H + query_head) * (DN + E) + DN + half
-                q1, q2 = _halves(query, of_query, E)
-                source = a + m * a_stride + kv_first
-                c = tl.load(source + latent * R + index, mask=of_latent, other=0.0).to(tl.float32)
-                k1, k2 = _halves(source + L * R + half, of_key, E)
-                row = cache + m * cache_b + new_row * cache_s
-                _rotate(q_rope + (m * (L // C) * H + query_head) * E + half, q1, q2, cos, sin, of_query, E)
-                c = c * gamma * (alpha_kv * tl.rsqrt(tl.sum(c * c) / R + eps))
-                tl.store(row + latent * R + index, c.to(cache.dtype.element_ty), mask=of_latent)
-                _rotate(row + L * R + half, k1, k2, cos, sin, of_key, E)
+            row = cache + rotated.to(tl.int64) * cache_b + tl.load(counters).to(tl.int64) * cache_s
+            angle = tl.load(counters + 1 + rotated).to(tl.float32) * frequency
+            cos, sin = tl.cos(angle) * rope_scale, tl.sin(angle) * rope_scale
+            rotates_query = half < tl.where(latent % C == 0, E // 2, 0)
+            keeps_latent = index < tl.where(head == 0, R, 0)
+            keeps_key = half < tl.where(tl.program_id(0) == 0, E // 2, 0)
+            _wait(PDL)
+            # All loads first: none then waits for another
+            query = q + (rotated * (L // C) * H + query_head) * (DN + E) + DN + half
+            q1, q2 = _halves(query, rotates_query, E)
+            source = a + rotated * a_stride + kv_first
+            c = tl.load(source + latent * R + index, mask=keeps_latent, other=0.0).to(tl.float32)
+            k1, k2 = _halves(source + L * R + half, keeps_key, E)
+            _rotate(q_rope + (rotated * (L // C) * H + query_head) * E + half, q1, q2, cos, sin, rotates_query, E)
+            c = c * gamma * (alpha_kv * tl.rsqrt(tl.sum(c * c) / R + eps))
+            tl.store(row + latent * R + index, c.to(cache.dtype.element_ty), mask=keeps_latent)
+            _rotate(row + L * R + half, k1, k2, cos, sin, keeps_key, E)
 
     @triton.jit
     def _halves(source, mask, E: tl.constexpr):

@@ -21,6 +21,9 @@ R latent, D_N / E / V positionless key, RoPE and value widths.
 import torch
 from torch import nn
 
+from .batch_linear_mlra import linear as batch_linear
+from .batch_linear_mlra import padded
+from .batch_linear_mlra import value as batch_value
 from .fused_kernels_mlra import (
     absorb_kernel,
     choose_kernel,
@@ -42,9 +45,10 @@ from .tensor_parallel_mlra import (
     sum_output,
     tensor_parallel_mesh,
 )
-from .triton_mlra import partial_results
+from .triton_mlra import partial_results, triton_latent_attention
 
-MAX_SEQUENCES = 4  # beyond, the products are no longer free and cuBLAS reads the weights as fast
+FEW_SEQUENCES = 2  # as many products are free beside the reading of the weights; more take tensor cores
+MAX_SEQUENCES = 32
 
 
 def obstacle(model: nn.Module, num_sequences: int) -> str | None:
@@ -109,6 +113,7 @@ class FusedStep:
         self.mlp = buffer(local_tensor(model.model.layers[0].mlp.up_proj.weight).shape[0])
         self.logits = buffer(local_tensor(model.lm_head.weight).shape[0])
         self.multiprocessors, self.early, self.hopper = device_facts(counters.device)
+        self.arrived = torch.zeros(self.multiprocessors, dtype=torch.int32, device=counters.device)
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Logits `[M, vocab_size]` after `token_ids` `[M]`; appends their rows to the cache and counts them."""
@@ -169,11 +174,17 @@ class FusedStep:
 
     def _linear(self, x, layers, out, norm=None, scale=1.0, swiglu=False, residual=None):
         weights = [local_tensor(layer.weight) for layer in layers]
-        one_map = len(weights) == 1 or swiglu
-        if self.hopper and one_map and streams(weights, self.num_sequences):
+        one_map, few = len(weights) == 1 or swiglu, self.num_sequences <= FEW_SEQUENCES
+        if few and self.hopper and one_map and streams(weights, self.num_sequences):
             stream_linear(
                 x, weights, out, norm, scale, residual, self.residual_share, self.multiprocessors, self.early
             )
+            return
+        if not few:
+            batch_linear(
+                x, weights, out, norm, scale, swiglu, residual, self.residual_share, self.arrived,
+                self.multiprocessors, self.early,
+            )  # fmt: skip
             return
         inner = weights[0].shape[1]
         plan = linear_plan(inner, swiglu, residual is not None, self.num_sequences)
@@ -191,6 +202,7 @@ class FusedStep:
     def _attention(self, layer, rows):
         attention = layer.self_attn
         config, batch = attention.config, self.num_sequences
+        few = batch <= FEW_SEQUENCES
         latents, heads, groups = self.local_sizes
         branches, rank, rope = latents // groups, config.latent_head_dim, config.qk_rope_head_dim
         kv_b, latent_gamma = (local_tensor(m.weight) for m in (attention.kv_b_proj, attention.kv_a_layernorm))
@@ -203,25 +215,30 @@ class FusedStep:
             self.a[:, : config.q_lora_rank], [attention.q_b_proj], self.q,
             norm=attention.q_a_layernorm, scale=attention.alpha_q,
         )  # fmt: skip
-        padded_rank, padded_nope = triton.next_power_of_2(rank), triton.next_power_of_2(nope)
+        padded_rank, padded_nope = (max(16, triton.next_power_of_2(width)) for width in (rank, nope))
         columns = min(padded_rank, max(16, 8192 // padded_nope))
         rotary = self.model.model.rotary_emb
-        absorb_kernel[(latents * heads, triton.cdiv(rank, columns) + 1)](
+        absorb_kernel[(latents * heads, triton.cdiv(rank, columns) + batch)](
             self.q, self.a, self.a.stride(0), config.q_lora_rank, kv_b, latent_gamma, rotary.inv_freq,
             self.counters, self.q_latent, self.q_rope,
             rows, rows.stride(0), rows.stride(2), attention.alpha_kv, attention.kv_a_layernorm.variance_epsilon,
-            rotary.attention_scaling, M=batch, L=latents, C=branches, H=heads, R=rank, DN=nope, E=rope, V=value,
-            DNP=padded_nope, RP=padded_rank, RB=columns, EP=triton.next_power_of_2(rope // 2), PDL=self.early,
-            num_warps=4, **launch_options(self.early),
+            rotary.attention_scaling, M=batch, MP=0 if few else padded(batch), L=latents, C=branches, H=heads,
+            R=rank, DN=nope, E=rope, V=value, DNP=padded_nope, RP=padded_rank, RB=columns,
+            EP=triton.next_power_of_2(rope // 2), PDL=self.early, num_warps=4, **launch_options(self.early),
         )  # fmt: skip
+        gate = self.a[:, sum(self.widths_a[:3]) :]
+        shape = {"M": batch, "L": latents, "C": branches, "H": heads, "R": rank, "DN": nope, "V": value}
+        shape |= {"RP": padded_rank, "GATE": config.attn_output_gate, "PDL": self.early}
+        if not few:
+            z = triton_latent_attention(*self._attention_arguments(attention, rows))
+            batch_value(z, kv_b, gate, self.heads, attention.alpha_attn, shape)
+            return
         parts = self._latent_attention(attention, rows)
         padded_branches = triton.next_power_of_2(branches)
         block = min(triton.next_power_of_2(value), max(4, 16384 // (padded_branches * padded_rank)))
         value_kernel[(groups * heads, triton.cdiv(value, block))](
-            parts.part, parts.lse, *self._lengths(), kv_b,
-            self.a[:, sum(self.widths_a[:3]) :], self.a.stride(0), self.heads, attention.alpha_attn, parts.programs,
-            M=batch, L=latents, C=branches, H=heads, R=rank, DN=nope, V=value,
-            CP=padded_branches, RP=padded_rank, VB=block, GATE=config.attn_output_gate, PDL=self.early,
+            parts.part, parts.lse, *self._lengths(), kv_b, gate, gate.stride(0), self.heads, attention.alpha_attn,
+            parts.programs, CP=padded_branches, VB=block, **shape,
             **value_plan(parts.programs, padded_branches * padded_rank), **parts.deal, **launch_options(self.early),
         )  # fmt: skip
 
@@ -229,14 +246,17 @@ class FusedStep:
         return self.counters[1 + self.num_sequences :], self.kv_start
 
     def _latent_attention(self, attention, rows):
-        """Kernel 4. Older rows and lengths are settled: of what it reads, the kernels in front of it in this step
+        """Kernel 4 for a few sequences; its partial results are reduced by kernel 5."""
+        return partial_results(None, *self._attention_arguments(attention, rows))
+
+    def _attention_arguments(self, attention, rows) -> tuple:
+        """Of kernel 4. Older rows and lengths are settled: of what it reads, the kernels in front of it in this step
         write this token's rows only, and no step begins before the one before has ended (`embed_kernel` is launched
         in the ordinary way)."""
         config, batch = attention.config, self.num_sequences
         latents, heads, groups = self.local_sizes
         split, cached = latents * config.latent_head_dim, rows.squeeze(1)
-        return partial_results(
-            None,
+        return (
             self.q_latent.view(batch, 1, latents, heads, -1),
             self.q_rope.view(batch, 1, groups, heads, -1),
             cached[..., :split].unflatten(-1, (latents, -1)),

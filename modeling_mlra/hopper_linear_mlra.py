@@ -195,11 +195,9 @@ if gluon is not None:
 def ring_plan(itemsize: int, swiglu: bool, vectors: int) -> dict[str, int]:
     """Rings of 64 KB for each of the two warpgroups, chosen on an H200 with `python -m scripts.bench_fused`.
 
-    One vector leaves registers for programs of the small kernels around this one; many need smaller tiles to have
-    enough for their sums.
+    One vector leaves registers for programs of the small kernels around this one.
     """
-    rows = 8 if vectors <= 2 else 4
-    plan = {"ROWS": rows, "COLUMNS": 2048 // itemsize // (2 if swiglu else 1), "STAGES": 32 // rows, "num_warps": 4}
+    plan = {"ROWS": 8, "COLUMNS": 2048 // itemsize // (2 if swiglu else 1), "STAGES": 4, "num_warps": 4}
     return plan | ({"REGISTERS": 136, "maxnreg": 104} if vectors == 1 else {"REGISTERS": 232, "maxnreg": 168})
 
 

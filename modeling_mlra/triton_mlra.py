@@ -444,10 +444,10 @@ def _launch(
     plan = decode_plan(rows, num_latents, groups, width, rope_width, latents.element_size(), hopper) | tuning
     lanes = (num_latents // plan["NL"]) * triton.cdiv(rows, plan["BM"])
     programs = max(1, multiprocessors * plan["programs_per_sm"] // lanes)
-    undivided = batch // triton.cdiv(batch, programs)
-    if 16 * undivided >= 15 * programs:
-        # Sequences of one length then stay whole: nothing to reduce is worth idle multiprocessors
-        programs = undivided
+    even = programs // batch * batch or batch // triton.cdiv(batch, programs)
+    if 16 * even >= 15 * programs:
+        # A share of sequences of one length then lies in one of them, or holds whole ones: worth idle multiprocessors
+        programs = even
     most_units = batch * (triton.cdiv(capacity, plan["UNIT"]) + 1)
     programs = min(programs, triton.cdiv(most_units, plan["MIN_UNITS"]))
     deal = {

@@ -385,16 +385,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def load_libraries(paths: list[str] | None = None) -> None:
+    """Load operator libraries of the peers; without paths, those of the environment variable."""
+    from_environment = [x for x in os.environ.get("MLRA_BENCH_LIBRARIES", "").split(":") if x]
+    for library in from_environment if paths is None else paths:
+        if not Path(library).is_file():
+            raise UserError(f"no operator library at {library}")
+        torch.ops.load_library(str(Path(library).resolve()))
+
+
 def benchmark(args: argparse.Namespace) -> None:
     if not torch.cuda.is_available():
         raise UserError("this benchmark needs a CUDA GPU, and torch sees none")
     if triton is None:
         raise UserError("this benchmark needs triton: pip install triton")
-    from_environment = [x for x in os.environ.get("MLRA_BENCH_LIBRARIES", "").split(":") if x]
-    for library in args.libraries if args.libraries is not None else from_environment:
-        if not Path(library).is_file():
-            raise UserError(f"no operator library at {library}")
-        torch.ops.load_library(str(Path(library).resolve()))
+    load_libraries(args.libraries)
     if args.output is not None:
         args.output.mkdir(parents=True, exist_ok=True)
     parts = {"figure": figure_cases, "shapes": shape_cases, "throughput": throughput_cases}

@@ -137,9 +137,13 @@ def seconds(function, repeats: int = 10) -> float:
     return statistics.median(times)
 
 
-def time_per_token(model, batch: int, context: int, do_sample: bool, lengths=(16, 80), repeats: int = 3) -> dict:
-    """Median seconds per token in steady state, and the seconds of the first call (compilation, capture)."""
-    filled = FilledCache(model, batch, context, room=max(lengths) + 2)
+def time_per_token(model, batch: int, context: int, do_sample: bool, repeats: int = 5) -> dict:
+    """Median milliseconds per token in steady state, and the seconds of the first call (compilation, capture).
+
+    The long call is longer by 32 to 256 tokens, about half a second, so that what calls differ by otherwise is small.
+    """
+    short, most = 16, 256
+    filled = FilledCache(model, batch, context, room=short + most + 2)
     ids = torch.ones(batch, context + 1, dtype=torch.long, device="cuda")
 
     def generate(new_tokens: int) -> float:
@@ -151,12 +155,15 @@ def time_per_token(model, batch: int, context: int, do_sample: bool, lengths=(16
         return time.perf_counter() - began
 
     before = dict(captured_decodes)
-    first = generate(lengths[0])
-    generate(lengths[1])
-    per_token = [(generate(lengths[1]) - generate(lengths[0])) / (lengths[1] - lengths[0]) for _ in range(repeats)]
+    first = generate(short)
+    generate(short + 32)
+    rough = max((generate(short + 32) - generate(short)) / 32, 1e-4)
+    longer = min(most, max(32, round(0.5 / rough)))
+    per_token = [(generate(short + longer) - generate(short)) / longer for _ in range(repeats)]
     ran = [kind for kind, count in captured_decodes.items() if count > before.get(kind, 0)]
     return {
         "ms_per_token": statistics.median(per_token) * 1e3,
+        "tokens_timed": longer,
         "first_call_s": first,
         "loop": f"captured, {ran[0]}" if ran else "library, automatic compilation",
         "cache_bytes_per_token": filled.bytes_per_token,

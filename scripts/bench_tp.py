@@ -7,8 +7,9 @@
 Weights are random and the same for every size; each rank creates its own share, no checkpoint is read. With T ranks of
 N the model runs N / T times side by side, so that no GPU idles. A decode step is the one that `generate()` takes for a
 static cache, greedy choice included, as one CUDA graph; times are medians over replays, of the slowest rank. The share
-of all-reduce is what the step gains when its all-reduces are left out. An existing file is added to: what is measured
-again replaces what it holds.
+of all-reduce is what the step gains when its all-reduces are left out. For MLA the attention of a rank is also timed
+with FlashMLA where that is here (as in `bench_decode`, variable MLRA_BENCH_LIBRARIES). An existing file is added to:
+what is measured again replaces what it holds.
 """
 
 import argparse
@@ -43,6 +44,8 @@ from modeling_mlra.tensor_parallel_mlra import (
     tensor_parallel_layout,
     tensor_parallel_mesh,
 )
+from scripts.bench_decode import Case, load_libraries
+from scripts.bench_decode import measure as measure_kernels
 from scripts.cli import UserError, run
 
 try:
@@ -234,6 +237,11 @@ def measure_decode(model: MLRAForCausalLM, context: int, replays: int, device: t
                 step.run._add(layer.self_attn.o_proj, step.run.heads)
 
         result["attention_us_per_layer"] = median_time(attention, device, replays) / len(layers)
+    if device.type == "cuda" and (latents, width, rope) == (1, 512, 64):
+        case = Case("", "mla", [context], heads, width=width)
+        peer = measure_kernels(case, ceiling=1.0)[0]
+        if "us" in peer:
+            result["flash_mla_us_per_layer"] = slowest(peer["us"], device)
     return result
 
 
@@ -367,6 +375,7 @@ def measure(args: argparse.Namespace) -> None:
     if bad := [size for size in sizes if world % size]:
         raise UserError(f"--sizes {bad[0]} does not divide the {world} processes")
     if cuda:
+        load_libraries()
         torch.cuda.set_device(device)
         distributed.init_process_group("nccl", device_id=device, timeout=TIMEOUT)
     else:
@@ -448,7 +457,8 @@ def measure_all(
 
 
 def against_mla(decode: dict) -> dict:
-    """How many times faster than MLA of the same size, on as many ranks: the attention kernel, and a token."""
+    """How many times faster than MLA of the same size, on as many ranks: the attention kernel (MLA's by this package
+    and by FlashMLA), the attention as a whole with its projections, and a token."""
     ratios: dict = {}
     for name, by_size in decode.items():
         other = "wide_mla" if name.startswith("wide_") else "mla"
@@ -458,7 +468,14 @@ def against_mla(decode: dict) -> dict:
             for context in filter(str.isdigit, cell):
                 if reference := decode.get(other, {}).get(size, {}).get(context):
                     ratios.setdefault(name, {}).setdefault(size, {})[context] = {
-                        key: reference[key] / cell[context][key] for key in ("kernel_us_per_layer", "token_us")
+                        key: reference[key] / cell[context][own]
+                        for key, own in (
+                            ("kernel_us_per_layer", "kernel_us_per_layer"),
+                            ("flash_mla_us_per_layer", "kernel_us_per_layer"),
+                            ("attention_us_per_layer", "attention_us_per_layer"),
+                            ("token_us", "token_us"),
+                        )
+                        if key in reference and own in cell[context]
                     }
     return ratios
 

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from modeling_mlra import MLRAConfig, MLRAForCausalLM, fused_mlra, hopper_linear_mlra, triton_mlra
+from modeling_mlra import MLRAConfig, MLRAForCausalLM, batch_linear_mlra, fused_mlra, hopper_linear_mlra, triton_mlra
 
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
 PARTS = {"wgmma.mma_async": "matrix products", "cp.async.bulk.tensor": "bulk copies", "griddepcontrol.wait": "waits"}
@@ -24,6 +24,7 @@ OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 KERNELS = (
     (triton_mlra, ("decode_kernel", "rows_kernel", "combine_kernel")),
     (fused_mlra, ("embed_kernel", "linear_kernel", "absorb_kernel", "value_kernel", "choose_kernel")),
+    (batch_linear_mlra, ("batch_linear_kernel", "batch_value_kernel")),
     (hopper_linear_mlra, ("linear_kernel",)),
 )
 
@@ -116,7 +117,8 @@ def main() -> None:
         attend(batch=3, length=1, latents=4, heads=24, page_size=32)
         attend(batch=3, length=4, latents=4, heads=24, page_size=7)
         step(num_sequences=1)
-        step(num_sequences=4, attn_output_gate=True)
+        step(num_sequences=2, attn_output_gate=True)
+        step(num_sequences=16, attn_output_gate=True)
         stack.enter_context(patch.object(triton_mlra, "device_facts", lambda _: (108, False, False)))
         attend(batch=1, length=1, latents=1, heads=64)
         attend(batch=3, length=1, latents=4, heads=24, masked=True)
