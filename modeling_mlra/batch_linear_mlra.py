@@ -58,9 +58,9 @@ if triton is not None:
         is rounded after its multiplication by gamma, as in the modules.
 
         A tile is ROWS x WIDTH; of a SwiGLU half of its rows are each weight's, w1 lying `apart` numbers behind w0 (all
-        rows then have one base, and are read in whole vectors). The first is there before the wait,
-        the others come through STAGES buffers. `part`, `part_squares` (float32) and `arrived` (int32, zeros, and left
-        so) are room for the sums of SPLITS programs.
+        rows then have one base, and are read in whole vectors). The first is there before the wait, the others come
+        through STAGES buffers. `part`, `part_squares` (float32) and `arrived` (int32, zeros, and left so) are room for
+        the sums of SPLITS programs.
         """
         index, m = tl.arange(0, ROWS), tl.arange(0, MP)
         SHARE: tl.constexpr = ROWS // 2 if SWIGLU else ROWS
@@ -174,13 +174,14 @@ def linear(x, weights, out, norm, scale, swiglu, residual, residual_share, arriv
         weights: `[n, K]` each.
         out: `[M, sum of n]`, or `[M, n]`.
         residual: like `out`, of which `residual_share` times is added, or None; may be `out`.
-        arrived: int32 zeros `[multiprocessors]`, and zeros again afterwards.
+        arrived: int32 zeros, at least `[4 * multiprocessors]`, and zeros again afterwards.
         multiprocessors, early: as from `plans_mlra.device_facts`.
     """
     (vectors, inner), sizes = x.shape, [weight.shape[0] for weight in weights]
     blocks = triton.cdiv(sizes[0], ROWS // 2) if swiglu else sum(triton.cdiv(n, ROWS) for n in sizes)
     plan = batch_linear_plan(blocks, inner, multiprocessors)
     programs, width = blocks * plan["SPLITS"], padded(vectors)
+    assert plan["SPLITS"] == 1 or blocks <= arrived.numel(), f"{blocks} row blocks, {arrived.numel()} counts"
     sums = torch.empty(programs * width * (ROWS + 1), dtype=torch.float32, device=x.device)
     spare = 4 - len(weights)
     apart = (weights[1].data_ptr() - weights[0].data_ptr()) // weights[0].element_size() if swiglu else 0

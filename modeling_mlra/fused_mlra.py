@@ -1,10 +1,11 @@
-"""One decoding step of the whole model in eight kernels per layer, for a few sequences at a time.
+"""One decoding step of the whole model in eight or nine kernels per layer, for up to 32 sequences at a time.
 
 Decoding reads every weight once per step and computes almost nothing, so its time is weight bytes over bandwidth plus
 what is lost between kernels. Here each program holds its tile of weights in registers before it waits for the kernel
 in front of it (programmatic dependent launch), so the memory stays busy across kernels; norms, rotations, the cache
 append, gates and residuals ride along, in float32. The parameters are the model's own. (On Hopper GPUs large weights
-stream through shared memory instead, `hopper_linear_mlra`.)
+stream through shared memory instead, `hopper_linear_mlra`.) More than two sequences go through tensor cores,
+`batch_linear_mlra`; the partial results of kernel 4, which otherwise kernel 5 reduces, then take a kernel of their own.
 
     1  [q_a | kv_a | k_rope | gate] = norm(x) W        5  o = alpha_attn * sum over branches of z W_uv, gated
     2  q = norm(q_a) W_qb                              6  x += o W_o
@@ -48,7 +49,7 @@ from .tensor_parallel_mlra import (
 from .triton_mlra import partial_results, triton_latent_attention
 
 FEW_SEQUENCES = 2  # as many products are free beside the reading of the weights; more take tensor cores
-MAX_SEQUENCES = 32
+MAX_SEQUENCES = 32  # so many vectors fit beside the buffers of weights on smaller GPUs too
 
 
 def obstacle(model: nn.Module, num_sequences: int) -> str | None:
@@ -113,7 +114,7 @@ class FusedStep:
         self.mlp = buffer(local_tensor(model.model.layers[0].mlp.up_proj.weight).shape[0])
         self.logits = buffer(local_tensor(model.lm_head.weight).shape[0])
         self.multiprocessors, self.early, self.hopper = device_facts(counters.device)
-        self.arrived = torch.zeros(self.multiprocessors, dtype=torch.int32, device=counters.device)
+        self.arrived = torch.zeros(4 * self.multiprocessors, dtype=torch.int32, device=counters.device)
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Logits `[M, vocab_size]` after `token_ids` `[M]`; appends their rows to the cache and counts them."""

@@ -17,7 +17,8 @@ from unittest.mock import patch
 import torch
 import triton
 
-from modeling_mlra import MLRAForCausalLM, fused_mlra, hopper_linear_mlra
+from modeling_mlra import MLRAForCausalLM, batch_linear_mlra, fused_mlra, hopper_linear_mlra
+from modeling_mlra.triton_mlra import triton_latent_attention
 from scripts.bench_decode import read_ceiling
 from scripts.bench_generate import FilledCache, build, seconds
 from tests.fused_checks import compare
@@ -34,11 +35,15 @@ def graph_seconds(function, repeats: int = 20) -> float:
     return seconds(graph.replay, repeats)
 
 
-def filled_step(model: MLRAForCausalLM, context: int) -> fused_mlra.FusedStep:
-    """A fused step for one sequence behind `context` random cache rows."""
-    cache = FilledCache(model, batch=1, context=context, room=128).rewind()
-    counters = torch.tensor([context, context, context + 1], dtype=torch.int32, device="cuda")
-    return fused_mlra.FusedStep(model, cache, counters)
+def counts(context: int, sequences: int) -> torch.Tensor:
+    """Counters of a step behind `context` rows."""
+    return torch.tensor([context, *[context] * sequences, *[context + 1] * sequences], dtype=torch.int32)
+
+
+def filled_step(model: MLRAForCausalLM, context: int, sequences: int) -> fused_mlra.FusedStep:
+    """A fused step for sequences behind `context` random cache rows each."""
+    cache = FilledCache(model, sequences, context, room=128).rewind()
+    return fused_mlra.FusedStep(model, cache, counts(context, sequences).cuda())
 
 
 def rings(from_megabytes: int, **changed):
@@ -61,8 +66,27 @@ def tiles(of_residual: bool, **changed):
     return patch.multiple(fused_mlra, linear_plan=plan)
 
 
-def variants() -> dict:
+def products(splits: int = 1, **changed):
+    """Changed tiles of the products of many vectors, and `splits` times as many programs for the small weights."""
+    batch_linear_plan = batch_linear_mlra.batch_linear_plan
+
+    def plan(blocks, inner, multiprocessors):
+        return batch_linear_plan(blocks, inner, multiprocessors * splits) | changed
+
+    return patch.multiple(batch_linear_mlra, batch_linear_plan=plan)
+
+
+def variants(sequences: int) -> dict:
     """Name -> what to time the step under."""
+    if sequences > fused_mlra.FEW_SEQUENCES:
+        return {
+            "shipped": contextlib.nullcontext(),
+            **{f"{n} buffers": products(STAGES=n) for n in (2, 4)},
+            "tiles of 256 columns": products(WIDTH=256),
+            "tiles of 64 columns, 6 buffers": products(WIDTH=64, STAGES=6),
+            "one program a row block": products(SPLITS=1),
+            "twice the programs": products(2),
+        }
     return {
         "shipped": contextlib.nullcontext(),
         "no rings": rings(2**20),
@@ -77,6 +101,11 @@ def variants() -> dict:
 def kernels(step: fused_mlra.FusedStep) -> dict:
     """Name -> (function of a layer and its cache rows, bytes of weights it reads)."""
     model, rank = step.model, step.model.config.q_lora_rank
+
+    def attend(attention, rows):
+        if step.num_sequences <= fused_mlra.FEW_SEQUENCES:
+            return step._latent_attention(attention, rows)
+        return triton_latent_attention(*step._attention_arguments(attention, rows))
 
     def size(*layers):
         return sum(layer.weight.nbytes for layer in layers)
@@ -98,7 +127,7 @@ def kernels(step: fused_mlra.FusedStep) -> dict:
             ),
             size(attention.q_b_proj),
         ),
-        "4 latent attention": (lambda layer, rows: step._latent_attention(layer.self_attn, rows), 0),
+        "4 latent attention": (lambda layer, rows: attend(layer.self_attn, rows), 0),
         "1-5 attention": (
             lambda layer, rows: step._attention(layer, rows),
             size(*(getattr(attention, n) for n in (*first, "q_b_proj", "kv_b_proj"))),
@@ -128,15 +157,18 @@ def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; 2 without a CUDA device, 1 if the step is wrong."""
     parser = argparse.ArgumentParser(prog="python -m scripts.bench_fused", description=__doc__.splitlines()[0])
     parser.add_argument("--contexts", nargs="+", type=int, default=[2048, 131072])
+    parser.add_argument("--sequences", type=int, default=1, help=f"1 to {fused_mlra.MAX_SEQUENCES} (default: 1)")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json")
     arguments = parser.parse_args(argv)
+    if not 1 <= arguments.sequences <= fused_mlra.MAX_SEQUENCES:
+        parser.error(f"--sequences {arguments.sequences}: the fused step takes 1 to {fused_mlra.MAX_SEQUENCES}")
     if not torch.cuda.is_available():
         print("error: this benchmark needs a CUDA device and found none", file=sys.stderr)
         return 2
     checks = {}
     for name, from_megabytes in (("registers", 2**20), ("rings", 0)):
         with rings(from_megabytes):
-            checks[name] = check = compare("mlra_4", "cuda")
+            checks[name] = check = compare("mlra_4", "cuda", max(2, arguments.sequences))
         if not (check["counters"] and max(check["logits"], check["rows"]) < FUSED_FLOAT32_RATIO):
             print(f"error: the fused step differs from the modules, so it is not timed: {check}", file=sys.stderr)
             return 1
@@ -146,22 +178,23 @@ def main(argv: list[str] | None = None) -> int:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "date": date.today().isoformat(),
+        "sequences": arguments.sequences,
         "command": "python -m scripts.bench_fused " + " ".join(argv if argv is not None else sys.argv[1:]),
         "check": checks,
         "read_ceiling_GB_s": read_ceiling(),
         "step_ms": {},
         "kernels_us": {},
     }
-    token = torch.zeros(1, dtype=torch.long, device="cuda")
+    tokens = torch.zeros(arguments.sequences, dtype=torch.long, device="cuda")
 
     def step_ms(step, context):
-        step.counters.copy_(torch.tensor([context, context, context + 1], dtype=torch.int32))
-        return graph_seconds(lambda: step(token)) * 1e3
+        step.counters.copy_(counts(context, arguments.sequences))
+        return graph_seconds(lambda: step(tokens)) * 1e3
 
     for context in arguments.contexts:
-        step = filled_step(model, context)
+        step = filled_step(model, context, arguments.sequences)
         times = report["step_ms"][str(context)] = {}
-        for name, variant in variants().items():
+        for name, variant in variants(arguments.sequences).items():
             with variant:
                 times[name] = step_ms(step, context)
             print(f"{context} {name}: {times[name]:.3f} ms", flush=True)
