@@ -630,7 +630,8 @@ def test_the_benchmark_compares_with_mla_of_the_same_size():
         for name, kernel in {"mlra_4": 2.0, "mla": 6.0, "wide_mlra_4": 4.0, "wide_mla": 20.0}.items()
     }
     decode["mlra_4"]["2"] = cell  # MLA was not timed there
+    decode["mla"]["4"]["1024"]["flash_mla_us_per_layer"] = 5.0
     assert bench_tp.against_mla(decode) == {
-        "mlra_4": {"4": {"1024": {"kernel_us_per_layer": 3.0, "token_us": 1.0}}},
+        "mlra_4": {"4": {"1024": {"kernel_us_per_layer": 3.0, "flash_mla_us_per_layer": 2.5, "token_us": 1.0}}},
         "wide_mlra_4": {"4": {"1024": {"kernel_us_per_layer": 5.0, "token_us": 1.0}}},
     }
