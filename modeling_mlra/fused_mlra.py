@@ -4,8 +4,8 @@ Decoding reads every weight once per step and computes almost nothing, so its ti
 what is lost between kernels. Here each program holds its tile of weights in registers before it waits for the kernel
 in front of it (programmatic dependent launch), so the memory stays busy across kernels; norms, rotations, the cache
 append, gates and residuals ride along, in float32. The parameters are the model's own. (On Hopper GPUs large weights
-stream through shared memory instead, `hopper_linear_mlra`.) More than two sequences go through tensor cores,
-`batch_linear_mlra`; the partial results of kernel 4, which otherwise kernel 5 reduces, then take a kernel of their own.
+stream through shared memory instead, `hopper_linear_mlra`.) More than two sequences go through tensor cores
+(`batch_linear_mlra`), and the partial results of kernel 4, which otherwise kernel 5 reduces, through one kernel more.
 
     1  [q_a | kv_a | k_rope | gate] = norm(x) W        5  o = alpha_attn * sum over branches of z W_uv, gated
     2  q = norm(q_a) W_qb                              6  x += o W_o

@@ -1,11 +1,13 @@
 """Tensor-parallel decoding measured on the GPUs of one machine: every size that its processes can form.
 
-    torchrun --nproc-per-node 2 -m scripts.bench_tp --output evals/results/tp_h200_x2.json
     torchrun --nproc-per-node 4 -m scripts.bench_tp --models mlra_4 mlra_2 mla wide_mlra_4 wide_mla \\
-        --contexts 131072 524288 1048576 --output evals/results/tp_4gpu.json
+        --contexts 131072 524288 1048576 --output evals/results/tp_h200_x4.json
+    torchrun --nproc-per-node 8 -m scripts.bench_tp --models mlra_4 mla --sequences 16 --contexts 131072 \\
+        --parts decode --output evals/results/tp_h200_x8.json
 
 Weights are random and the same for every size; each rank creates its own share, no checkpoint is read. With T ranks of
-N the model runs N / T times side by side, so that no GPU idles. A decode step is the one that `generate()` takes for a
+N the model runs N / T times side by side (data parallelism), so that no GPU idles, each with its part of --sequences,
+or with one. A decode step is the one that `generate()` takes for a
 static cache, greedy choice included, as one CUDA graph; times are medians over replays, of the slowest rank. The share
 of all-reduce is what the step gains when its all-reduces are left out. For MLA the attention of a rank is also timed
 with FlashMLA where that is here (as in `bench_decode`, variable MLRA_BENCH_LIBRARIES). An existing file is added to:
@@ -116,7 +118,9 @@ def draw(name: str, parameter: torch.Tensor, device: torch.device) -> torch.Tens
     )
 
 
-def random_cache(model: MLRAForCausalLM, context: int, capacity: int, device: torch.device) -> tuple[MLRACache, int]:
+def random_cache(
+    model: MLRAForCausalLM, batch: int, context: int, capacity: int, device: torch.device
+) -> tuple[MLRACache, int]:
     """A static cache with `context` random rows of this rank's share, and the bytes its allocation took."""
     config = model.config
     width = local_sizes(model.model.layers[0].self_attn)[0] * config.latent_head_dim
@@ -124,7 +128,7 @@ def random_cache(model: MLRAForCausalLM, context: int, capacity: int, device: to
     gc.collect()  # an earlier cache that goes now would count against this one
     before = allocated(device)
     for layer in cache.layers:
-        one_row = torch.zeros(1, 1, 1, width, dtype=model.dtype, device=device)
+        one_row = torch.zeros(batch, 1, 1, width, dtype=model.dtype, device=device)
         layer.lazy_initialization(one_row, one_row[..., : config.qk_rope_head_dim])
         layer._is_empty = False
     taken = allocated(device) - before if device.type == "cuda" else cache.nbytes
@@ -184,25 +188,28 @@ def slowest(value: float, device: torch.device) -> float:
     return held.item()
 
 
-def measure_decode(model: MLRAForCausalLM, context: int, replays: int, device: torch.device) -> dict:
-    """Time per token from `context` on, what all-reduce takes of it, the attention's part, and the cache's bytes."""
+def measure_decode(model: MLRAForCausalLM, batch: int, context: int, replays: int, device: torch.device) -> dict:
+    """Time of a step from `context` on, what all-reduce takes of it, the attention's part, and the cache's bytes."""
     config, layers, mesh = model.config, model.model.layers, tensor_parallel_mesh(model)
-    cache, taken = random_cache(model, context, context + 2 * (replays + 8), device)
-    token = torch.zeros(1, dtype=torch.long, device=device)
-    step = DecodingStep(model, cache, torch.full((1,), context, device=device))
+    cache, taken = random_cache(model, batch, context, context + 2 * (replays + 8), device)
+    token = torch.zeros(batch, dtype=torch.long, device=device)
+    step = DecodingStep(model, cache, torch.full((batch,), context, device=device))
     fused = isinstance(step.run, FusedStep)
 
     def decode():
         token.copy_(step(token).argmax(-1))
 
+    rows = batch * cache.get_max_length()
     result = {
+        "sequences": batch,
         "cache_bytes_allocated": taken,
-        "cache_bytes_expected": cache.bytes_per_token() * cache.get_max_length(),
-        "cache_head_widths": taken
-        / (cache.get_max_length() * len(cache.layers) * HEAD_WIDTH * cache.layers[0].rows.element_size()),
+        "cache_bytes_expected": cache.bytes_per_token() * rows,
+        "cache_head_widths": taken / (rows * len(cache.layers) * HEAD_WIDTH * cache.layers[0].rows.element_size()),
         "step": "fused" if fused else "modules",
         "token_us": median_time(decode, device, replays),
     }
+    groups_of_ranks = distributed.get_world_size() // (1 if mesh is None else mesh.size())
+    result["tokens_per_s"] = 1e6 * groups_of_ranks * batch / result["token_us"]
     if mesh is not None:
         with no_all_reduce():
             # `slowest` needs the real one, so the time is this rank's
@@ -211,9 +218,9 @@ def measure_decode(model: MLRAForCausalLM, context: int, replays: int, device: t
 
     latents, heads, groups = local_sizes(layers[0].self_attn)
     width, rope = config.latent_head_dim, config.qk_rope_head_dim
-    q_latent = torch.randn(1, 1, latents, heads, width, dtype=model.dtype, device=device)
-    q_rope = torch.randn(1, 1, groups, heads, rope, dtype=model.dtype, device=device)
-    in_use = torch.full((1,), context + 1, dtype=torch.int32, device=device)
+    q_latent = torch.randn(batch, 1, latents, heads, width, dtype=model.dtype, device=device)
+    q_rope = torch.randn(batch, 1, groups, heads, rope, dtype=model.dtype, device=device)
+    in_use = torch.full((batch,), context + 1, dtype=torch.int32, device=device)
 
     def kernels():
         for layer in cache.layers:
@@ -238,7 +245,7 @@ def measure_decode(model: MLRAForCausalLM, context: int, replays: int, device: t
 
         result["attention_us_per_layer"] = median_time(attention, device, replays) / len(layers)
     if device.type == "cuda" and (latents, width, rope) == (1, 512, 64):
-        case = Case("", "mla", [context], heads, width=width)
+        case = Case("", "mla", [context] * batch, heads, width=width)
         peer = measure_kernels(case, ceiling=1.0)[0]
         if "us" in peer:
             result["flash_mla_us_per_layer"] = slowest(peer["us"], device)
@@ -374,6 +381,11 @@ def measure(args: argparse.Namespace) -> None:
                 raise UserError(f"{name}: {error}") from None
     if bad := [size for size in sizes if world % size]:
         raise UserError(f"--sizes {bad[0]} does not divide the {world} processes")
+    if args.sequences is not None and (bad := [size for size in sizes if args.sequences % (world // size)]):
+        raise UserError(
+            f"--sequences {args.sequences} cannot be dealt to {world // bad[0]} groups of {bad[0]} ranks; "
+            f"{world // min(sizes)} could"
+        )
     if cuda:
         load_libraries()
         torch.cuda.set_device(device)
@@ -443,8 +455,9 @@ def measure_all(
             cell = results["decode"].setdefault(name, {}).setdefault(str(size), {})
             cell["layout"] = tensor_parallel_layout(config, size)._asdict()
             cell["weight_bytes"] = allocated(device) - before
+            batch = 1 if args.sequences is None else args.sequences * size // world
             for context in args.contexts:
-                cell[str(context)] = measure_decode(model, context, args.replays, device)
+                cell[str(context)] = measure_decode(model, batch, context, args.replays, device)
                 report(f"{name} TP{size} {context}", cell[str(context)])
             del model
     results["against_mla"] = against_mla(results["decode"])
@@ -481,29 +494,32 @@ def against_mla(decode: dict) -> dict:
 
 
 def plot(results: dict, file: Path) -> Path:
-    """Time per token against context, one line per model and size; beside it the attention kernel's time per layer."""
+    """Time of a step against context, one line per model and size; beside it the attention kernel's time per layer."""
     matplotlib.use("Agg")
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
     for panel, key, scale, label in (
-        (panels[0], "token_us", 1e-3, "milliseconds per token, one sequence"),
+        (panels[0], "token_us", 1e-3, "milliseconds per step"),
         (panels[1], "kernel_us_per_layer", 1.0, "microseconds, attention kernel of one layer"),
     ):
         for color, (name, by_size) in enumerate(results["decode"].items()):
             for style, (size, cell) in enumerate(by_size.items()):
-                contexts = [key for key in cell if key.isdigit()]
+                line = {"color": f"C{color}", "linestyle": ("-", "--", "-.", ":")[style % 4]}
+                points = {int(context) / 1024: cell[context] for context in cell if context.isdigit()}
                 panel.plot(
-                    [int(context) / 1024 for context in contexts],
-                    [scale * cell[context][key] for context in contexts],
-                    color=f"C{color}",
-                    linestyle=("-", "--", "-.", ":")[style % 4],
+                    list(points),
+                    [scale * x[key] for x in points.values()],
                     marker="o",
                     label=f"{name} TP{size}",
+                    **line,
                 )
+                peer = {k: x["flash_mla_us_per_layer"] for k, x in points.items() if "flash_mla_us_per_layer" in x}
+                if panel is panels[1] and peer:
+                    panel.plot(list(peer), list(peer.values()), marker="x", label=f"{name} TP{size}, FlashMLA", **line)
         panel.set(xlabel="context, K tokens", ylabel=label, xscale="log", ylim=(0, None))
-        panel.set_xticks([int(c) / 1024 for c in contexts], [str(int(c) // 1024) for c in contexts])
+        panel.set_xticks(list(points), [f"{k:g}" for k in points])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
-        panel.legend(fontsize="small")
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     last = results["runs"][-1]
     figure.suptitle(f"{last['processes']} x {last['gpu']}, {last['dtype']}, {last['date'][:10]}", fontsize=9)
     figure.savefig(file, dpi=120)
@@ -516,6 +532,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", default=["mlra_4", "mla"], help="names in configuration/, or wide_NAME")
     parser.add_argument("--contexts", nargs="+", type=int, default=[131072, 524288], help="cached tokens")
     parser.add_argument("--sizes", nargs="+", type=int, help="ranks per model (default: 1, 2, 4, 8 as they fit)")
+    parser.add_argument("--sequences", type=int, help="sequences in all (default: one for each group of ranks)")
     parser.add_argument("--layers", type=int, help="decoder layers to time (default: the architecture's)")
     parser.add_argument("--replays", type=int, default=20, help="timed decode steps")
     parser.add_argument("--token-models", nargs="+", help="models whose tokens to compare (default: --models)")
