@@ -36,7 +36,7 @@ from .fused_kernels_mlra import (
 )
 from .hopper_linear_mlra import linear as stream_linear
 from .hopper_linear_mlra import streams
-from .plans_mlra import device_facts, launch_options, triton
+from .plans_mlra import device_facts, launch_options, shared_bytes, triton
 from .tensor_parallel_mlra import (
     gather_output,
     is_parallel,
@@ -49,7 +49,8 @@ from .tensor_parallel_mlra import (
 from .triton_mlra import partial_results, triton_latent_attention
 
 FEW_SEQUENCES = 2  # as many products are free beside the reading of the weights; more take tensor cores
-MAX_SEQUENCES = 32  # so many vectors fit beside the buffers of weights on smaller GPUs too
+MAX_SEQUENCES = 32
+SHARED_BYTES = 96 * 2**10  # what the products of so many vectors take for their buffers of weights
 
 
 def obstacle(model: nn.Module, num_sequences: int) -> str | None:
@@ -61,6 +62,8 @@ def obstacle(model: nn.Module, num_sequences: int) -> str | None:
         return f"it takes bfloat16 or float16 weights, not {model.dtype}"
     if num_sequences > MAX_SEQUENCES:
         return f"it takes up to {MAX_SEQUENCES} sequences, not {num_sequences}"
+    if num_sequences > FEW_SEQUENCES and shared_bytes(model.device) < SHARED_BYTES:
+        return f"more than {FEW_SEQUENCES} sequences take {SHARED_BYTES} bytes of shared memory, which this GPU lacks"
     if config.hidden_act != "silu":
         return f"it computes the activation 'silu', not {config.hidden_act!r}"
     if model.model.rotary_emb.rope_type in ("dynamic", "longrope"):

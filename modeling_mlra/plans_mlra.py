@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 
 import torch
 
@@ -43,6 +44,14 @@ def device_facts(device: torch.device) -> tuple[int, bool, bool]:
     nvidia = torch.version.hip is None
     early = nvidia and properties.major >= 9 and hasattr(tl.extra.cuda, "gdc_wait")
     return properties.multi_processor_count, early, nvidia and properties.major == 9 and gluon_fits()
+
+
+def shared_bytes(device: torch.device) -> float:
+    """Shared memory that one program can have, in bytes."""
+    if device.type != "cuda":
+        return math.inf
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
 
 
 def launch_options(early: bool) -> dict[str, bool]:

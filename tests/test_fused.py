@@ -232,11 +232,15 @@ def test_captured_sampling_draws_as_the_library_does(penalty):
             ends.append(tokens[:, ids.shape[1] + 4].tolist())
 
 
-def test_obstacles_name_what_is_in_the_way():
+def test_obstacles_name_what_is_in_the_way(monkeypatch):
     assert "float32" in obstacle(tiny_model(dtype=torch.float32), 1)
     model = tiny_model(dtype=torch.bfloat16)
     assert obstacle(model, 1) is None
     assert "sequences, not 99" in obstacle(model, 99)
+    assert obstacle(model, 32) is None
+    monkeypatch.setattr(fused_mlra, "shared_bytes", lambda device: 65536)
+    assert obstacle(model, 2) is None
+    assert "shared memory" in obstacle(model, 3)
     handle = model.model.layers[0].register_forward_hook(lambda *_: None)
     assert "hooks" in obstacle(model, 1)
     handle.remove()
