@@ -100,6 +100,13 @@ def decode_plan(rows: int, num_latents: int, groups: int, width: int, rope_width
     return plan
 
 
+def even_programs(programs: int, batch: int) -> int:
+    """Fewer programs, but at most one in sixteen, if a share of sequences of one length then lies in one of them or holds
+    whole ones."""
+    even = programs // batch * batch or batch // triton.cdiv(batch, programs)
+    return even if 16 * even >= 15 * programs else programs
+
+
 def reduction_plan(batch: int, num_latents: int, rows: int, programs: int, padded_width: int) -> dict[str, int]:
     """Tile of the second kernel: many small reductions take their splits in turn, a few wide ones SPLITS at once."""
     splits = min(256, max(8, triton.next_power_of_2(triton.cdiv(programs, batch) + 1)))

@@ -18,7 +18,15 @@ from dataclasses import dataclass
 import torch
 
 from .hopper_mlra import TensorDescriptor, gl, rows_kernel
-from .plans_mlra import SMALLER_PLANS, decode_plan, device_facts, fits_hopper, launch_options, reduction_plan
+from .plans_mlra import (
+    SMALLER_PLANS,
+    decode_plan,
+    device_facts,
+    even_programs,
+    fits_hopper,
+    launch_options,
+    reduction_plan,
+)
 
 try:
     import triton
@@ -444,10 +452,7 @@ def _launch(
     plan = decode_plan(rows, num_latents, groups, width, rope_width, latents.element_size(), hopper) | tuning
     lanes = (num_latents // plan["NL"]) * triton.cdiv(rows, plan["BM"])
     programs = max(1, multiprocessors * plan["programs_per_sm"] // lanes)
-    even = programs // batch * batch or batch // triton.cdiv(batch, programs)
-    if 16 * even >= 15 * programs:
-        # A share of sequences of one length then lies in one of them, or holds whole ones: worth idle multiprocessors
-        programs = even
+    programs = even_programs(programs, batch)
     most_units = batch * (triton.cdiv(capacity, plan["UNIT"]) + 1)
     programs = min(programs, triton.cdiv(most_units, plan["MIN_UNITS"]))
     deal = {

@@ -398,6 +398,14 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
     assert sum(" 8 bulk copies" in line for line in lines) == 6, "gate and up, down, vocabulary; 1 and 2 sequences"
 
 
+@pytest.mark.parametrize(
+    ("programs", "batch", "expected"),
+    [(132, 1, 132), (33, 16, 32), (33, 5, 33), (132, 64, 128), (132, 128, 128), (33, 66, 33), (33, 40, 33)],
+)
+def test_shares_of_sequences_of_one_length(programs, batch, expected):
+    assert plans_mlra.even_programs(programs, batch) == expected
+
+
 def test_a_plan_that_does_not_fit_gives_way_to_a_smaller_one(monkeypatch):
     """Shared memory differs between GPUs and dtypes: plans are tried from the largest on, and the choice is kept."""
     arguments, kv_end = inputs(1, 1, 2, 1, 3, 16, 16, 9)
