@@ -101,8 +101,7 @@ def decode_plan(rows: int, num_latents: int, groups: int, width: int, rope_width
 
 
 def even_programs(programs: int, batch: int) -> int:
-    """Fewer programs, but at most one in sixteen, if a share of sequences of one length then lies in one of them or holds
-    whole ones."""
+    """Up to a sixteenth fewer, if a share of sequences of one length then lies in one of them or holds whole ones."""
     even = programs // batch * batch or batch // triton.cdiv(batch, programs)
     return even if 16 * even >= 15 * programs else programs
 
