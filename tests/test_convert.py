@@ -83,7 +83,8 @@ def test_golden_logits_and_loss(remote_outputs, name):
     expected = load_file(GOLDEN / name / "expected.safetensors")
     error = (outputs["logits"] - expected["logits"]).abs().max() / expected["logits"].abs().max()
     assert error <= RELEASED_LOGITS_RTOL
-    assert (outputs["loss"] - expected["loss"]).abs() <= LOSS_ATOL
+    # relative: one step of float32 is already 1.9e-6 at these losses of 16
+    assert (outputs["loss"] - expected["loss"]).abs() <= LOSS_ATOL * expected["loss"]
 
 
 def test_golden_count():
