@@ -38,7 +38,8 @@ def test_fused_step_equals_the_modules(variant, setting):
 
 
 @pytest.mark.parametrize(
-    ("variant", "setting", "batch"), [("mlra_4", "plain", 3), ("mla", "gated, no scale, yarn", 17)]
+    ("variant", "setting", "batch"),
+    [("mlra_4", "plain", 5), ("mlra_2", "plain", 3), ("mla", "gated, no scale, yarn", 17)],
 )
 def test_more_sequences_than_few(variant, setting, batch):
     result = compare(variant, DEVICE, batch, **SETTINGS[setting])
