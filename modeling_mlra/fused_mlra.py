@@ -98,6 +98,7 @@ class FusedStep:
         self.model, self.cache, self.counters = model, cache, counters
         self.kv_start, self.key_mask = kv_start, key_mask
         self.num_sequences = (counters.numel() - 1) // 2
+        self.few = self.num_sequences <= FEW_SEQUENCES
         self.mesh = tensor_parallel_mesh(model)
         self.residual_share = 1.0 if self.mesh is None else 1 / self.mesh.size()
         self.local_sizes = local_sizes(model.model.layers[0].self_attn)
@@ -178,13 +179,13 @@ class FusedStep:
 
     def _linear(self, x, layers, out, norm=None, scale=1.0, swiglu=False, residual=None):
         weights = [local_tensor(layer.weight) for layer in layers]
-        one_map, few = len(weights) == 1 or swiglu, self.num_sequences <= FEW_SEQUENCES
-        if few and self.hopper and one_map and streams(weights, self.num_sequences):
+        one_map = len(weights) == 1 or swiglu
+        if self.few and self.hopper and one_map and streams(weights, self.num_sequences):
             stream_linear(
                 x, weights, out, norm, scale, residual, self.residual_share, self.multiprocessors, self.early
             )
             return
-        if not few:
+        if not self.few:
             batch_linear(
                 x, weights, out, norm, scale, swiglu, residual, self.residual_share, self.arrived,
                 self.multiprocessors, self.early,
@@ -206,7 +207,6 @@ class FusedStep:
     def _attention(self, layer, rows):
         attention = layer.self_attn
         config, batch = attention.config, self.num_sequences
-        few = batch <= FEW_SEQUENCES
         latents, heads, groups = self.local_sizes
         branches, rank, rope = latents // groups, config.latent_head_dim, config.qk_rope_head_dim
         kv_b, latent_gamma = (local_tensor(m.weight) for m in (attention.kv_b_proj, attention.kv_a_layernorm))
@@ -226,44 +226,43 @@ class FusedStep:
             self.q, self.a, self.a.stride(0), config.q_lora_rank, kv_b, latent_gamma, rotary.inv_freq,
             self.counters, self.q_latent, self.q_rope,
             rows, rows.stride(0), rows.stride(2), attention.alpha_kv, attention.kv_a_layernorm.variance_epsilon,
-            rotary.attention_scaling, M=batch, MP=0 if few else padded(batch), L=latents, C=branches, H=heads,
+            rotary.attention_scaling, M=batch, MP=0 if self.few else padded(batch), L=latents, C=branches, H=heads,
             R=rank, DN=nope, E=rope, V=value, DNP=padded_nope, RP=padded_rank, RB=columns,
             EP=triton.next_power_of_2(rope // 2), PDL=self.early, num_warps=4, **launch_options(self.early),
         )  # fmt: skip
         gate = self.a[:, sum(self.widths_a[:3]) :]
         shape = {"M": batch, "L": latents, "C": branches, "H": heads, "R": rank, "DN": nope, "V": value}
         shape |= {"RP": padded_rank, "GATE": config.attn_output_gate, "PDL": self.early}
-        if not few:
-            z = triton_latent_attention(*self._attention_arguments(attention, rows))
+        z = self._latent_attention(attention, rows)
+        if not self.few:
             batch_value(z, kv_b, gate, self.heads, attention.alpha_attn, shape)
             return
-        parts = self._latent_attention(attention, rows)
         padded_branches = triton.next_power_of_2(branches)
         block = min(triton.next_power_of_2(value), max(4, 16384 // (padded_branches * padded_rank)))
         value_kernel[(groups * heads, triton.cdiv(value, block))](
-            parts.part, parts.lse, *self._lengths(), kv_b, gate, gate.stride(0), self.heads, attention.alpha_attn,
-            parts.programs, CP=padded_branches, VB=block, **shape,
-            **value_plan(parts.programs, padded_branches * padded_rank), **parts.deal, **launch_options(self.early),
+            z.part, z.lse, *self._lengths(), kv_b, gate, gate.stride(0), self.heads, attention.alpha_attn, z.programs,
+            CP=padded_branches, VB=block, **shape, **value_plan(z.programs, padded_branches * padded_rank), **z.deal,
+            **launch_options(self.early),
         )  # fmt: skip
 
     def _lengths(self):
         return self.counters[1 + self.num_sequences :], self.kv_start
 
     def _latent_attention(self, attention, rows):
-        """Kernel 4 for a few sequences; its partial results are reduced by kernel 5."""
-        return partial_results(None, *self._attention_arguments(attention, rows))
+        """Kernel 4: the partial results of a few sequences, which kernel 5 reduces, or the results of more.
 
-    def _attention_arguments(self, attention, rows) -> tuple:
-        """Of kernel 4. Older rows and lengths are settled: of what it reads, the kernels in front of it in this step
-        write this token's rows only, and no step begins before the one before has ended (`embed_kernel` is launched
-        in the ordinary way)."""
+        Older rows and lengths are settled: of what it reads, the kernels in front of it in this step write this
+        token's rows only, and no step begins before the one before has ended (`embed_kernel` is launched in the
+        ordinary way).
+        """
         config, batch = attention.config, self.num_sequences
         latents, heads, groups = self.local_sizes
         split, cached = latents * config.latent_head_dim, rows.squeeze(1)
-        return (
+        arguments = (
             self.q_latent.view(batch, 1, latents, heads, -1),
             self.q_rope.view(batch, 1, groups, heads, -1),
             cached[..., :split].unflatten(-1, (latents, -1)),
             cached[..., split:],
             *self._lengths(), self.key_mask, None, 0, attention.scaling, True,
         )  # fmt: skip
+        return partial_results(None, *arguments) if self.few else triton_latent_attention(*arguments)

@@ -18,7 +18,6 @@ import torch
 import triton
 
 from modeling_mlra import MLRAForCausalLM, batch_linear_mlra, fused_mlra, hopper_linear_mlra
-from modeling_mlra.triton_mlra import triton_latent_attention
 from scripts.bench_decode import read_ceiling
 from scripts.bench_generate import FilledCache, build, seconds
 from tests.fused_checks import compare
@@ -102,11 +101,6 @@ def kernels(step: fused_mlra.FusedStep) -> dict:
     """Name -> (function of a layer and its cache rows, bytes of weights it reads)."""
     model, rank = step.model, step.model.config.q_lora_rank
 
-    def attend(attention, rows):
-        if step.num_sequences <= fused_mlra.FEW_SEQUENCES:
-            return step._latent_attention(attention, rows)
-        return triton_latent_attention(*step._attention_arguments(attention, rows))
-
     def size(*layers):
         return sum(layer.weight.nbytes for layer in layers)
 
@@ -127,7 +121,7 @@ def kernels(step: fused_mlra.FusedStep) -> dict:
             ),
             size(attention.q_b_proj),
         ),
-        "4 latent attention": (lambda layer, rows: attend(layer.self_attn, rows), 0),
+        "4 latent attention": (lambda layer, rows: step._latent_attention(layer.self_attn, rows), 0),
         "1-5 attention": (
             lambda layer, rows: step._attention(layer, rows),
             size(*(getattr(attention, n) for n in (*first, "q_b_proj", "kv_b_proj"))),
