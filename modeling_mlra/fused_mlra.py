@@ -126,7 +126,7 @@ class FusedStep:
         self.counters.add_(1)
         return logits
 
-    def choose(self, token_ids, unfinished, pad: int, end_tokens, sequences, column) -> None:
+    def choose(self, token_ids, unfinished, pad: int, end_tokens, sequences, column, scores_of=None) -> None:
         """The same, and the most likely next token of each sequence, all on the device.
 
         Args:
@@ -134,8 +134,11 @@ class FusedStep:
             unfinished: int64 `[M]`, 0 for a sequence that has ended, to which `pad` is appended; updated.
             end_tokens: int64 `[N]`, tokens that end a sequence.
             sequences: int64 `[M, S]`; the tokens go to column `column[m]`, int64 `[M]`, which moves on.
+            scores_of: a function of the logits whose largest value is taken instead of the logits' own, for sampling.
         """
         logits = self._logits_after(token_ids)
+        if scores_of is not None:
+            logits = scores_of(logits)
         block = min(16384, triton.next_power_of_2(logits.shape[1]))
         choose_kernel[(self.num_sequences,)](
             logits, logits.shape[1], unfinished, pad, end_tokens, end_tokens.numel(), token_ids,

@@ -25,8 +25,7 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .cache_mlra import MLRACache
-from .fused_mlra import FusedStep
-from .fused_mlra import obstacle as fused_obstacle
+from .fused_mlra import FusedStep, obstacle
 
 # Processors and criteria known to read nothing but the logits, or the last token: their choice can be captured.
 OF_LOGITS_ALONE = (
@@ -82,6 +81,11 @@ def choice_of_logits_alone(logits_processor, stopping_criteria, vocab_size: int,
     return processors, torch.cat([torch.empty(0, dtype=torch.long, device=device), *ends])
 
 
+def runs_fused(model: nn.Module, num_sequences: int) -> bool:
+    """Whether the fused step takes this model and so many sequences."""
+    return model.device.type == "cuda" and obstacle(model, num_sequences) is None
+
+
 class DecodingStep:
     """The model as a function of token ids `[M]` to next-token logits `[M, vocab_size]`: fused, or its modules.
 
@@ -93,7 +97,6 @@ class DecodingStep:
     """
 
     def __init__(self, model: nn.Module, cache: MLRACache, positions: torch.Tensor, attention_mask=None):
-        batch, device = positions.shape[0], positions.device
         rows = int(cache.get_seq_length())
         key_mask = kv_start = None
         if attention_mask is not None and not attention_mask.all():  # older versions pass on a mask of ones
@@ -102,7 +105,7 @@ class DecodingStep:
             kv_start = key_mask.int().argmax(dim=-1).to(torch.int32)
         self.key_mask = key_mask
         self.run: Callable[[torch.Tensor], torch.Tensor]
-        if device.type == "cuda" and fused_obstacle(model, batch) is None:
+        if runs_fused(model, positions.shape[0]):
             captured_decodes["fused"] += 1
             in_use = torch.full_like(positions, rows + 1)
             counters = torch.cat([in_use[:1] - 1, positions, in_use]).to(torch.int32)
@@ -251,22 +254,31 @@ def captured_decode(
     if scores is None and raw_logits is None:
         alone = choice_of_logits_alone(logits_processor, stopping_criteria, logits.shape[-1], device)
 
+    processors: list[Callable] = [] if alone is None else alone[0]
+
+    def process_alone(logits: torch.Tensor) -> torch.Tensor:
+        scores = logits.to(copy=True, dtype=torch.float32)
+        return reduce(lambda scores, process: process(scores), processors, scores)
+
+    def weigh(scores: torch.Tensor) -> torch.Tensor:
+        """Of which the next token is the largest."""
+        if not generation_config.do_sample:
+            return scores
+        # torch.multinomial's draw, without its check of the probabilities, which would wait for the device
+        probabilities = nn.functional.softmax(scores, dim=-1)
+        return probabilities / torch.empty_like(probabilities).exponential_(1)
+
     def select(logits: torch.Tensor) -> None:
-        next_logits = logits.to(copy=True, dtype=torch.float32)
         if alone is None:
+            next_logits = logits.to(copy=True, dtype=torch.float32)
             next_scores = logits_processor(sequences[:, :length], next_logits)
         else:
-            next_scores = reduce(lambda scores, process: process(scores), alone[0], next_logits)
+            next_scores = process_alone(logits)
         if scores is not None:
             scores.append(next_scores)
         if raw_logits is not None:
             raw_logits.append(next_logits)
-        if generation_config.do_sample:
-            # torch.multinomial's draw, without its check of the probabilities, which would wait for the device
-            probabilities = nn.functional.softmax(next_scores, dim=-1)
-            tokens = torch.argmax(probabilities / torch.empty_like(probabilities).exponential_(1), dim=-1)
-        else:
-            tokens = torch.argmax(next_scores, dim=-1)
+        tokens = torch.argmax(weigh(next_scores), dim=-1)
         if has_eos:
             tokens = tokens * unfinished + pad * (1 - unfinished)
         sequences.scatter_(1, column, tokens[:, None])
@@ -284,10 +296,12 @@ def captured_decode(
     advance: Callable[[], Any]
     if alone is None:
         advance = lambda: select(forward())  # noqa: E731
-    elif fused is None or alone[0] or generation_config.do_sample:
+    elif fused is None:
         advance = Replay(lambda: select(step(token_ids)), device)
     else:
-        choice = unfinished, int(pad) if has_eos else 0, alone[1], sequences, column
+        plain = not processors and not generation_config.do_sample
+        scores_of = None if plain else lambda logits: weigh(process_alone(logits))
+        choice = unfinished, int(pad) if has_eos else 0, alone[1], sequences, column, scores_of
         advance = Replay(lambda: fused.choose(token_ids, *choice), device)
     select(logits)
     while True:

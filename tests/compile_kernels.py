@@ -101,7 +101,9 @@ def step(num_sequences: int, **settings) -> None:
     cache = SimpleNamespace(layers=[SimpleNamespace(rows=empty(num_sequences, 1, 4096, config.kv_lora_rank + 64))])
     run = fused_mlra.FusedStep(model, cache, empty(1 + 2 * num_sequences, dtype=torch.int32))
     tokens = empty(num_sequences, dtype=torch.long)
-    run.choose(tokens, tokens, 0, empty(2, dtype=torch.long), empty(num_sequences, 9, dtype=torch.long), tokens)
+    choice = tokens, tokens, 0, empty(2, dtype=torch.long), empty(num_sequences, 9, dtype=torch.long), tokens
+    run.choose(*choice)
+    run.choose(*choice, scores_of=torch.Tensor.float)
 
 
 def main() -> None:

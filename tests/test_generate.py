@@ -17,12 +17,14 @@ from transformers import (
 )
 
 import modeling_mlra.modeling_mlra
-from modeling_mlra import MLRACache
+from modeling_mlra import MLRACache, generation_mlra
 from modeling_mlra.generation_mlra import DecodingStep, captured_decode, captured_decodes, choice_of_logits_alone
 from modeling_mlra.kernels_mlra import decode_calls
 from tests.models import VARIANTS, random_ids, tiny_model
 
 NEW_TOKENS = 12
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # for the fused step: its kernels, or their interpreter
+ON_A_GPU = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 
 def padded_batch(model):
@@ -103,14 +105,21 @@ def captured(model, ids, **settings):
     return model.generate(ids, custom_generate=captured_decode, return_dict_in_generate=True, **settings)
 
 
-@pytest.mark.parametrize("lag", [0, 3])
 @pytest.mark.parametrize("do_sample", [False, True])
-@pytest.mark.parametrize("recorded", [False, True])
-def test_captured_loop_equals_the_library_loop(recorded, do_sample, lag, monkeypatch):
+@pytest.mark.parametrize(
+    ("recorded", "lag", "kind"),
+    [
+        *((recorded, lag, "modules") for recorded in (False, True) for lag in (0, 3)),
+        pytest.param(False, 3, "fused", marks=ON_A_GPU),
+    ],
+)
+def test_captured_loop_equals_the_library_loop(recorded, lag, kind, do_sample, monkeypatch):
     """Tokens, scores, streamed tokens, cache length and random state, with rows that end early and late.
 
-    `recorded`: with scores and a penalty that reads the sequence, so that tokens are chosen outside the graph.
+    `recorded`: with scores and a penalty that reads the sequence, so that tokens are chosen outside the graph. `kind`:
+    the model's modules, or the fused step, interpreted, which also chooses the tokens.
     """
+    monkeypatch.setattr(generation_mlra, "runs_fused", lambda *_: kind == "fused")
 
     class Recorder:
         def __init__(self):
@@ -122,9 +131,12 @@ def test_captured_loop_equals_the_library_loop(recorded, do_sample, lag, monkeyp
         def end(self):
             self.seen.append("end")
 
-    model = tiny_model("mlra_4")
+    device, small = ("cpu", {}) if kind == "modules" else (DEVICE, {"num_hidden_layers": 1})
+    model = tiny_model("mlra_4", **small)
     ids, mask, _ = padded_batch(model)
-    settings = {"do_sample": do_sample, "attention_mask": mask, "pad_token_id": 0, "max_new_tokens": NEW_TOKENS}
+    model, ids, mask = model.to(device), ids.to(device), mask.to(device)
+    new_tokens = NEW_TOKENS if kind == "modules" else 6
+    settings = {"do_sample": do_sample, "attention_mask": mask, "pad_token_id": 0, "max_new_tokens": new_tokens}
     settings |= {"temperature": 0.7 if do_sample else None, "suppress_tokens": [3]}
     settings |= {"output_scores": True, "repetition_penalty": 1.3} if recorded else {}
     for row, eos in ((slice(0, 3), None), (slice(2, 3), "fourth"), (slice(0, 3), "several")):
@@ -139,15 +151,15 @@ def test_captured_loop_equals_the_library_loop(recorded, do_sample, lag, monkeyp
         for takes_over in (False, True):  # on a GPU it takes over by itself
             monkeypatch.setattr(modeling_mlra.modeling_mlra, "can_capture", lambda *_, takes=takes_over: takes)
             monkeypatch.setattr(modeling_mlra.modeling_mlra, "captured_decode", partial(captured_decode, lag=lag))
-            before = captured_decodes["modules"]
+            before = captured_decodes[kind]
             torch.manual_seed(0)
             streamer = Recorder() if part.shape[0] == 1 else None
             out = model.generate(
                 part, cache_implementation="static", return_dict_in_generate=True, eos_token_id=eos,
                 streamer=streamer, **settings,
             )  # fmt: skip
-            assert captured_decodes["modules"] - before == takes_over
-            results.append((out, streamer and streamer.seen, torch.rand(1)))
+            assert captured_decodes[kind] - before == takes_over
+            results.append((out, streamer and streamer.seen, torch.rand(1, device=device)))
         (library, library_stream, library_random), (ours, our_stream, our_random) = results
         assert torch.equal(ours.sequences, library.sequences)
         assert our_stream == library_stream
