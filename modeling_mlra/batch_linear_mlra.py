@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .fused_kernels_mlra import stacked
 from .plans_mlra import launch_options
 
 try:
@@ -65,8 +66,7 @@ if triton is not None:
         index, m = tl.arange(0, ROWS), tl.arange(0, MP)
         SHARE: tl.constexpr = ROWS // 2 if SWIGLU else ROWS
         block, split = tl.program_id(0), tl.program_id(1)
-        w, n, first = w0, n0, 0
-        inside = block
+        w, n, first, inside = w0, n0, 0, block
         if not SWIGLU:
             w, n, first, inside = _block_of(block, w0, w1, w2, w3, n0, n1, n2, n3, ROWS)
         rows = inside * SHARE + index % SHARE
@@ -78,7 +78,7 @@ if triton is not None:
         PER_SPLIT: tl.constexpr = ((K + WIDTH - 1) // WIDTH + SPLITS - 1) // SPLITS * WIDTH
         start = split * PER_SPLIT
         stop = tl.minimum(start + PER_SPLIT, K)
-        tile = tl.load(source + start + columns, mask=known & (start + columns < stop), other=0.0)
+        tile = tl.load(source + start + columns, mask=known & (start + columns < K), other=0.0)
         gammas = _vectors_tile(gamma, 0, start, K, 1, 1, WIDTH) if NORM else 1.0
         _wait(PDL)
         acc, squares = _multiply(
@@ -177,19 +177,17 @@ def linear(x, weights, out, norm, scale, swiglu, residual, residual_share, arriv
         arrived: int32 zeros, at least `[4 * multiprocessors]`, and zeros again afterwards.
         multiprocessors, early: as from `plans_mlra.device_facts`.
     """
-    (vectors, inner), sizes = x.shape, [weight.shape[0] for weight in weights]
-    blocks = triton.cdiv(sizes[0], ROWS // 2) if swiglu else sum(triton.cdiv(n, ROWS) for n in sizes)
+    vectors, inner = x.shape
+    blocks, stack = stacked(weights, ROWS // 2 if swiglu else ROWS, swiglu)
     plan = batch_linear_plan(blocks, inner, multiprocessors)
     programs, width = blocks * plan["SPLITS"], padded(vectors)
     assert plan["SPLITS"] == 1 or blocks <= arrived.numel(), f"{blocks} row blocks, {arrived.numel()} counts"
     sums = torch.empty(programs * width * (ROWS + 1), dtype=torch.float32, device=x.device)
-    spare = 4 - len(weights)
     apart = (weights[1].data_ptr() - weights[0].data_ptr()) // weights[0].element_size() if swiglu else 0
     batch_linear_kernel[(blocks, plan["SPLITS"])](
         x, x.stride(0), x if norm is None else norm.weight, scale, 0.0 if norm is None else norm.variance_epsilon,
         out if residual is None else residual, residual_share, out, out.stride(0),
-        *weights, *weights[-1:] * spare, *sizes, *[0] * spare,
-        apart, sums, sums[programs * width * ROWS :], arrived,
+        *stack, apart, sums, sums[programs * width * ROWS :], arrived,
         K=inner, M=vectors, MP=width, ROWS=ROWS, NORM=norm is not None, SWIGLU=swiglu, RESIDUAL=residual is not None,
         PDL=early, **plan, **launch_options(early),
     )  # fmt: skip

@@ -6,6 +6,8 @@ Each program loads its weights, and whatever else no kernel in front writes, bef
 
 from typing import Any
 
+import torch
+
 try:
     import triton
     import triton.language as tl
@@ -295,6 +297,14 @@ if triton is not None:
             number = tl.arange(0, COUNTERS_P)
             count = tl.load(counters + number, mask=number < COUNTERS, other=0)
             tl.store(counters + number, count + 1, mask=number < COUNTERS)
+
+
+def stacked(weights: list[torch.Tensor], rows: int, swiglu: bool) -> tuple[int, tuple]:
+    """Number of row blocks of up to four stacked weights (of the two of a SwiGLU, side by side), and the weights and
+    their numbers of rows as the kernels take them."""
+    sizes, spare = [weight.shape[0] for weight in weights], 4 - len(weights)
+    blocks = triton.cdiv(sizes[0], rows) if swiglu else sum(triton.cdiv(size, rows) for size in sizes)
+    return blocks, (*weights, *weights[-1:] * spare, *sizes, *[0] * spare)
 
 
 def linear_plan(inner: int, swiglu: bool, residual: bool, vectors: int) -> dict[str, int]:

@@ -31,6 +31,7 @@ from .fused_kernels_mlra import (
     embed_kernel,
     linear_kernel,
     linear_plan,
+    stacked,
     value_kernel,
     value_plan,
 )
@@ -196,13 +197,10 @@ class FusedStep:
             return
         inner = weights[0].shape[1]
         plan = linear_plan(inner, swiglu, residual is not None, self.num_sequences)
-        sizes = [weight.shape[0] for weight in weights]
-        blocks = triton.cdiv(sizes[0], plan["ROWS"]) if swiglu else sum(triton.cdiv(n, plan["ROWS"]) for n in sizes)
-        weights += [weights[-1]] * (4 - len(weights))
-        sizes += [0] * (4 - len(sizes))
+        blocks, stack = stacked(weights, plan["ROWS"], swiglu)
         linear_kernel[(blocks,)](
             x, x.stride(0), x if norm is None else norm.weight, scale, 0.0 if norm is None else norm.variance_epsilon,
-            out if residual is None else residual, self.residual_share, out, out.stride(0), *weights, *sizes,
+            out if residual is None else residual, self.residual_share, out, out.stride(0), *stack,
             K=inner, M=self.num_sequences, NORM=norm is not None, SWIGLU=swiglu,
             RESIDUAL=residual is not None, PDL=self.early, **plan, **launch_options(self.early),
         )  # fmt: skip

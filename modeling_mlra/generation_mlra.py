@@ -254,11 +254,10 @@ def captured_decode(
     if scores is None and raw_logits is None:
         alone = choice_of_logits_alone(logits_processor, stopping_criteria, logits.shape[-1], device)
 
-    processors: list[Callable] = [] if alone is None else alone[0]
+    processors = [lambda scores: logits_processor(sequences[:, :length], scores)] if alone is None else alone[0]
 
-    def process_alone(logits: torch.Tensor) -> torch.Tensor:
-        scores = logits.to(copy=True, dtype=torch.float32)
-        return reduce(lambda scores, process: process(scores), processors, scores)
+    def process(next_logits: torch.Tensor) -> torch.Tensor:
+        return reduce(lambda scores, processor: processor(scores), processors, next_logits)
 
     def weigh(scores: torch.Tensor) -> torch.Tensor:
         """Of which the next token is the largest."""
@@ -269,11 +268,8 @@ def captured_decode(
         return probabilities / torch.empty_like(probabilities).exponential_(1)
 
     def select(logits: torch.Tensor) -> None:
-        if alone is None:
-            next_logits = logits.to(copy=True, dtype=torch.float32)
-            next_scores = logits_processor(sequences[:, :length], next_logits)
-        else:
-            next_scores = process_alone(logits)
+        next_logits = logits.to(copy=True, dtype=torch.float32)
+        next_scores = process(next_logits)
         if scores is not None:
             scores.append(next_scores)
         if raw_logits is not None:
@@ -300,7 +296,7 @@ def captured_decode(
         advance = Replay(lambda: select(step(token_ids)), device)
     else:
         plain = not processors and not generation_config.do_sample
-        scores_of = None if plain else lambda logits: weigh(process_alone(logits))
+        scores_of = None if plain else lambda logits: weigh(process(logits.to(copy=True, dtype=torch.float32)))
         choice = unfinished, int(pad) if has_eos else 0, alone[1], sequences, column, scores_of
         advance = Replay(lambda: fused.choose(token_ids, *choice), device)
     select(logits)

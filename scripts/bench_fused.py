@@ -159,9 +159,12 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("error: this benchmark needs a CUDA device and found none", file=sys.stderr)
         return 2
+    ways = {"registers": rings(2**20), "rings": rings(0)}
+    if arguments.sequences > fused_mlra.FEW_SEQUENCES:
+        ways = {"tensor cores": contextlib.nullcontext()}
     checks = {}
-    for name, from_megabytes in (("registers", 2**20), ("rings", 0)):
-        with rings(from_megabytes):
+    for name, way in ways.items():
+        with way:
             checks[name] = check = compare("mlra_4", "cuda", max(2, arguments.sequences))
         if not (check["counters"] and max(check["logits"], check["rows"]) < FUSED_FLOAT32_RATIO):
             print(f"error: the fused step differs from the modules, so it is not timed: {check}", file=sys.stderr)

@@ -7,11 +7,11 @@
 
 Weights are random and the same for every size; each rank creates its own share, no checkpoint is read. With T ranks of
 N the model runs N / T times side by side (data parallelism), so that no GPU idles, each with its part of --sequences,
-or with one. A decode step is the one that `generate()` takes for a
-static cache, greedy choice included, as one CUDA graph; times are medians over replays, of the slowest rank. The share
-of all-reduce is what the step gains when its all-reduces are left out. For MLA the attention of a rank is also timed
-with FlashMLA where that is here (as in `bench_decode`, variable MLRA_BENCH_LIBRARIES). An existing file is added to:
-what is measured again replaces what it holds.
+or with one. A decode step is the one that `generate()` takes for a static cache, greedy choice included, as one CUDA
+graph; times are medians over replays, of the slowest rank. The share of all-reduce is what the step gains when its
+all-reduces are left out. For MLA the attention of a rank is also timed with FlashMLA where that is here (as in
+`bench_decode`, variable MLRA_BENCH_LIBRARIES). An existing file is added to: what is measured again replaces what it
+holds.
 """
 
 import argparse
