@@ -19,6 +19,8 @@ try:
     # Names that differ between versions of triton
     _barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
     _bulk_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+    _buffer = gl.shared_memory_descriptor
+    _reinterpret = _buffer._reinterpret if hasattr(_buffer, "_reinterpret") else _buffer.reinterpret
 except ImportError:
     gluon = gl = TensorDescriptor = rows_kernel = None
 
@@ -107,9 +109,9 @@ if gluon is not None:
     @gluon.jit
     def _copy_tiles(
         c_desc, k_desc, c_buf, k_buf, full, empty, q_full, kv_end, kv_start, B, T, P, S, p, latent,
-        R: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, UNIT: gl.constexpr,
-        MIN_UNITS: gl.constexpr, BLOCK_B: gl.constexpr, HAS_START: gl.constexpr, BIG: gl.constexpr,
-        EARLY: gl.constexpr,
+        NL: gl.constexpr, R: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr,
+        UNIT: gl.constexpr, MIN_UNITS: gl.constexpr, BLOCK_B: gl.constexpr, HAS_START: gl.constexpr,
+        BIG: gl.constexpr, EARLY: gl.constexpr,
     ):  # fmt: skip
         """The copying warp: every tile of the share in turn, as soon as its buffer is free; EARLY: only those with
         rows of the T query positions after the kernel in front.
@@ -134,9 +136,10 @@ if gluon is not None:
                 stage = g % STAGES
                 bar = full.index(stage)
                 mbarrier.wait(empty.index(stage), ((g // STAGES) & 1) ^ 1)
-                mbarrier.expect(bar, c_desc.block_type.nbytes + k_desc.block_type.nbytes)
+                mbarrier.expect(bar, NL * c_desc.block_type.nbytes + k_desc.block_type.nbytes)
                 _bulk_load(k_desc, [b * S + j, 0], bar, k_buf.index(stage))
-                _bulk_load(c_desc, [b * S + j, latent * R], bar, c_buf.index(stage))
+                for k in gl.static_range(NL):
+                    _bulk_load(c_desc, [b * S + j, (latent + k) * R], bar, c_buf.index(stage * NL + k))
                 g += 1
             pos = stop_pos
             b += 1
@@ -150,12 +153,16 @@ if gluon is not None:
         tile_buf.store(gl.where(gl.expand_dims(rows < valid, 1), tile, gl.zeros_like(tile)))
 
     @gluon.jit
-    def _scores(q_buf, qr_buf, c_buf, k_buf, full, n, zeros, STAGES: gl.constexpr):
-        """Starts the products of the queries with tile n, once it is there."""
+    def _scores(
+        q_buf, qr_buf, c_buf, k_buf, full, n, zeros, FIRST: gl.constexpr, NL: gl.constexpr, STAGES: gl.constexpr
+    ):
+        """Starts the products of the queries, those from buffer FIRST on, with tile n, once it is there."""
         stage = n % STAGES
         mbarrier.wait(full.index(stage), (n // STAGES) & 1)
         s = warpgroup_mma(qr_buf, k_buf.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        return warpgroup_mma(q_buf, c_buf.index(stage).permute((1, 0)), s, is_async=True)
+        for k in gl.static_range(NL):
+            s = warpgroup_mma(q_buf.index(FIRST + k), c_buf.index(stage * NL + k).permute((1, 0)), s, is_async=True)
+        return s
 
     @gluon.jit
     def _softmax_step(
@@ -180,24 +187,32 @@ if gluon is not None:
         return w, alpha, m_new, norm * alpha + gl.sum(w, 1)
 
     @gluon.jit
-    def _add_values(wd, c_tile, acc, j, end, empty, BN: gl.constexpr):
-        """Adds the weighted rows of a tile, rows j.. of a sequence that ends at `end`, and frees its buffer."""
+    def _add_values(wd, c_buf, stage, acc0, acc1, j, end, empty, NL: gl.constexpr, BN: gl.constexpr):
+        """Adds the weighted rows of a tile, rows j.. of a sequence that ends at `end`, and frees its buffer.
+
+        Those of two latents are added for all query rows: of each sum, the query rows of the other latent are left out
+        in the end."""
         if j + BN > end:
-            _zero_tail(c_tile, end - j, BN)
+            for k in gl.static_range(NL):
+                _zero_tail(c_buf.index(stage * NL + k), end - j, BN)
             fence_async_shared()
             _barrier()
-        acc = warpgroup_mma(wd, c_tile, acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
+        acc0 = warpgroup_mma(wd, c_buf.index(stage * NL), acc0, is_async=True)
+        if NL == 2:
+            acc1 = warpgroup_mma(wd, c_buf.index(stage * NL + 1), acc1, is_async=True)
+            acc0, acc1 = warpgroup_mma_wait(0, deps=(acc0, acc1))
+        else:
+            acc0 = warpgroup_mma_wait(0, deps=(acc0,))
         _barrier()
-        mbarrier.arrive(empty, count=1)
-        return acc
+        mbarrier.arrive(empty.index(stage), count=1)
+        return acc0, acc1
 
     @gluon.jit
     def _attend(
         q_buf, qr_buf, c_buf, k_buf, full, empty, q_full, merge_buf, merge_stats, merge_full, merge_empty,
         q, q_rope, out, part, part_lse, kv_end, kv_start, key_mask, B, T, P, whole, p, latent, row0, scale_log2,
         q_b, q_t, q_l, q_h, qr_b, qr_t, qr_g, qr_h, o_b, o_t, o_l, o_h, mask_b,
-        WG: gl.constexpr, SHARE_ROWS: gl.constexpr, OVERLAP: gl.constexpr,
+        WG: gl.constexpr, SHARE_ROWS: gl.constexpr, OVERLAP: gl.constexpr, NL: gl.constexpr,
         L: gl.constexpr, GROUPS: gl.constexpr, H: gl.constexpr, R: gl.constexpr, E: gl.constexpr,
         BN: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr, MIN_UNITS: gl.constexpr,
         BLOCK_B: gl.constexpr, HAS_START: gl.constexpr, HAS_MASK: gl.constexpr, CAUSAL: gl.constexpr,
@@ -205,7 +220,9 @@ if gluon is not None:
     ):  # fmt: skip
         """One of the two computing warpgroups, with 64 query rows: those of its own on every tile, or (SHARE_ROWS) the
         same rows on every second tile, merged by the first. They overlap each other: one multiplies matrices while the
-        other is in its softmax; OVERLAP: each also multiplies during its own."""
+        other is in its softmax; OVERLAP: each also multiplies during its own.
+
+        With NL = 2 latents, 32 of the rows belong to each; the other's keys meet zeros instead of their queries."""
         S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
         O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, R, 16])
         P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
@@ -217,6 +234,8 @@ if gluon is not None:
         dtype: gl.constexpr = q.dtype.element_ty
         M = T * H
         first_row = row0 if SHARE_ROWS else row0 + WG * 64
+        ROWS: gl.constexpr = 64 // NL  # of one latent
+        FIRST: gl.constexpr = 0 if SHARE_ROWS else WG
         starts, ends, units, cum, b, first_pos, last_pos = _deal(
             kv_end, kv_start, B, P, p, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG, 4
         )
@@ -233,7 +252,8 @@ if gluon is not None:
             if SHARE_ROWS and WG == 1:
                 mbarrier.wait(q_full, segments & 1)
             else:
-                offs_m = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, Q_LAYOUT))
+                offs_q = gl.arange(0, 64, layout=gl.SliceLayout(1, Q_LAYOUT))
+                offs_m = first_row + offs_q % ROWS
                 t = offs_m // H
                 h = offs_m % H
                 ok_m = gl.expand_dims(offs_m < M, 1)
@@ -243,15 +263,18 @@ if gluon is not None:
                 qr_rows = gl.expand_dims(t * qr_t + h * qr_h, 1)
                 q_base = q + b64 * q_b + latent * q_l
                 qr_base = q_rope + b64 * qr_b + (latent // (L // GROUPS)) * qr_g
-                q_buf.store(gl.load(q_base + q_rows + offs_d, mask=ok_m, other=0.0))
+                for k in gl.static_range(NL):
+                    ok = ok_m & gl.expand_dims(offs_q // ROWS == k, 1)
+                    q_buf.index(FIRST + k).store(gl.load(q_base + k * q_l + q_rows + offs_d, mask=ok, other=0.0))
                 qr_buf.store(gl.load(qr_base + qr_rows + offs_e, mask=ok_m, other=0.0))
                 fence_async_shared()
                 _barrier()
                 mbarrier.arrive(q_full, count=1)
 
-            limit = end - (T - 1) + (first_row + gl.arange(0, 64, layout=S_ROWS)) // H
+            limit = end - (T - 1) + (first_row + gl.arange(0, 64, layout=S_ROWS) % ROWS) // H
             limit = gl.expand_dims(limit, 1)
-            acc = gl.zeros([64, R], gl.float32, layout=O_LAYOUT)
+            acc0 = gl.zeros([64, R], gl.float32, layout=O_LAYOUT)
+            acc1 = acc0
             m = gl.full([64], float("-inf"), gl.float32, layout=S_ROWS)
             norm = gl.zeros([64], gl.float32, layout=S_ROWS)
             zeros = gl.zeros([64, BN], gl.float32, layout=S_LAYOUT)
@@ -259,7 +282,7 @@ if gluon is not None:
                 # The scores of a tile and the values of the one before are multiplied together, and the values also
                 # while the scores are in the softmax
                 if tiles > OFFSET:
-                    s = _scores(q_buf, qr_buf, c_buf, k_buf, full, g + OFFSET, zeros, STAGES)
+                    s = _scores(q_buf, qr_buf, c_buf, k_buf, full, g + OFFSET, zeros, FIRST, NL, STAGES)
                     s = warpgroup_mma_wait(0, deps=(s,))
                     w, alpha, m, norm = _softmax_step(
                         s, m, norm, lo + OFFSET * BN, hi, end, limit, key_mask, mask_b, b64, T, scale_log2,
@@ -268,47 +291,55 @@ if gluon is not None:
                     wd = gl.convert_layout(w.to(dtype), P_LAYOUT)
                     for it in range(OFFSET + STEP, tiles, STEP):
                         before = (g + it - STEP) % STAGES
-                        s = _scores(q_buf, qr_buf, c_buf, k_buf, full, g + it, zeros, STAGES)
-                        acc = warpgroup_mma(wd, c_buf.index(before), acc, is_async=True)
+                        s = _scores(q_buf, qr_buf, c_buf, k_buf, full, g + it, zeros, FIRST, NL, STAGES)
+                        acc0 = warpgroup_mma(wd, c_buf.index(before), acc0, is_async=True)
                         s = warpgroup_mma_wait(1, deps=(s,))
                         w, alpha, m, norm = _softmax_step(
                             s, m, norm, lo + it * BN, hi, end, limit, key_mask, mask_b, b64, T, scale_log2,
                             BN, HAS_MASK, CAUSAL, S_LAYOUT,
                         )  # fmt: skip
-                        acc = warpgroup_mma_wait(0, deps=(acc,))
+                        acc0 = warpgroup_mma_wait(0, deps=(acc0,))
                         _barrier()
                         mbarrier.arrive(empty.index(before), count=1)
-                        acc = acc * gl.expand_dims(gl.convert_layout(alpha, O_ROWS), 1)
+                        acc0 = acc0 * gl.expand_dims(gl.convert_layout(alpha, O_ROWS), 1)
                         wd = gl.convert_layout(w.to(dtype), P_LAYOUT)
                     last = OFFSET + (tiles - 1 - OFFSET) // STEP * STEP
                     stage = (g + last) % STAGES
-                    acc = _add_values(wd, c_buf.index(stage), acc, lo + last * BN, end, empty.index(stage), BN)
+                    acc0, acc1 = _add_values(wd, c_buf, stage, acc0, acc1, lo + last * BN, end, empty, NL, BN)
             else:
                 for it in range(OFFSET, tiles, STEP):
                     j = lo + it * BN
                     stage = (g + it) % STAGES
-                    s = _scores(q_buf, qr_buf, c_buf, k_buf, full, g + it, zeros, STAGES)
+                    s = _scores(q_buf, qr_buf, c_buf, k_buf, full, g + it, zeros, FIRST, NL, STAGES)
                     s = warpgroup_mma_wait(0, deps=(s,))
                     w, alpha, m, norm = _softmax_step(
                         s, m, norm, j, hi, end, limit, key_mask, mask_b, b64, T, scale_log2,
                         BN, HAS_MASK, CAUSAL, S_LAYOUT,
                     )  # fmt: skip
-                    acc = acc * gl.expand_dims(gl.convert_layout(alpha, O_ROWS), 1)
+                    factor = gl.expand_dims(gl.convert_layout(alpha, O_ROWS), 1)
+                    acc0 = acc0 * factor
+                    if NL == 2:
+                        acc1 = acc1 * factor
                     wd = gl.convert_layout(w.to(dtype), P_LAYOUT)
-                    acc = _add_values(wd, c_buf.index(stage), acc, j, end, empty.index(stage), BN)
+                    acc0, acc1 = _add_values(wd, c_buf, stage, acc0, acc1, j, end, empty, NL, BN)
 
             offs_o = gl.arange(0, 64, layout=O_ROWS)
+            acc = acc0
+            if NL == 2:  # of the products with a latent, those with its own query rows
+                acc = gl.where(gl.expand_dims(offs_o < ROWS, 1), acc0, acc1)
             if SHARE_ROWS and WG == 1:
+                mbarrier.wait(merge_empty, segments & 1)
                 merge_buf.store(acc)
                 merge_stats.index(0).store(m)
                 merge_stats.index(1).store(norm)
                 _barrier()
                 mbarrier.arrive(merge_full, count=1)
-                mbarrier.wait(merge_empty, segments & 1)
             else:
                 m = gl.convert_layout(m, O_ROWS)
                 norm = gl.convert_layout(norm, O_ROWS)
                 if SHARE_ROWS:
+                    _barrier()  # the other may write over what was merged before and, with two latents, the queries
+                    mbarrier.arrive(merge_empty, count=1)
                     mbarrier.wait(merge_full, segments & 1)
                     m_other = merge_stats.index(0).load(O_ROWS)
                     top = gl.maximum(m, m_other)
@@ -319,18 +350,18 @@ if gluon is not None:
                     acc = acc * gl.expand_dims(mine, 1) + merge_buf.load(O_LAYOUT) * gl.expand_dims(other, 1)
                     m = top
                     _barrier()
-                    mbarrier.arrive(merge_empty, count=1)
                 z = acc * gl.expand_dims(gl.where(norm > 0, 1.0 / norm, 0.0), 1)
-                offs_o = first_row + offs_o
+                own = latent + offs_o // ROWS
+                offs_o = first_row + offs_o % ROWS
                 offs_d = gl.expand_dims(gl.arange(0, R, layout=gl.SliceLayout(0, O_LAYOUT)), 0)
                 ok_o = gl.expand_dims(offs_o < M, 1)
                 if starts_here & ends_here & (whole != 0):
-                    o_rows = gl.expand_dims((offs_o // H) * o_t + (offs_o % H) * o_h, 1)
-                    gl.store(out + b64 * o_b + latent * o_l + o_rows + offs_d, z.to(dtype), mask=ok_o)
+                    o_rows = gl.expand_dims(own * o_l + (offs_o // H) * o_t + (offs_o % H) * o_h, 1)
+                    gl.store(out + b64 * o_b + o_rows + offs_d, z.to(dtype), mask=ok_o)
                 else:
-                    base = ((p + b64) * L + latent) * M
-                    gl.store(part + base * R + gl.expand_dims(offs_o, 1) * R + offs_d, z, mask=ok_o)
-                    gl.store(part_lse + base + offs_o, m + gl.log2(norm), mask=offs_o < M)
+                    rows = ((p + b64) * L + own) * M + offs_o
+                    gl.store(part + gl.expand_dims(rows, 1) * R + offs_d, z, mask=ok_o)
+                    gl.store(part_lse + rows, m + gl.log2(norm), mask=offs_o < M)
             g += tiles
             segments += 1
             pos = stop_pos
@@ -342,32 +373,35 @@ if gluon is not None:
         B, T, P, S, whole, scale_log2,
         q_b, q_t, q_l, q_h, qr_b, qr_t, qr_g, qr_h, o_b, o_t, o_l, o_h, mask_b,
         L: gl.constexpr, GROUPS: gl.constexpr, H: gl.constexpr, R: gl.constexpr, E: gl.constexpr,
-        BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, UNIT: gl.constexpr,
-        MIN_UNITS: gl.constexpr, BLOCK_B: gl.constexpr, HAS_START: gl.constexpr, HAS_MASK: gl.constexpr,
-        CAUSAL: gl.constexpr, BIG: gl.constexpr, PDL: gl.constexpr, SETTLED: gl.constexpr,
+        BM: gl.constexpr, NL: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr,
+        UNIT: gl.constexpr, MIN_UNITS: gl.constexpr, BLOCK_B: gl.constexpr, HAS_START: gl.constexpr,
+        HAS_MASK: gl.constexpr, CAUSAL: gl.constexpr, BIG: gl.constexpr, PDL: gl.constexpr, SETTLED: gl.constexpr,
         OVERLAP: gl.constexpr, num_warps: gl.constexpr,
     ):  # fmt: skip
-        """One latent and BM = 64 or 128 query rows: one copying warp and two computing warpgroups. SETTLED: lengths
+        """NL latents and BM = 64 or 128 query rows: one copying warp and two computing warpgroups. SETTLED: lengths
         and rows older than the T query positions' are read before the kernel in front has ended."""
         SHARE_ROWS: gl.constexpr = BM == 64
         EARLY: gl.constexpr = PDL and SETTLED
         # A buffer stays with one warpgroup: one that skips tiles would take an older phase for the one it waits for
         gl.static_assert(not SHARE_ROWS or STAGES % 2 == 0)
+        gl.static_assert(NL == 1 or (SHARE_ROWS and not OVERLAP))
         dtype: gl.constexpr = q.dtype.element_ty
         Q_COPIES: gl.constexpr = 1 if SHARE_ROWS else 2
         q_buf = gl.allocate_shared_memory(
-            dtype, [Q_COPIES, 64, R], gl.NVMMASharedLayout.get_default_for([64, R], dtype)
+            dtype, [NL * Q_COPIES, 64, R], gl.NVMMASharedLayout.get_default_for([64, R], dtype)
         )
         qr_buf = gl.allocate_shared_memory(
             dtype, [Q_COPIES, 64, E], gl.NVMMASharedLayout.get_default_for([64, E], dtype)
         )
-        c_buf = gl.allocate_shared_memory(dtype, [STAGES, BN, R], c_desc.layout)
+        c_buf = gl.allocate_shared_memory(dtype, [STAGES * NL, BN, R], c_desc.layout)
         k_buf = gl.allocate_shared_memory(dtype, [STAGES, BN, E], k_desc.layout)
         FLAT_SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
         MERGE_ROWS: gl.constexpr = 64 if SHARE_ROWS else 16
-        merge_buf = gl.allocate_shared_memory(
-            gl.float32, [MERGE_ROWS, R], gl.NVMMASharedLayout.get_default_for([MERGE_ROWS, R], gl.float32)
-        )
+        MERGE_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([MERGE_ROWS, R], gl.float32)
+        if NL == 2:  # the queries are no longer needed
+            merge_buf = _reinterpret(q_buf, gl.float32, [1, MERGE_ROWS, R], MERGE_LAYOUT)
+        else:
+            merge_buf = gl.allocate_shared_memory(gl.float32, [1, MERGE_ROWS, R], MERGE_LAYOUT)
         merge_stats = gl.allocate_shared_memory(gl.float32, [2, 64], FLAT_SHARED)
         full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -383,11 +417,12 @@ if gluon is not None:
         fence_async_shared()
         _barrier()
 
-        lanes = L * ((T * H + BM - 1) // BM)
+        LANES: gl.constexpr = L // NL
+        lanes = LANES * ((T * H * NL + BM - 1) // BM)
         p = gl.program_id(0) // lanes
         lane = gl.program_id(0) % lanes
-        latent = lane % L
-        row0 = (lane // L) * BM
+        latent = (lane % LANES) * NL
+        row0 = (lane // LANES) * BM
         if not SETTLED:
             _program_wait(PDL)
         _program_release(PDL)
@@ -396,24 +431,24 @@ if gluon is not None:
                 (
                     _attend,
                     (
-                        q_buf.index(0), qr_buf.index(0), c_buf, k_buf, full, empty, q_full,
-                        merge_buf, merge_stats, merge_full, merge_empty, q, q_rope, out, part, part_lse,
+                        q_buf, qr_buf.index(0), c_buf, k_buf, full, empty, q_full,
+                        merge_buf.index(0), merge_stats, merge_full, merge_empty, q, q_rope, out, part, part_lse,
                         kv_end, kv_start, key_mask,
                         B, T, P, whole, p, latent, row0, scale_log2,
                         q_b, q_t, q_l, q_h, qr_b, qr_t, qr_g, qr_h, o_b, o_t, o_l, o_h, mask_b,
-                        0, SHARE_ROWS, OVERLAP, L, GROUPS, H, R, E, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B,
+                        0, SHARE_ROWS, OVERLAP, NL, L, GROUPS, H, R, E, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B,
                         HAS_START, HAS_MASK, CAUSAL, BIG, EARLY,
                     ),
                 ),
                 (
                     _attend,
                     (
-                        q_buf.index(Q_COPIES - 1), qr_buf.index(Q_COPIES - 1), c_buf, k_buf, full, empty, q_full,
-                        merge_buf, merge_stats, merge_full, merge_empty, q, q_rope, out, part, part_lse,
+                        q_buf, qr_buf.index(Q_COPIES - 1), c_buf, k_buf, full, empty, q_full,
+                        merge_buf.index(0), merge_stats, merge_full, merge_empty, q, q_rope, out, part, part_lse,
                         kv_end, kv_start, key_mask,
                         B, T, P, whole, p, latent, row0, scale_log2,
                         q_b, q_t, q_l, q_h, qr_b, qr_t, qr_g, qr_h, o_b, o_t, o_l, o_h, mask_b,
-                        1, SHARE_ROWS, OVERLAP, L, GROUPS, H, R, E, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B,
+                        1, SHARE_ROWS, OVERLAP, NL, L, GROUPS, H, R, E, BN, STAGES, UNIT, MIN_UNITS, BLOCK_B,
                         HAS_START, HAS_MASK, CAUSAL, BIG, EARLY,
                     ),
                 ),
@@ -421,10 +456,10 @@ if gluon is not None:
                     _copy_tiles,
                     (
                         c_desc, k_desc, c_buf, k_buf, full, empty, q_full, kv_end, kv_start, B, T, P, S, p, latent,
-                        R, BN, STAGES, AHEAD, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG, EARLY,
+                        NL, R, BN, STAGES, AHEAD, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG, EARLY,
                     ),
                 ),
             ],
             [4, 1],
-            [240 if BM == 128 else 216, 24],
+            [240, 24],
         )  # fmt: skip

@@ -3,6 +3,7 @@
 import functools
 import logging
 import math
+from typing import Any
 
 import torch
 
@@ -16,6 +17,9 @@ except ImportError:
 
 logger = logging.getLogger(__name__)
 
+# With so many cached rows, four latents wait for the L2 cache, out of which each reads the rotary keys: two in one
+# program then share them. With fewer, that costs more at both ends of a program than it saves.
+PAIRED_ROWS = 3 * 2**17
 # First and last version of triton whose experimental API the Hopper kernels compile with (tests/compile_kernels.py)
 GLUON_VERSIONS = (3, 6), (3, 9)
 
@@ -75,8 +79,10 @@ def fits_hopper(latents, k_rope, block_table) -> bool:
     )
 
 
-def decode_plan(rows: int, num_latents: int, groups: int, width: int, rope_width: int, itemsize: int, hopper: bool):
-    """Block sizes for M = `rows` query rows per latent."""
+def decode_plan(
+    rows: int, num_latents: int, groups: int, width: int, rope_width: int, itemsize: int, cached: int, hopper: bool
+) -> dict[str, Any]:
+    """Block sizes for M = `rows` query rows per latent and `cached` allocated rows in all."""
     padded = max(16, triton.next_power_of_2(width))
     rope_padded = max(16, triton.next_power_of_2(rope_width))
     branches = num_latents // groups
@@ -87,6 +93,8 @@ def decode_plan(rows: int, num_latents: int, groups: int, width: int, rope_width
         # A tile for each of the two warpgroups; with several latents more, which leaves room for the kernel behind
         plan["MIN_UNITS"] = 2 if num_latents == 1 else 3
         plan["OVERLAP"] = num_latents > 1  # one latent alone waits for memory, and better holds no buffer for longer
+        if rows <= 32 and branches % 4 == 0 and rope_width <= 64 and cached >= PAIRED_ROWS:
+            plan |= {"NL": 2, "num_stages": 4, "AHEAD": 3, "OVERLAP": False}
     elif hopper:
         plan |= {"kernel": "rows", "BM": 128, "BN": 128, "UNIT": 128, "num_warps": 4, "num_stages": 3}
         plan |= {"AHEAD": 2, "OVERLAP": True}

@@ -449,7 +449,8 @@ def _launch(
     else:
         capacity = block_table.shape[1] * page_size
         c_strides, k_strides = (0, *latents.stride()), (0, *k_rope.stride())
-    plan = decode_plan(rows, num_latents, groups, width, rope_width, latents.element_size(), hopper) | tuning
+    cached = batch * capacity
+    plan = decode_plan(rows, num_latents, groups, width, rope_width, latents.element_size(), cached, hopper) | tuning
     lanes = (num_latents // plan["NL"]) * triton.cdiv(rows, plan["BM"])
     programs = max(1, multiprocessors * plan["programs_per_sm"] // lanes)
     programs = even_programs(programs, batch)
@@ -471,14 +472,14 @@ def _launch(
         "L": num_latents, "H": heads, "R": width, "GROUPS": groups, "E": rope_width,
         "HAS_MASK": key_mask is not None, "CAUSAL": length > 1, "PDL": early,
     }  # fmt: skip
-    constants |= {k: plan[k] for k in ("BM", "BN", "num_warps")} | deal | launch_options(early)
+    constants |= {k: plan[k] for k in ("NL", "BM", "BN", "num_warps")} | deal | launch_options(early)
     if plan["kernel"] == "plain":
         decode_kernel[(programs * lanes,)](
             q_latent, q_rope, latents, k_rope, out, part, part_lse, kv_end, kv_start, key_mask, block_table,
             batch, length, programs, whole, scale_log2,
             *q_latent.stride()[:4], *q_rope.stride()[:4], *c_strides[:3], *k_strides[:2], *out.stride()[:4],
             mask_stride, 0 if block_table is None else block_table.stride(0),
-            PAGE=page_size if block_table is not None else 0, RP=plan["RP"], EP=plan["EP"], NL=plan["NL"],
+            PAGE=page_size if block_table is not None else 0, RP=plan["RP"], EP=plan["EP"],
             num_stages=plan["num_stages"], **constants,
         )  # fmt: skip
     else:

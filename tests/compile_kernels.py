@@ -82,13 +82,16 @@ def empty(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def attend(batch: int, length: int, latents: int, heads: int, masked=False, page_size=0, dtype=torch.bfloat16) -> None:
-    """Decode attention of 64 or 128 query rows over latents of width 128."""
-    rows = empty(*(() if page_size else (batch,)), 4096, latents * 128 + 64, dtype=dtype)
+def attend(
+    batch: int, length: int, latents: int, heads: int, masked=False, page_size=0, cached=4096, dtype=torch.bfloat16
+) -> None:
+    """Decode attention of up to 128 query rows over latents of width 128."""
+    key_mask = empty(batch, cached, dtype=torch.bool) if masked else None
+    rows = empty(*(() if page_size else (batch,)), cached, latents * 128 + 64, dtype=dtype)
     triton_mlra.triton_latent_attention(
         empty(batch, length, latents, heads, 128, dtype=dtype), empty(batch, length, 1, heads, 64, dtype=dtype),
         rows[..., :-64].unflatten(-1, (latents, 128)), rows[..., -64:], empty(batch, dtype=torch.int32),
-        empty(batch, dtype=torch.int32) if masked else None, empty(batch, 4096, dtype=torch.bool) if masked else None,
+        empty(batch, dtype=torch.int32) if masked else None, key_mask,
         empty(batch, 64, dtype=torch.int32) if page_size else None, page_size, 0.1,
     )  # fmt: skip
 
@@ -116,6 +119,8 @@ def main() -> None:
             stack.enter_context(patch.object(module, "device_facts", lambda _: (132, True, True)))
         attend(batch=1, length=1, latents=1, heads=64)
         attend(batch=3, length=4, latents=4, heads=24, masked=True)
+        attend(batch=1, length=1, latents=4, heads=24, cached=2**20)
+        attend(batch=3, length=4, latents=4, heads=8, masked=True, cached=2**20)
         attend(batch=3, length=1, latents=4, heads=24, page_size=32)
         attend(batch=3, length=4, latents=4, heads=24, page_size=7)
         step(num_sequences=1)

@@ -111,8 +111,10 @@ def test_few_shares_of_several_short_sequences(batch, monkeypatch):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_widths_that_hopper_kernels_take(batch):
+@pytest.mark.parametrize("paired_rows", [0, 2**30])
+def test_widths_that_hopper_kernels_take(batch, paired_rows, monkeypatch):
     """bfloat16, latents of 128: where there is such a GPU, its decode kernel, with all sequences in one share."""
+    monkeypatch.setattr(plans_mlra, "PAIRED_ROWS", paired_rows)
     result = compare("mlra_4", DEVICE, batch, dtype=torch.bfloat16, kv_lora_rank=512, qk_rope_head_dim=64)
     assert result["counters"]
     assert max(result["logits"], result["rows"]) < FUSED_BFLOAT16_RATIO

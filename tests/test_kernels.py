@@ -449,6 +449,29 @@ def test_gpu_shapes(num_latents, heads, length):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 3, 100])
+@pytest.mark.parametrize(("num_latents", "groups", "heads", "length"), [(4, 1, 24, 1), (4, 1, 5, 6), (8, 2, 16, 2)])
+def test_gpu_two_latents_in_one_program(batch, num_latents, groups, heads, length, monkeypatch):
+    monkeypatch.setattr(plans_mlra, "PAIRED_ROWS", 0)
+    ends = [700 - 7 * b for b in range(batch)]
+    arguments, kv_end = inputs(batch, length, num_latents, groups, heads, 128, 64, 700, torch.bfloat16, ends=ends)
+    mask = torch.rand(batch, 700, generator=torch.Generator().manual_seed(1)) > 0.2
+    for options in ({}, {"key_mask": mask, "kv_start": torch.arange(batch, dtype=torch.int32)}):
+        expected = run([x.double() for x in arguments], kv_end, "torch", scaling=0.07, **options)
+        result = run(arguments, kv_end, "triton", scaling=0.07, **options)
+        assert ratio(result, expected) < tolerances.KERNEL_BF16_RATIO
+
+
+def test_latents_share_programs_where_the_rotary_keys_are_read_often():
+    def latents_of_a_program(cached, rows=24, latents=4, groups=1):
+        return plans_mlra.decode_plan(rows, latents, groups, 128, 64, 2, cached, hopper=True)["NL"]
+
+    assert latents_of_a_program(2**20) == latents_of_a_program(2**20, rows=32, latents=8) == 2
+    assert latents_of_a_program(2**17) == latents_of_a_program(2**20, rows=33) == 1
+    assert latents_of_a_program(2**20, latents=2) == latents_of_a_program(2**20, groups=4) == 1
+
+
+@pytest.mark.gpu
 def test_gpu_captures_into_a_cuda_graph_and_follows_kv_end():
     arguments, _ = inputs(2, 1, 4, 1, 24, 128, 64, 4096, torch.bfloat16)
     arguments = [x.cuda() for x in arguments]
