@@ -17,8 +17,8 @@ except ImportError:
 
 logger = logging.getLogger(__name__)
 
-# With so many cached rows, four latents wait for the L2 cache, out of which each reads the rotary keys: two in one
-# program then share them. With fewer, that costs more at both ends of a program than it saves.
+# With so many cached rows, four latents or more wait for the L2 cache, out of which each reads the rotary keys: two in
+# one program then share them. With fewer, that costs more at both ends of a program than it saves.
 PAIRED_ROWS = 3 * 2**17
 # First and last version of triton whose experimental API the Hopper kernels compile with (tests/compile_kernels.py)
 GLUON_VERSIONS = (3, 6), (3, 9)
@@ -93,7 +93,7 @@ def decode_plan(
         # A tile for each of the two warpgroups; with several latents more, which leaves room for the kernel behind
         plan["MIN_UNITS"] = 2 if num_latents == 1 else 3
         plan["OVERLAP"] = num_latents > 1  # one latent alone waits for memory, and better holds no buffer for longer
-        if rows <= 32 and branches % 4 == 0 and rope_width <= 64 and cached >= PAIRED_ROWS:
+        if rows <= 32 and num_latents >= 4 and branches % 2 == 0 and rope_width <= 64 and cached >= PAIRED_ROWS:
             plan |= {"NL": 2, "num_stages": 4, "AHEAD": 3, "OVERLAP": False}
     elif hopper:
         plan |= {"kernel": "rows", "BM": 128, "BN": 128, "UNIT": 128, "num_warps": 4, "num_stages": 3}
