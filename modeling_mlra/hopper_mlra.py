@@ -349,7 +349,7 @@ if gluon is not None:
                     norm = norm * mine + merge_stats.index(1).load(O_ROWS) * other
                     acc = acc * gl.expand_dims(mine, 1) + merge_buf.load(O_LAYOUT) * gl.expand_dims(other, 1)
                     m = top
-                    _barrier()
+                    _barrier()  # with two latents the next queries take the place of what was merged
                 z = acc * gl.expand_dims(gl.where(norm > 0, 1.0 / norm, 0.0), 1)
                 own = latent + offs_o // ROWS
                 offs_o = first_row + offs_o % ROWS

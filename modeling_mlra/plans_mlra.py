@@ -18,7 +18,8 @@ except ImportError:
 logger = logging.getLogger(__name__)
 
 # With so many cached rows, four latents or more wait for the L2 cache of an H200, out of which each reads the rotary
-# keys: two in one program then share them. With fewer, that costs more at both ends of a program than it saves.
+# keys: two in one program then share them (up to 64 wide, so that four tiles fit). With fewer, that costs more at both
+# ends of a program than it saves.
 PAIRED_ROWS = 3 * 2**17
 # First and last version of triton whose experimental API the Hopper kernels compile with (tests/compile_kernels.py)
 GLUON_VERSIONS = (3, 6), (3, 9)

@@ -396,6 +396,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
         if line.startswith("batch_linear_kernel"):  # its weights come through buffers, in whole vectors
             assert " 0 matrix products" not in line and int(line.split()[-5]) > 50_000, line
     assert sum(" 8 bulk copies" in line for line in lines) == 6, "gate and up, down, vocabulary; 1 and 2 sequences"
+    assert sum("rows_kernel" in line and " 5 bulk copies" in line for line in lines) == 2, "two latents, rotary keys"
 
 
 @pytest.mark.parametrize(
