@@ -192,6 +192,7 @@ class MLRAAttention(nn.Module):
         )
         query = torch.cat([q_nope, apply_rotary_pos_emb(q_rope, cos, sin)], dim=-1)  # [B, T, G*H, N + E]
         latents = self.kv_a_layernorm(self.kv_a_proj(hidden_states)) * self.alpha_kv  # [B, T, L*R]
+        latents = latents.to(query.dtype)  # under autocast too, a row is of one dtype: that of every product with it
         k_rope = apply_rotary_pos_emb(self.k_rope_proj(hidden_states).unsqueeze(2), cos, sin).squeeze(2)  # [B, T, E]
 
         if past_key_values is not None:
