@@ -313,8 +313,10 @@ def compile_sample(name: str) -> list[str]:
 SAMPLE = {
     "sm_80": [("mlra_4", "1", "fp32")],
     "sm_86": [("mlra_4", "1", "bf16"), ("mla", "1", "bf16"), ("mlra_4", "1", "fp32")],
+    "sm_89": [("mlra_4", "3, paged", "bf16")],
     "sm_100": [("mla", "1", "bf16")],
     "sm_120": [("gla_2", "16, masked", "bf16")],
+    "gfx90a": [("mlra_4", "1", "bf16")],
     "gfx942": [("mla", "1", "bf16"), ("gla_2", "1", "fp32")],
     "gfx950": [("mla", "1", "bf16")],
     "gfx1100": [("mlra_4", "1", "bf16")],

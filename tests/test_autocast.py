@@ -25,13 +25,13 @@ CACHES = {
 def test_tokens_of_every_cache(dtype, implementation):
     pytest.importorskip("triton")
     model = tiny_model("mlra_4", dtype=dtype, decode_implementation=implementation, num_hidden_layers=1).to(DEVICE)
-    ids = random_ids(2, 9, seed=8).to(DEVICE)
+    ids = random_ids(2, 9, seed=23).to(DEVICE)
     with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
         expected = ids
         for _ in range(NEW_TOKENS):
             logits = model(expected, use_cache=False).logits[:, -1].float()
             first, second = logits.topk(2, dim=-1).values.unbind(-1)
-            assert (first - second > 0.03 * logits.std()).all(), "no tie that rounding could decide"
+            assert (first - second > 0.06 * logits.std()).all(), "no tie that rounding could decide"
             expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], dim=1)
         for name, cache in CACHES.items():
             before = decode_calls[implementation]
