@@ -168,6 +168,7 @@ class Compiler:
         shared, tensor_memory = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", None) or 0
         if shared > self.facts.shared_bytes or tensor_memory > 512:
             self.refused.append(f"{kernel.__name__}, {self.what}: {shared} bytes")
+            print(f"{self.name:8} {kernel.__name__:20} {self.what:44} {shared:7} bytes do not fit", flush=True)
             return OutOfResources(shared, self.facts.shared_bytes, "shared memory")
         text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
         result = Result(self.name, kernel.__name__, self.what, shared, *registers_and_spills(compiled), text)
