@@ -49,7 +49,7 @@ register_parallel_styles()
 
 @use_kernel_forward_from_hub("RMSNorm")
 class MLRARMSNorm(nn.Module):
-    """Root-mean-square norm, computed in float32 and multiplied by the weight after the cast back."""
+    """Root-mean-square norm in float32; where input and weight have one dtype, in one kernel, the weight included."""
 
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -57,7 +57,9 @@ class MLRARMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.weight * rms_normalize(hidden_states, self.variance_epsilon)
+        if hidden_states.dtype == self.weight.dtype:
+            return rms_norm(hidden_states, self.variance_epsilon, self.weight)
+        return self.weight * rms_norm(hidden_states, self.variance_epsilon)  # mixed precision
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
@@ -73,17 +75,19 @@ class MLRALatentRMSNorm(nn.Module):
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         split = latents.unflatten(-1, self.weight.shape)
-        return (self.weight * rms_normalize(split, self.variance_epsilon)).flatten(-2)
+        return (self.weight * rms_norm(split, self.variance_epsilon)).flatten(-2)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
-def rms_normalize(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last dimension, in float32 or wider, returned in the dtype of x."""
-    hidden_float = hidden_states.to(at_least_float32(hidden_states))
-    variance = hidden_float.pow(2).mean(-1, keepdim=True)
-    return (hidden_float * torch.rsqrt(variance + eps)).to(hidden_states.dtype)
+def rms_norm(hidden_states: torch.Tensor, eps: float, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last dimension, times weight: in float32 or wider, returned in x's dtype."""
+    width = hidden_states.shape[-1:]
+    if torch.is_autocast_enabled(hidden_states.device.type):  # would return float32
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return nn.functional.rms_norm(hidden_states, width, weight, eps)
+    return nn.functional.rms_norm(hidden_states, width, weight, eps)
 
 
 class MLRAMLP(nn.Module):
@@ -443,6 +447,7 @@ class MLRAForCausalLM(MLRAPreTrainedModel, GenerationMixin):
                 max_cache_len=chosen.layers[0].max_cache_len if isinstance(chosen, StaticCache) else None,
                 offloading=chosen.offloading,
             )
+            model_kwargs[CACHE].made_for_call = True
         return result
 
     def _sample(self, input_ids, *args, generation_config, synced_gpus=False, **kwargs):
