@@ -8,13 +8,7 @@ from typing import Any
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-
-    from .triton_mlra import _dot, _parts_of, _rescale
-except ImportError:
-    triton = tl = None
+from .device_mlra import tl, triton
 
 embed_kernel: Any = None
 linear_kernel: Any = None
@@ -23,6 +17,7 @@ value_kernel: Any = None
 choose_kernel: Any = None
 
 if triton is not None:
+    from .triton_mlra import _dot, _parts_of, _rescale
 
     @triton.jit
     def _wait(PDL: tl.constexpr):
@@ -156,7 +151,7 @@ if triton is not None:
                 vectors = tl.arange(0, MP)
                 of_query = ((vectors * (L // C) * H + query_head) * (DN + E))[:, None] + depth[None, :]
                 nopes = tl.load(q + of_query, mask=(vectors < M)[:, None] & (depth < DN)[None, :], other=0.0)
-                sums = _dot(nopes, weight, None, "ieee").to(weight.dtype)
+                sums = _dot(nopes, weight, None).to(weight.dtype)
                 of_latent = (((vectors * L + latent) * H + head) * R)[:, None] + columns[None, :]
                 tl.store(q_latent + of_latent, sums, mask=(vectors < M)[:, None] & (columns < R)[None, :])
             else:

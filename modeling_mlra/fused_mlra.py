@@ -25,6 +25,7 @@ from torch import nn
 from .batch_linear_mlra import linear as batch_linear
 from .batch_linear_mlra import padded
 from .batch_linear_mlra import value as batch_value
+from .device_mlra import device_facts, launch, launch_options, triton, triton_missing
 from .fused_kernels_mlra import (
     absorb_kernel,
     choose_kernel,
@@ -37,7 +38,6 @@ from .fused_kernels_mlra import (
 )
 from .hopper_linear_mlra import linear as stream_linear
 from .hopper_linear_mlra import streams
-from .plans_mlra import device_facts, launch_options, shared_bytes, triton
 from .tensor_parallel_mlra import (
     gather_output,
     is_parallel,
@@ -51,19 +51,21 @@ from .triton_mlra import partial_results, triton_latent_attention
 
 FEW_SEQUENCES = 2  # as many products are free beside the reading of the weights; more take tensor cores
 MAX_SEQUENCES = 32
-SHARED_BYTES = 96 * 2**10  # what the products of so many vectors take for their buffers of weights
+SHARED_BYTES = 56 * 2**10  # what the products of so many vectors take for their buffers of weights
 
 
 def obstacle(model: nn.Module, num_sequences: int) -> str | None:
     """Why the fused step cannot run this model, or None if it can."""
     config = model.config
-    if triton is None:
-        return "module triton is not installed"
+    if (trouble := triton_missing(model.device, model.dtype)) is not None:
+        return trouble
+    if not device_facts(model.device).tested:
+        return f"its kernels were never compiled for a device like {model.device}"
     if model.dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 or float16 weights, not {model.dtype}"
     if num_sequences > MAX_SEQUENCES:
         return f"it takes up to {MAX_SEQUENCES} sequences, not {num_sequences}"
-    if num_sequences > FEW_SEQUENCES and shared_bytes(model.device) < SHARED_BYTES:
+    if num_sequences > FEW_SEQUENCES and device_facts(model.device).shared_bytes < SHARED_BYTES:
         return f"more than {FEW_SEQUENCES} sequences take {SHARED_BYTES} bytes of shared memory, which this GPU lacks"
     if config.hidden_act != "silu":
         return f"it computes the activation 'silu', not {config.hidden_act!r}"
@@ -118,7 +120,9 @@ class FusedStep:
         self.heads = buffer(heads * config.v_head_dim)
         self.mlp = buffer(local_tensor(model.model.layers[0].mlp.up_proj.weight).shape[0])
         self.logits = buffer(local_tensor(model.lm_head.weight).shape[0])
-        self.multiprocessors, self.early, self.hopper = device_facts(counters.device)
+        self.device = counters.device
+        facts = device_facts(self.device)
+        self.multiprocessors, self.early, self.hopper = facts.multiprocessors, facts.early, facts.hopper
         self.arrived = torch.zeros(4 * self.multiprocessors, dtype=torch.int32, device=counters.device)
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -141,7 +145,8 @@ class FusedStep:
         if scores_of is not None:
             logits = scores_of(logits)
         block = min(16384, triton.next_power_of_2(logits.shape[1]))
-        choose_kernel[(self.num_sequences,)](
+        launch(
+            self.device, choose_kernel, (self.num_sequences,),
             logits, logits.shape[1], unfinished, pad, end_tokens, end_tokens.numel(), token_ids,
             sequences, sequences.stride(0), column, self.counters,
             COUNTERS=self.counters.numel(), COUNTERS_P=triton.next_power_of_2(self.counters.numel()),
@@ -165,7 +170,8 @@ class FusedStep:
         """The embedding of each token, from the rank that keeps its row."""
         if self.mesh is None:
             width, block = weight.shape[1], 256
-            embed_kernel[(self.num_sequences, triton.cdiv(width, block))](
+            launch(
+                self.device, embed_kernel, (self.num_sequences, triton.cdiv(width, block)),
                 token_ids, token_ids.stride(0), weight, self.hidden,
                 WIDTH=width, BLOCK=block, PDL=self.early, num_warps=1,
             )  # fmt: skip
@@ -198,7 +204,8 @@ class FusedStep:
         inner = weights[0].shape[1]
         plan = linear_plan(inner, swiglu, residual is not None, self.num_sequences)
         blocks, stack = stacked(weights, plan["ROWS"], swiglu)
-        linear_kernel[(blocks,)](
+        launch(
+            self.device, linear_kernel, (blocks,),
             x, x.stride(0), x if norm is None else norm.weight, scale, 0.0 if norm is None else norm.variance_epsilon,
             out if residual is None else residual, self.residual_share, out, out.stride(0), *stack,
             K=inner, M=self.num_sequences, NORM=norm is not None, SWIGLU=swiglu,
@@ -223,7 +230,8 @@ class FusedStep:
         padded_rank, padded_nope = (max(16, triton.next_power_of_2(width)) for width in (rank, nope))
         columns = min(padded_rank, max(16, 8192 // padded_nope))
         rotary = self.model.model.rotary_emb
-        absorb_kernel[(latents * heads, triton.cdiv(rank, columns) + batch)](
+        launch(
+            self.device, absorb_kernel, (latents * heads, triton.cdiv(rank, columns) + batch),
             self.q, self.a, self.a.stride(0), config.q_lora_rank, kv_b, latent_gamma, rotary.inv_freq,
             self.counters, self.q_latent, self.q_rope,
             rows, rows.stride(0), rows.stride(2), attention.alpha_kv, attention.kv_a_layernorm.variance_epsilon,
@@ -240,7 +248,8 @@ class FusedStep:
             return
         padded_branches = triton.next_power_of_2(branches)
         block = min(triton.next_power_of_2(value), max(4, 16384 // (padded_branches * padded_rank)))
-        value_kernel[(groups * heads, triton.cdiv(value, block))](
+        launch(
+            self.device, value_kernel, (groups * heads, triton.cdiv(value, block)),
             z.part, z.lse, *self._lengths(), kv_b, gate, gate.stride(0), self.heads, attention.alpha_attn, z.programs,
             CP=padded_branches, VB=block, **shape, **value_plan(z.programs, padded_branches * padded_rank), **z.deal,
             **launch_options(self.early),

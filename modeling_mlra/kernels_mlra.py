@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from .triton_mlra import triton_latent_attention, triton_missing
+from .device_mlra import triton_missing
+from .triton_mlra import triton_latent_attention
 
 try:
     import flash_attn_interface
@@ -162,7 +163,7 @@ def _obstacle(name, q_latent, q_rope, latents, k_rope, kv_start, key_mask) -> st
     if name != "torch" and needs_gradient:
         return "it has no gradient; run it under torch.no_grad(), or use 'torch'"
     if name == "triton":
-        return triton_missing(q_latent.device.type, q_latent.dtype)
+        return triton_missing(q_latent.device, q_latent.dtype)
     if name == "flash_attention_3":
         if flash_attn_interface is None:
             return "module flash_attn_interface (FlashAttention-3) is not installed; 'triton' needs no such module"

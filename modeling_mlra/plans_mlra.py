@@ -1,67 +1,15 @@
-"""What the decode kernels run on, and with which tiles; evals/results/decode_notes.md has what was measured."""
+"""With which tiles the decode kernels run; evals/results/decode_notes.md has what was measured."""
 
-import functools
-import logging
-import math
 from typing import Any
 
 import torch
 
-from .hopper_mlra import rows_kernel
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = tl = None
-
-logger = logging.getLogger(__name__)
+from .device_mlra import triton
 
 # With so many cached rows, four latents or more wait for the L2 cache of an H200, out of which each reads the rotary
 # keys: two in one program then share them (up to 64 wide, so that four tiles fit). With fewer, that costs more at both
 # ends of a program than it saves.
 PAIRED_ROWS = 3 * 2**17
-# First and last version of triton whose experimental API the Hopper kernels compile with (tests/compile_kernels.py)
-GLUON_VERSIONS = (3, 6), (3, 9)
-
-
-def gluon_fits() -> bool:
-    """Whether the Hopper kernels can be compiled; says so if only the version of triton is in the way."""
-    if rows_kernel is None:
-        return False
-    first, last = GLUON_VERSIONS
-    if first <= tuple(int(number) for number in triton.__version__.split(".")[:2]) <= last:
-        return True
-    logger.warning(
-        f"triton {triton.__version__} is not one of {first[0]}.{first[1]} to {last[0]}.{last[1]}, for which the "
-        "Hopper kernels are written: the portable ones run, which are slower"
-    )
-    return False
-
-
-@functools.lru_cache
-def device_facts(device: torch.device) -> tuple[int, bool, bool]:
-    """Number of multiprocessors, whether kernels can be launched early (programmatic dependent launch), and whether
-    the Hopper kernels run."""
-    if device.type != "cuda":
-        return 4, False, False
-    properties = torch.cuda.get_device_properties(device)
-    nvidia = torch.version.hip is None
-    early = nvidia and properties.major >= 9 and hasattr(tl.extra.cuda, "gdc_wait")
-    return properties.multi_processor_count, early, nvidia and properties.major == 9 and gluon_fits()
-
-
-def shared_bytes(device: torch.device) -> float:
-    """Shared memory that one program can have, in bytes."""
-    if device.type != "cuda":
-        return math.inf
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-
-
-def launch_options(early: bool) -> dict[str, bool]:
-    """Of a kernel that waits on the device for the one in front of it, and may be launched before that has ended."""
-    return {"launch_pdl": True} if early else {}
 
 
 def fits_hopper(latents, k_rope, block_table) -> bool:

@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from modeling_mlra import MLRAConfig, MLRAForCausalLM, batch_linear_mlra, fused_mlra, hopper_linear_mlra, triton_mlra
+from modeling_mlra.device_mlra import DeviceFacts
 
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
 PARTS = {"wgmma.mma_async": "matrix products", "cp.async.bulk.tensor": "bulk copies", "griddepcontrol.wait": "waits"}
@@ -116,7 +117,7 @@ def main() -> None:
             for name in names:
                 stack.enter_context(patch.object(module, name, Compiled(getattr(module, name), seen)))
         for module in (triton_mlra, fused_mlra):
-            stack.enter_context(patch.object(module, "device_facts", lambda _: (132, True, True)))
+            stack.enter_context(patch.object(module, "device_facts", lambda _: DeviceFacts(132, True, True)))
         attend(batch=1, length=1, latents=1, heads=64)
         attend(batch=3, length=4, latents=4, heads=24, masked=True)
         attend(batch=1, length=1, latents=4, heads=24, cached=2**20)
@@ -126,7 +127,7 @@ def main() -> None:
         step(num_sequences=1)
         step(num_sequences=2, attn_output_gate=True)
         step(num_sequences=16, attn_output_gate=True)
-        stack.enter_context(patch.object(triton_mlra, "device_facts", lambda _: (108, False, False)))
+        stack.enter_context(patch.object(triton_mlra, "device_facts", lambda _: DeviceFacts(108)))
         attend(batch=1, length=1, latents=1, heads=64)
         attend(batch=3, length=1, latents=4, heads=24, masked=True)
         attend(batch=3, length=4, latents=4, heads=24, dtype=torch.float32)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from modeling_mlra import MLRACache, batch_linear_mlra, fused_mlra, hopper_linear_mlra, plans_mlra, triton_mlra
+from modeling_mlra.device_mlra import DeviceFacts, device_facts
 from modeling_mlra.fused_mlra import obstacle
 from modeling_mlra.generation_mlra import captured_decodes
 from modeling_mlra.modeling_mlra import MLRARMSNorm
@@ -53,7 +54,7 @@ def test_more_sequences_than_few(variant, setting, batch):
 )
 def test_linear_of_many_vectors(inner, sizes, vectors, dtype, monkeypatch):
     """Against float64: tiles that end inside, sums of one program and of several, which count anew."""
-    multiprocessors, early, _ = plans_mlra.device_facts(torch.device(DEVICE))
+    multiprocessors, early, *_ = device_facts(torch.device(DEVICE))
     plan = batch_linear_mlra.batch_linear_plan
     generator = torch.Generator().manual_seed(0)
 
@@ -162,7 +163,7 @@ def test_what_streams_through_rings(monkeypatch):
 @pytest.mark.parametrize(("inner", "rows"), [(1000, 20), (1024, 8 * 132 * 2), (3072, 9880), (9880, 3072)])
 def test_gpu_linear_through_rings(inner, rows, vectors, dtype, monkeypatch):
     """Against float64; rows and columns that end inside a tile, one and many turns of the rings."""
-    multiprocessors, early, _ = plans_mlra.device_facts(torch.device("cuda", 0))
+    multiprocessors, early, *_ = device_facts(torch.device("cuda", 0))
     generator = torch.Generator("cuda").manual_seed(0)
 
     def normal(*shape):
@@ -236,14 +237,17 @@ def test_captured_sampling_draws_as_the_library_does(penalty):
 
 
 def test_obstacles_name_what_is_in_the_way(monkeypatch):
-    assert "float32" in obstacle(tiny_model(dtype=torch.float32), 1)
-    model = tiny_model(dtype=torch.bfloat16)
+    assert "float32" in obstacle(tiny_model(dtype=torch.float32).to(DEVICE), 1)
+    model = tiny_model(dtype=torch.bfloat16).to(DEVICE)
     assert obstacle(model, 1) is None
     assert "sequences, not 99" in obstacle(model, 99)
     assert obstacle(model, 32) is None
-    monkeypatch.setattr(fused_mlra, "shared_bytes", lambda device: 65536)
+    monkeypatch.setattr(fused_mlra, "device_facts", lambda device: DeviceFacts(shared_bytes=48 * 2**10))
     assert obstacle(model, 2) is None
     assert "shared memory" in obstacle(model, 3)
+    monkeypatch.setattr(fused_mlra, "device_facts", lambda device: DeviceFacts(tested=False))
+    assert "never compiled" in obstacle(model, 1)
+    monkeypatch.setattr(fused_mlra, "device_facts", device_facts)
     handle = model.model.layers[0].register_forward_hook(lambda *_: None)
     assert "hooks" in obstacle(model, 1)
     handle.remove()

@@ -11,12 +11,13 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from modeling_mlra import kernels_mlra, plans_mlra, triton_mlra
+from modeling_mlra import device_mlra, kernels_mlra, plans_mlra, triton_mlra
+from modeling_mlra.device_mlra import DeviceFacts
 from modeling_mlra.kernels_mlra import decode_calls, latent_attention
 from tests import tolerances
 from tests.paths import REPOSITORY
 
-triton = pytest.importorskip("triton")
+errors = pytest.importorskip("triton.runtime.errors")
 
 STRUCTURES = {"mla": (1, 1), "gla_2": (2, 1), "gla_4": (4, 1), "mlra_2": (4, 2), "mlra_4": (4, 4)}
 FP32_RATIO = 1e-5
@@ -173,7 +174,7 @@ def test_every_split_of_the_work(plan, programs_per_sm, poisoned):
 
 def test_sequences_stay_whole_where_that_idles_few_programs(monkeypatch):
     """15 equal sequences on 16 programs' worth of multiprocessors: nothing is left for the second kernel to reduce."""
-    monkeypatch.setattr(triton_mlra, "device_facts", lambda device: (16, False, False))
+    monkeypatch.setattr(triton_mlra, "device_facts", lambda device: DeviceFacts(multiprocessors=16))
     monkeypatch.setattr(triton_mlra, "combine_kernel", MagicMock())
     arguments, kv_end = inputs(15, 1, 1, 1, 3, 16, 16, 64)
     result = run(arguments, kv_end, "triton", scaling=0.2)
@@ -260,11 +261,13 @@ def test_impossible_requests_say_why(monkeypatch):
     monkeypatch.setattr(kernels_mlra, "flash_attn_interface", None)
     with pytest.raises(ImportError, match="flash_attn_interface.*not installed.*triton"):
         attend(implementation="flash_attention_3")
-    monkeypatch.setattr(triton_mlra, "INTERPRETED", False)
+    monkeypatch.setattr(device_mlra, "INTERPRETED", False)
+    monkeypatch.setattr(device_mlra, "known_devices", {})
     if DEVICE == "cpu":
         with pytest.raises(ValueError, match="needs a GPU.*'torch'"):
             attend(implementation="triton")
-    monkeypatch.setattr(triton_mlra, "triton", None)
+    monkeypatch.setattr(device_mlra, "triton", None)
+    monkeypatch.setattr(device_mlra, "triton_trouble", "module triton is not installed")
     with pytest.raises(ImportError, match="triton is not installed"):
         attend(implementation="triton")
     monkeypatch.setattr(kernels_mlra, "hub_kernels", None)
@@ -370,8 +373,8 @@ def test_kernel_without_the_function_says_so(monkeypatch):
     ("version", "fits"), [("3.5.1", False), ("3.6.0", True), ("3.9.0+git1", True), ("3.10.0", False)]
 )
 def test_hopper_kernels_run_with_versions_of_triton_they_are_written_for(version, fits, monkeypatch, caplog):
-    monkeypatch.setattr(plans_mlra.triton, "__version__", version)
-    assert plans_mlra.gluon_fits() == fits
+    monkeypatch.setattr(device_mlra.triton, "__version__", version)
+    assert device_mlra.gluon_fits() == fits
     assert fits or f"triton {version} is not one of 3.6 to 3.9" in caplog.text
 
 
@@ -417,7 +420,7 @@ def test_a_plan_that_does_not_fit_gives_way_to_a_smaller_one(monkeypatch):
     def small_gpu(*args, **tuning):
         tried.append(tuning)
         if len(tried) < 3:
-            raise triton_mlra.OutOfResources(300_000, 200_000, "shared memory")
+            raise errors.OutOfResources(300_000, 200_000, "shared memory")
         return launch(*args, **tuning)
 
     monkeypatch.setattr(triton_mlra, "_launch", small_gpu)
@@ -427,10 +430,10 @@ def test_a_plan_that_does_not_fit_gives_way_to_a_smaller_one(monkeypatch):
     assert tried == [*triton_mlra.SMALLER_PLANS[:3], triton_mlra.SMALLER_PLANS[2]]
 
     def tiny_gpu(*args, **tuning):
-        raise triton_mlra.OutOfResources(300_000, 1, "shared memory")
+        raise errors.OutOfResources(300_000, 1, "shared memory")
 
     monkeypatch.setattr(triton_mlra, "_launch", tiny_gpu)
-    with pytest.raises(triton_mlra.OutOfResources, match="shared memory"):
+    with pytest.raises(errors.OutOfResources, match="shared memory"):
         run(arguments, kv_end, "triton", scaling=0.2)
 
 
