@@ -175,7 +175,7 @@ def give_back(model: nn.Module, cache: MLRACache) -> None:
     held = _held.get(cache)
     if held is None or held.places != places(cache) or cache.nbytes > SPARE_BYTES:
         return
-    cache.reset()
+    cache.set_seq_length(0)
     if model.device.type == "cuda":
         with on_device(model.device):
             held.last_use = torch.cuda.Event()
