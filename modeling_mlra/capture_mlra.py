@@ -1,4 +1,4 @@
-"""CUDA graphs of a model's steps, kept as long as the cache whose rows they write, and the caches that wait for a call.
+"""CUDA graphs of a model's steps, kept as long as the cache whose rows they write, and caches that wait for a call.
 
 A graph is bound to addresses: of weights, of cached rows, of the buffers that its inputs are copied to. So it lives
 with its cache: a cache that `generate()` hands back keeps its graphs for the next turn, and one that nobody asked for
@@ -9,7 +9,7 @@ import gc
 import os
 import threading
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -82,7 +82,7 @@ class Replay:
                     try:
                         self.result = self.function()
                     except BaseException:
-                        with _ended_anyway():
+                        with suppress(RuntimeError):  # why it failed says more than that it cannot be ended
                             graph.capture_end()
                         raise
                     graph.capture_end()
@@ -91,15 +91,6 @@ class Replay:
                     gc.enable()
             caller.wait_stream(stream)
         self.graph = graph
-
-
-@contextmanager
-def _ended_anyway():
-    """Around the end of a recording that has failed: why it failed says more than that it cannot be ended."""
-    try:
-        yield
-    except RuntimeError:
-        pass
 
 
 def fingerprint(model: nn.Module) -> tuple:
@@ -154,7 +145,7 @@ def held_with(cache: MLRACache, model_fingerprint: tuple) -> Held:
 
 
 def take_spare(model: nn.Module, model_fingerprint: tuple, batch: int, capacity: int) -> MLRACache:
-    """An empty growing cache with room for `capacity` rows of each of `batch` sequences: one that waits, or a new one."""
+    """An empty growing cache, `capacity` rows reserved for each of `batch` sequences: one that waits, or a new one."""
     with _sparing:
         waiting = _spare.setdefault(model, [])
         for cache in [cache for cache in waiting if _held[cache].model_fingerprint != model_fingerprint]:

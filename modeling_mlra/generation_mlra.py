@@ -13,7 +13,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable
 from functools import partial, reduce
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -161,12 +161,12 @@ class DecodingStep:
             self.run = FusedStep(model, cache, self.counters, self.kv_start, self.key_mask)
             return
         fixed, position_ids = cache.fixed(), torch.zeros(num_sequences, 1, dtype=torch.long, device=device)
-        self.fixed, self.position_ids = fixed, position_ids
+        self.fixed, self.position_ids, key_mask = fixed, position_ids, self.key_mask
 
         def run(token_ids: torch.Tensor) -> torch.Tensor:
             logits = model(
                 token_ids[:, None],
-                attention_mask=self.key_mask,
+                attention_mask=key_mask,
                 position_ids=position_ids,
                 cache=fixed,
                 use_cache=True,
@@ -353,15 +353,15 @@ class CapturedPrefill:
     """
 
     def __init__(self, model: nn.Module, cache: MLRACache, num_sequences: int, width: int, pool):
-        self.model, fixed = weakref.ref(model), cache.fixed()
-        self.token_ids = torch.zeros(num_sequences, width, dtype=torch.long, device=model.device)
-        self.last = torch.zeros(1, dtype=torch.long, device=model.device)
+        owner, fixed = weakref.ref(model), cache.fixed()
+        token_ids = torch.zeros(num_sequences, width, dtype=torch.long, device=model.device)
+        last = torch.zeros(1, dtype=torch.long, device=model.device)
 
         def run() -> torch.Tensor:
             fixed.set_seq_length(0)
-            return self.model()(self.token_ids, cache=fixed, use_cache=True, logits_to_keep=self.last).logits[:, 0]
+            return owner()(token_ids, cache=fixed, use_cache=True, logits_to_keep=last).logits[:, 0]
 
-        self.replay = Replay(run, model.device, pool)
+        self.token_ids, self.last, self.replay = token_ids, last, Replay(run, model.device, pool)
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Logits `[M, vocab_size]` behind the prompt `[M, T]`, T up to `width`, whose rows go to the cache."""
