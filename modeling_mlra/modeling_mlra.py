@@ -153,7 +153,7 @@ class MLRAAttention(nn.Module):
         self.is_causal = True
         self.num_key_value_groups = 1
         self.qk_head_dim = config.qk_head_dim
-        self.scaling = config.qk_head_dim**-0.5
+        self.scaling = config.score_scaling
         self.alpha_q = self.alpha_kv = self.alpha_attn = 1.0
         if config.latent_scaling:
             self.alpha_q = (config.hidden_size / config.q_lora_rank) ** 0.5
