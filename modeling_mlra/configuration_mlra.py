@@ -103,7 +103,7 @@ class MLRAConfig(PreTrainedConfig):
     pad_token_id: int | None = 50256
 
     def __post_init__(self, **kwargs):
-        # Written by the library where the model's code is loaded from a folder, and read by trainers (TRL) of any model
+        # The library writes it where a model's code is loaded from a folder, and trainers (TRL) read it of every model
         # that the library itself does not name.
         self.auto_map = kwargs.pop("auto_map", None) or {}
         super().__post_init__(**kwargs)
@@ -130,7 +130,7 @@ class MLRAConfig(PreTrainedConfig):
 
         Then the rotary tables have the factor mscale / mscale_all_dim only, as the library computes it.
         """
-        rope = self.rope_parameters
+        rope: dict = self.rope_parameters  # type: ignore[assignment]
         mscale = 1.0
         if rope["rope_type"] != "default" and rope.get("mscale_all_dim"):
             factor = rope.get("factor") or self.max_position_embeddings / rope["original_max_position_embeddings"]
