@@ -8,39 +8,157 @@ keys.
 Shapes: B batch, S cached tokens, T new tokens, L latents (of this device), R latent width, E RoPE width.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache, StaticLayer
 from transformers.configuration_utils import PreTrainedConfig
 
 
-class MLRADynamicLayer(CacheLayerMixin):
+def ordinary_tensors() -> AbstractContextManager:
+    """Where a tensor made is an ordinary one, even under `torch.inference_mode()`.
+
+    A cache is written to in place, and one filled in inference mode may be continued outside it.
+    """
+    if torch.is_inference_mode_enabled() and not torch.compiler.is_compiling():
+        return torch.inference_mode(False)
+    return nullcontext()
+
+
+class LatentRows:
+    """What both kinds of layer share: one buffer of rows, of which `keys` and `values` are two views.
+
+    Assigning `keys` or `values` changes the rows. A copied, pickled or saved layer holds the rows in use.
+    """
+
+    rows: torch.Tensor
+    device: torch.device
+    is_initialized = False
+    widths = (0, 0)  # of a row of latents and of a rotary key
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """The cached latents, a view."""
+        return self._part(0)
+
+    @keys.setter
+    def keys(self, keys: torch.Tensor | None) -> None:
+        self._assign(0, keys)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """The cached rotary keys, a view."""
+        return self._part(1)
+
+    @values.setter
+    def values(self, values: torch.Tensor | None) -> None:
+        self._assign(1, values)
+
+    def _part(self, index: int):
+        raise NotImplementedError
+
+    def _assign(self, index: int, part: torch.Tensor | None) -> None:
+        if part is None and not self.is_initialized:  # as the library's own `__init__` does
+            return
+        expected = self._assignable(index)
+        shape = () if part is None else tuple(part.shape)
+        if len(shape) != 4 or not all(b in (None, a) for a, b in zip(shape, expected, strict=True)):
+            name, needed = (
+                ("keys", "values")[index],
+                ", ".join("*" if size is None else str(size) for size in expected),
+            )
+            raise ValueError(f"{name} of shape {shape} do not fit this cache, which takes [{needed}]")
+        self._take(index, part)
+
+    def _assignable(self, index: int) -> tuple[int | None, ...]:
+        """The shape of keys or values that may be assigned, None for any size."""
+        raise NotImplementedError
+
+    def _take(self, index: int, part) -> None:
+        raise NotImplementedError
+
+    def _set_rows(self, rows: torch.Tensor) -> None:
+        raise NotImplementedError
+
+    def _map_rows(self, function) -> None:
+        if self.is_initialized:
+            with ordinary_tensors():
+                self._set_rows(function(self.rows))
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def offload(self) -> None:
+        self._map_rows(lambda rows: rows.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        self._map_rows(lambda rows: rows.to(self.device, non_blocking=True))
+
+
+class MLRADynamicLayer(LatentRows, CacheLayerMixin):
     """Latent rows of one layer, growing as tokens arrive.
 
     Rows live in one buffer `[B, 1, capacity, L*R + E]` that grows by a quarter when it is full, so that a token costs
-    an append and not a copy of everything before it. `keys` and `values` are views of the rows in use.
+    an append and not a copy of everything before it. `keys` and `values` are views of the rows in use; rows seen
+    through them are never overwritten, so that what they showed before a `crop` can be assigned again after it.
     """
 
     is_sliding = False
     is_croppable = True
     min_growth = 256  # rows
-    rows: torch.Tensor  # from the first update on
 
     def __init__(self):
+        self._rows, self._length = None, 0
+        self._num_seen = 0  # rows that may be seen through `keys` and `values`
+        self._assigned = {}  # keys (0) or values (1) that wait for the other to fit them
         super().__init__()
-        self._length = 0
-        self._latent_width = 0
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """The buffer, room for growth included; from the first update on."""
+        self._check_assigned()
+        return self._rows
+
+    def _check_assigned(self) -> None:
+        if self._assigned:
+            keys, values = (
+                None if (part := self._part(index)) is None else f"{part.dtype} {tuple(part.shape)}"
+                for index in (0, 1)
+            )
+            raise ValueError(
+                f"keys {keys} and values {values} do not belong together: assign both, of the same tokens"
+            )
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._latent_width = key_states.shape[-1]
-        row_width = self._latent_width + value_states.shape[-1]
-        self._set_rows(key_states.new_empty(key_states.shape[0], 1, 0, row_width), 0)
+        self.widths = key_states.shape[-1], value_states.shape[-1]
+        with ordinary_tensors():
+            self._set_rows(key_states.new_empty(key_states.shape[0], 1, 0, sum(self.widths)))
         self.is_initialized = True
 
-    def _set_rows(self, rows: torch.Tensor, length: int) -> None:
-        self.rows, self._length = rows, length
-        used = rows[:, :, :length]
-        self.keys, self.values = used[..., : self._latent_width], used[..., self._latent_width :]
+    def _set_rows(self, rows: torch.Tensor) -> None:
+        if rows is not self._rows:
+            self._rows, self._num_seen = rows, 0
+
+    def _part(self, index: int):
+        if index in self._assigned or not self.is_initialized:
+            return self._assigned.get(index)
+        self._num_seen = max(self._num_seen, self._length)
+        return self._rows[:, :, : self._length].split(self.widths, dim=-1)[index]
+
+    def _assignable(self, index: int) -> tuple[int | None, ...]:
+        return None, 1, None, self.widths[index] if self.is_initialized else None
+
+    def _take(self, index: int, part) -> None:
+        self._assigned[index] = part
+        parts = [self._part(0), self._part(1)]
+        kinds = {None if p is None else (p.shape[:-1], p.dtype, p.device) for p in parts}
+        if None not in kinds and len(kinds) == 1:
+            self._assigned.clear()
+            self.lazy_initialization(*parts)
+            with ordinary_tensors():
+                self._set_rows(torch.cat(parts, dim=-1))
+            self._length = part.shape[2]
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Append `T` rows and return all of them.
@@ -51,37 +169,46 @@ class MLRADynamicLayer(CacheLayerMixin):
 
         Returns:
             The cached latents `[B, 1, S, L*R]` and RoPE keys `[B, 1, S, E]`, views of the cache.
+
+        Raises:
+            ValueError: for rows of another number of sequences than the cache holds; or if keys or values were
+                assigned, and the other does not fit them.
         """
-        if not self.is_initialized:
+        if not self.is_initialized and not self._assigned:
             self.lazy_initialization(key_states, value_states)
-        new_rows = torch.cat([key_states, value_states], dim=-1)
+        rows, new_rows = self.rows, torch.cat([key_states, value_states], dim=-1)
+        if rows.shape[0] != new_rows.shape[0]:
+            raise ValueError(f"the cache holds {rows.shape[0]} sequences, and these tokens are of {new_rows.shape[0]}")
         start, end = self._length, self._length + new_rows.shape[2]
-        if new_rows.requires_grad or self.rows.requires_grad:
+        if new_rows.requires_grad or rows.requires_grad:
             # Autograd needs the earlier rows unmodified, so they are copied as the library's own cache does.
-            rows = torch.cat([self.rows[:, :, :start], new_rows], dim=2)
+            with ordinary_tensors():
+                self._set_rows(torch.cat([rows[:, :, :start], new_rows], dim=2))
         else:
-            rows = self.rows
-            if end > rows.shape[2]:
+            if end > rows.shape[2] or start < self._num_seen:
                 capacity = end + max(end // 4, self.min_growth)
-                rows = rows.new_empty(rows.shape[0], 1, capacity, rows.shape[-1])
-                rows[:, :, :start] = self.rows[:, :, :start]
-            rows[:, :, start:end] = new_rows
-        self._set_rows(rows, end)
-        return self.keys, self.values
+                with ordinary_tensors():
+                    grown = rows.new_empty(rows.shape[0], 1, capacity, rows.shape[-1])
+                grown[:, :, :start] = rows[:, :, :start]
+                self._set_rows(grown)
+            self._rows[:, :, start:end] = new_rows
+        self._length = end
+        return self._rows[:, :, :end].split(self.widths, dim=-1)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._length + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
+        self._check_assigned()
         return self._length
 
     def get_max_length(self) -> int:
         return -1
 
     def reset(self) -> None:
-        """Forget all rows; the buffer stays allocated."""
-        if self.is_initialized:
-            self._set_rows(self.rows.detach(), 0)
+        """Forget all rows; the next ones may be of another batch, dtype or device."""
+        self._rows, self._length, self.is_initialized = None, 0, False
+        self._assigned.clear()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last `-tokens_to_remove` rows.
@@ -94,15 +221,7 @@ class MLRADynamicLayer(CacheLayerMixin):
                 f"crop({tokens_to_remove}): give the number of tokens to remove as a negative integer, for example "
                 f"crop({tokens_to_remove} - cache.get_seq_length()) to keep {tokens_to_remove}"
             )
-        if self.is_initialized and tokens_to_remove:
-            self._set_rows(self.rows, max(self._length + tokens_to_remove, 0))
-
-    def _map_rows(self, function) -> None:
-        if self.is_initialized:
-            self._set_rows(function(self.rows), self._length)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+        self._length = max(self.get_seq_length() + tokens_to_remove, 0)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
@@ -110,35 +229,56 @@ class MLRADynamicLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._map_rows(lambda rows: rows[indices])
 
-    def offload(self) -> None:
-        self._map_rows(lambda rows: rows.to("cpu", non_blocking=True))
+    def __getstate__(self) -> dict:
+        state = self.__dict__ | {"_assigned": dict(self._assigned), "_num_seen": 0}
+        if self.is_initialized:
+            state["_rows"] = self._rows[:, :, : self._length].clone(memory_format=torch.contiguous_format)
+        return state
 
-    def prefetch(self) -> None:
-        self._map_rows(lambda rows: rows.to(self.device, non_blocking=True))
 
+class MLRAStaticLayer(LatentRows, StaticLayer):
+    """Latent rows of one layer in a buffer `[B, 1, max_cache_len, L*R + E]` of fixed address, for compiled code.
 
-class MLRAStaticLayer(StaticLayer):
-    """Latent rows of one layer in a buffer `[B, 1, max_cache_len, L*R + E]` of fixed address, for compiled code."""
+    `keys` and `values` are views of all of it; assigning them copies into it.
+    """
 
-    rows: torch.Tensor
+    rows: torch.Tensor  # from the first update on
     cumulative_length: torch.Tensor
     _is_empty = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size, self.num_heads = key_states.shape[:2]
-        self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
-        row_width = self.k_head_dim + self.v_head_dim
-        self.cumulative_length = self.cumulative_length.to(self.device)
-        self._set_rows(key_states.new_zeros(self.batch_size, 1, self.max_cache_len, row_width))
+        self.widths = self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
+        self._allocate(key_states.new_empty(self.batch_size, 1, 0, sum(self.widths)))
+        self.is_initialized = True
+
+    def _allocate(self, rows: torch.Tensor) -> None:
+        """A buffer that begins with `rows` `[B, 1, S, L*R + E]` and the number of those in use, at fixed addresses."""
+        with ordinary_tensors():
+            self._set_rows(torch.nn.functional.pad(rows, (0, 0, 0, self.max_cache_len - rows.shape[2])))
+            self.cumulative_length = self.cumulative_length.to(self.device, copy=True)
         if not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(self.rows)
             torch._dynamo.mark_static_address(self.cumulative_length)
-        self.is_initialized = True
 
     def _set_rows(self, rows: torch.Tensor) -> None:
         self.rows = rows
-        self.keys, self.values = rows[..., : self.k_head_dim], rows[..., self.k_head_dim :]
+
+    def _part(self, index: int):
+        return self.rows.split(self.widths, dim=-1)[index] if self.is_initialized else None
+
+    def _assignable(self, index: int) -> tuple[int | None, ...]:
+        if not self.is_initialized:
+            raise ValueError(
+                "an empty static latent cache takes no keys or values by assignment: it is allocated by the first "
+                "forward, `update` or `lazy_initialization`"
+            )
+        return tuple(self._part(index).shape)
+
+    def _take(self, index: int, part) -> None:
+        self._part(index).copy_(part)
+        self._is_empty = False
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Write `T` rows after those in use and return the whole buffer, unused tail included.
@@ -167,18 +307,17 @@ class MLRAStaticLayer(StaticLayer):
         super().reset()
         self._is_empty = True
 
-    def _map_rows(self, function) -> None:
+    def __getstate__(self) -> dict:
+        state = self.__dict__.copy()
         if self.is_initialized:
-            self._set_rows(function(self.rows))
+            used = self.rows[:, :, : int(self.cumulative_length)]
+            state["rows"] = used.clone(memory_format=torch.contiguous_format)
+        return state
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
-
-    def offload(self) -> None:
-        self._map_rows(lambda rows: rows.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        self._map_rows(lambda rows: rows.to(self.device, non_blocking=True))
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        if self.is_initialized:
+            self._allocate(self.rows)
 
 
 class MLRACache(Cache):
@@ -237,6 +376,7 @@ class MLRACache(Cache):
         """Declare the first `length` rows of a static cache to be the ones in use, whoever wrote them."""
         for layer in self.layers:
             layer.cumulative_length.fill_(length)
+            layer._is_empty = False
 
     @property
     def nbytes(self) -> int:
