@@ -252,7 +252,8 @@ class FusedStep:
             rows, rows.stride(0), rows.stride(2), attention.alpha_kv, attention.kv_a_layernorm.variance_epsilon,
             rotary.attention_scaling, M=batch, T=self.tokens_each, MP=0 if self.few else padded(batch),
             L=latents, C=branches, H=heads, R=rank, DN=nope, E=rope, V=value, DNP=padded_nope, RP=padded_rank,
-            RB=columns, EP=triton.next_power_of_2(rope // 2), PDL=self.early, num_warps=4, **launch_options(self.early),
+            RB=columns, EP=triton.next_power_of_2(rope // 2), PDL=self.early, num_warps=4,
+            **launch_options(self.early),
         )  # fmt: skip
         gate = self.a[:, sum(self.widths_a[:3]) :]
         shape = {"M": batch, "L": latents, "C": branches, "H": heads, "R": rank, "DN": nope, "V": value}

@@ -7,6 +7,7 @@ on the latent cache (`attention_mlra`). Both use the same parameters.
 from functools import partial
 
 import torch
+import transformers
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -45,6 +46,9 @@ from .rotary_mlra import MLRARotaryEmbedding, apply_rotary_pos_emb, at_least_flo
 from .tensor_parallel_mlra import register_parallel_styles
 
 register_parallel_styles()
+# For smoothed losses the library's Trainer shifts the labels of the classes in this table alone, and compares every
+# other model's logits with the token they were computed from. Its server knows a language model by it too.
+transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("mlra", "MLRAForCausalLM")
 
 
 @use_kernel_forward_from_hub("RMSNorm")
@@ -158,7 +162,7 @@ class MLRAAttention(nn.Module):
         self.is_causal = True
         self.num_key_value_groups = 1
         self.qk_head_dim = config.qk_head_dim
-        self.scaling = config.qk_head_dim**-0.5
+        self.scaling = config.score_scaling
         self.alpha_q = self.alpha_kv = self.alpha_attn = 1.0
         if config.latent_scaling:
             self.alpha_q = (config.hidden_size / config.q_lora_rank) ** 0.5
@@ -215,7 +219,7 @@ class MLRAAttention(nn.Module):
                     latents, k_rope = latents[0], k_rope[0]
         latents = latents.unflatten(-1, (-1, config.latent_head_dim))  # [B, S, L, R]
 
-        sizes = {
+        sizes: dict = {
             "nope_dim": config.qk_nope_head_dim,
             "v_dim": config.v_head_dim,
             "scaling": self.scaling,
