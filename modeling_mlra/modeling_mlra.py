@@ -30,6 +30,7 @@ from .attention_mlra import MAX_ABSORBED_QUERIES, absorbed_attention, expanded_a
 from .cache_mlra import MLRACache
 from .configuration_mlra import MLRAConfig
 from .generation_mlra import can_capture, captured_decode
+from .loss_mlra import chunked_causal_loss, has_plain_weight
 from .masks_mlra import CacheRows, additive, cache_rows, dense_mask
 from .paged_mlra import update_paged
 from .rotary_mlra import MLRARotaryEmbedding, apply_rotary_pos_emb, at_least_float32
@@ -339,8 +340,10 @@ class MLRAModel(MLRAPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = MLRACache(self.config)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if position_ids is None:
-            position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
+        # Positions that count on from the cache stay None for masks and attention: no documents to look for in them
+        positions = position_ids
+        if positions is None:
+            positions = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
 
         has_prefix = isinstance(past_length, torch.Tensor) or past_length > 0
         absorbed = has_prefix and length <= MAX_ABSORBED_QUERIES
@@ -357,7 +360,7 @@ class MLRAModel(MLRAPreTrainedModel):
             mask = additive(mask, inputs_embeds.dtype) if absorbed else mask
 
         hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=positions)
         for decoder_layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = decoder_layer(
                 hidden_states,
@@ -396,13 +399,15 @@ class MLRAForCausalLM(MLRAPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Logits `[B, T, vocab_size]`, and with `labels` `[B, T]` (-100 = ignore) the mean next-token loss in nats.
 
         Args:
             logits_to_keep: compute logits for the last so many positions only (0 = all), or for the given positions.
-                The other arguments are those of [`MLRAModel.forward`].
+            skip_logits: with `labels`, return the loss alone, which then never holds the logits of all tokens. The
+                other arguments are those of [`MLRAModel.forward`].
         """
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -413,10 +418,14 @@ class MLRAForCausalLM(MLRAPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = loss = None
+        if skip_logits and labels is not None and has_plain_weight(self.lm_head, hidden_states):
+            loss = chunked_causal_loss(hidden_states, self.lm_head.weight, labels, **kwargs)
+        else:
+            logits = self.lm_head(hidden_states)
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
