@@ -13,10 +13,12 @@ with k_nope_{l,i} = W_uk[l,i] c_l and v_{l,i} = W_uv[l,i] c_l.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from .kernels_mlra import latent_attention
 from .masks_mlra import CacheRows
@@ -29,6 +31,14 @@ MAX_ABSORBED_QUERIES = 64
 # attention call for all latents: what it copies costs less than more launches. Many run a few heads after another.
 MAX_FOLDED_BYTES = 64 * 2**20
 MAX_EXPANDED_BYTES = 2 * 2**30
+
+# What scaled_dot_product_attention runs; of the plain mathematics nothing need be kept.
+FUSED_ATTENTION = [
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
 
 
 def fastest_sdpa(query: torch.Tensor, attention_mask: torch.Tensor | None) -> AbstractContextManager:
@@ -146,6 +156,15 @@ def expanded_attention(
             weights += [piece[1] for piece in pieces]
     sums = [sum_scaled(outputs[first : first + branches], alpha) for first in range(0, num_latents, branches)]
     return join(sums, dim=2), None if weights[0] is None else join(weights, dim=1)
+
+
+def recompute_inputs(attention: Callable, *args) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`attention(*args)`, whose queries, keys and values are made again in the backward pass instead of kept.
+
+    The attention kernel itself does not run again: its output stays. Kernels that are not torch's own do.
+    """
+    contexts = partial(create_selective_checkpoint_contexts, FUSED_ATTENTION)
+    return checkpoint(attention, *args, use_reentrant=False, context_fn=contexts)
 
 
 def absorbed_attention(

@@ -26,7 +26,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_mlra import MAX_ABSORBED_QUERIES, absorbed_attention, expanded_attention
+from .attention_mlra import MAX_ABSORBED_QUERIES, absorbed_attention, expanded_attention, recompute_inputs
 from .cache_mlra import MLRACache
 from .configuration_mlra import MLRAConfig
 from .generation_mlra import can_capture, captured_decode
@@ -153,6 +153,7 @@ class MLRAAttention(nn.Module):
         self.layer_idx = layer_idx
         self.is_causal = True
         self.num_key_value_groups = 1
+        self.recompute_inputs = False  # in training: keep no queries, keys and values for the backward pass
         self.qk_head_dim = config.qk_head_dim
         self.scaling = config.qk_head_dim**-0.5
         self.alpha_q = self.alpha_kv = self.alpha_attn = 1.0
@@ -174,6 +175,13 @@ class MLRAAttention(nn.Module):
         self.o_proj = nn.Linear(heads * config.v_head_dim, config.hidden_size, bias=False)
         self.o_proj.starts_at_zero = True
 
+    def project_query(self, q_latent: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Queries `[B, T, G*H, N + E]` of `[B, T, q_lora_rank]`, RoPE applied."""
+        query = self.q_b_proj(q_latent).unflatten(-1, (-1, self.qk_head_dim))
+        widths = [self.config.qk_nope_head_dim, self.config.qk_rope_head_dim]
+        q_nope, q_rope = query.split(widths, dim=-1)
+        return torch.cat([q_nope, apply_rotary_pos_emb(q_rope, cos, sin)], dim=-1)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -187,11 +195,9 @@ class MLRAAttention(nn.Module):
         batch, length = hidden_states.shape[:2]
         cos, sin = position_embeddings
 
-        query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)) * self.alpha_q)
-        q_nope, q_rope = query.view(batch, length, -1, self.qk_head_dim).split(
-            [config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1
-        )
-        query = torch.cat([q_nope, apply_rotary_pos_emb(q_rope, cos, sin)], dim=-1)  # [B, T, G*H, N + E]
+        q_latent = self.q_a_layernorm(self.q_a_proj(hidden_states)) * self.alpha_q
+        is_recomputed = self.recompute_inputs and torch.is_grad_enabled() and past_key_values is None
+        query = None if is_recomputed else self.project_query(q_latent, cos, sin)
         latents = self.kv_a_layernorm(self.kv_a_proj(hidden_states)) * self.alpha_kv  # [B, T, L*R]
         k_rope = apply_rotary_pos_emb(self.k_rope_proj(hidden_states).unsqueeze(2), cos, sin).squeeze(2)  # [B, T, E]
 
@@ -233,18 +239,21 @@ class MLRAAttention(nn.Module):
             attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
                 (config._attn_implementation or "eager").removeprefix("paged|"), eager_attention_forward
             )
-            output, weights = expanded_attention(
-                self,
-                query,
-                latents,
-                k_rope,
-                self.kv_b_proj(),
-                attention_mask,
-                attention_interface,
-                dropout=config.attention_dropout if self.training else 0.0,
-                **sizes,
-                **kwargs,
-            )
+
+            def attend(query, q_latent, *keys_and_values):
+                return expanded_attention(
+                    self,
+                    self.project_query(q_latent, cos, sin) if query is None else query,
+                    *keys_and_values,
+                    attention_mask,
+                    attention_interface,
+                    dropout=config.attention_dropout if self.training else 0.0,
+                    **sizes,
+                    **kwargs,
+                )
+
+            inputs = query, q_latent, latents, k_rope, self.kv_b_proj()
+            output, weights = recompute_inputs(attend, *inputs) if is_recomputed else attend(*inputs)
 
         output = output.reshape(batch, length, -1)  # [B, T, G*H*V]
         if config.attn_output_gate:

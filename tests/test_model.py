@@ -181,7 +181,7 @@ def test_expanded_keys_and_values_stay_within_their_bound(bound, implementation,
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_call_per_latent_equals_one_call_for_all(variant):
-    """Training and long prompts run latent by latent, short prompts all at once: logits and attention weights agree."""
+    """Training and long prompts run latent by latent, short prompts all at once; attention weights agree as well."""
     model = tiny_model(variant, dtype=torch.float64)
     ids = random_ids(2, 9)
     for implementation in ("sdpa", "eager"):
