@@ -27,7 +27,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_mlra import MAX_ABSORBED_QUERIES, absorbed_attention, expanded_attention
+from .attention_mlra import MAX_ABSORBED_QUERIES, absorbed_attention, expanded_attention, recompute_inputs
 from .cache_mlra import MLRACache
 from .configuration_mlra import MLRAConfig
 from .generation_mlra import can_capture, captured_decode
@@ -40,6 +40,7 @@ from .library_mlra import (
     take_cache,
     takes_cache_by_any_name,
 )
+from .loss_mlra import chunked_causal_loss, has_plain_weight
 from .masks_mlra import CacheRows, additive, cache_rows, dense_mask
 from .paged_mlra import update_paged
 from .rotary_mlra import MLRARotaryEmbedding, apply_rotary_pos_emb, at_least_float32
@@ -161,6 +162,7 @@ class MLRAAttention(nn.Module):
         self.layer_idx = layer_idx
         self.is_causal = True
         self.num_key_value_groups = 1
+        self.recompute_inputs = False  # in training: keep no queries, keys and values for the backward pass
         self.qk_head_dim = config.qk_head_dim
         self.scaling = config.score_scaling
         self.alpha_q = self.alpha_kv = self.alpha_attn = 1.0
@@ -182,6 +184,13 @@ class MLRAAttention(nn.Module):
         self.o_proj = nn.Linear(heads * config.v_head_dim, config.hidden_size, bias=False)
         self.o_proj.starts_at_zero = True
 
+    def project_query(self, q_latent: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Queries `[B, T, G*H, N + E]` of `[B, T, q_lora_rank]`, RoPE applied."""
+        query = self.q_b_proj(q_latent).unflatten(-1, (-1, self.qk_head_dim))
+        widths = [self.config.qk_nope_head_dim, self.config.qk_rope_head_dim]
+        q_nope, q_rope = query.split(widths, dim=-1)
+        return torch.cat([q_nope, apply_rotary_pos_emb(q_rope, cos, sin)], dim=-1)
+
     @takes_cache_by_any_name
     def forward(
         self,
@@ -196,11 +205,9 @@ class MLRAAttention(nn.Module):
         batch, length = hidden_states.shape[:2]
         cos, sin = position_embeddings
 
-        query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)) * self.alpha_q)
-        q_nope, q_rope = query.view(batch, length, -1, self.qk_head_dim).split(
-            [config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1
-        )
-        query = torch.cat([q_nope, apply_rotary_pos_emb(q_rope, cos, sin)], dim=-1)  # [B, T, G*H, N + E]
+        q_latent = self.q_a_layernorm(self.q_a_proj(hidden_states)) * self.alpha_q
+        is_recomputed = self.recompute_inputs and torch.is_grad_enabled() and cache is None
+        query = None if is_recomputed else self.project_query(q_latent, cos, sin)
         latents = self.kv_a_layernorm(self.kv_a_proj(hidden_states)) * self.alpha_kv  # [B, T, L*R]
         k_rope = apply_rotary_pos_emb(self.k_rope_proj(hidden_states).unsqueeze(2), cos, sin).squeeze(2)  # [B, T, E]
 
@@ -241,18 +248,21 @@ class MLRAAttention(nn.Module):
             attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
                 (config._attn_implementation or "eager").removeprefix("paged|"), eager_attention_forward
             )
-            output, weights = expanded_attention(
-                self,
-                query,
-                latents,
-                k_rope,
-                self.kv_b_proj(),
-                attention_mask,
-                attention_interface,
-                dropout=config.attention_dropout if self.training else 0.0,
-                **sizes,
-                **kwargs,
-            )
+
+            def attend(query, q_latent, *keys_and_values):
+                return expanded_attention(
+                    self,
+                    self.project_query(q_latent, cos, sin) if query is None else query,
+                    *keys_and_values,
+                    attention_mask,
+                    attention_interface,
+                    dropout=config.attention_dropout if self.training else 0.0,
+                    **sizes,
+                    **kwargs,
+                )
+
+            inputs = query, q_latent, latents, k_rope, self.kv_b_proj()
+            output, weights = recompute_inputs(attend, *inputs) if is_recomputed else attend(*inputs)
 
         output = output.reshape(batch, length, -1)  # [B, T, G*H*V]
         if config.attn_output_gate:
@@ -350,8 +360,10 @@ class MLRAModel(MLRAPreTrainedModel):
             cache = MLRACache(self.config)
         paged = is_paged(cache)
         past_length = 0 if cache is None or paged else cache.get_seq_length()
-        if position_ids is None:
-            position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
+        # Positions that count on from the cache stay None for masks and attention: no documents to look for in them
+        positions = position_ids
+        if positions is None:
+            positions = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
 
         has_prefix = isinstance(past_length, torch.Tensor) or past_length > 0
         absorbed = has_prefix and length <= MAX_ABSORBED_QUERIES
@@ -368,7 +380,7 @@ class MLRAModel(MLRAPreTrainedModel):
             mask = additive(mask, inputs_embeds.dtype) if absorbed else mask
 
         hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=positions)
         for decoder_layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = decoder_layer(
                 hidden_states,
@@ -409,13 +421,15 @@ class MLRAForCausalLM(MLRAPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Logits `[B, T, vocab_size]`, and with `labels` `[B, T]` (-100 = ignore) the mean next-token loss in nats.
 
         Args:
             logits_to_keep: compute logits for the last so many positions only (0 = all), or for the given positions.
-                The other arguments are those of [`MLRAModel.forward`].
+            skip_logits: with `labels`, return the loss alone, which then never holds the logits of all tokens. The
+                other arguments are those of [`MLRAModel.forward`].
         """
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -426,10 +440,14 @@ class MLRAForCausalLM(MLRAPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = loss = None
+        if skip_logits and labels is not None and has_plain_weight(self.lm_head, hidden_states):
+            loss = chunked_causal_loss(hidden_states, self.lm_head.weight, labels, **kwargs)
+        else:
+            logits = self.lm_head(hidden_states)
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -20,6 +20,8 @@ from scripts.export import DTYPES
 # Settings of `training` that change no loss, so that a resumed run may have others
 FREE_SETTINGS = ("output_dir", "report_to", "run_name", "logging_", "save_", "eval_", "dataloader_", "disable_tqdm")
 
+RECOMPUTE = (None, "attention_inputs")
+
 
 @dataclass
 class DataSettings:
@@ -73,6 +75,7 @@ class Recipe:
     training: dict
     export: ExportSettings | None = None
     attn_implementation: str = "sdpa"
+    recompute: str | None = None
 
     def settings(self) -> dict:
         """Everything that the losses depend on."""
@@ -151,6 +154,10 @@ def make_recipe(content: dict, source: object) -> Recipe:
     for name, value in (("blocks_per_step", recipe.blocks_per_step), ("data.block_size", recipe.data.block_size)):
         if not isinstance(value, int) or value < 1:
             raise UserError(f"{source}: {name} must be a positive whole number, not {value!r}")
+    if recipe.recompute not in RECOMPUTE:
+        raise UserError(
+            f"{source}: recompute must be one of {', '.join(map(str, RECOMPUTE))}, not {recipe.recompute!r}"
+        )
     if not recipe.data.train:
         raise UserError(f"{source}: data.train names no corpus")
     return recipe

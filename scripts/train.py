@@ -43,6 +43,7 @@ from evals.common import environment, load_model, write_json
 from evals.corpora import Corpus, find_corpora, read_token_file
 from evals.perplexity import Blocks, total_loss
 from evals.prepare_tokens import load_tokenizer, write_token_file
+from scripts.causal_attention import causal_attention
 from scripts.cli import UserError, run
 from scripts.export import DTYPES, export_folder, parameter_shapes, read_saved_tensors
 from scripts.generate import positive_int
@@ -66,17 +67,37 @@ ZERO_AT_START = ("o_proj.weight", "down_proj.weight")
 
 def build_model(recipe: Recipe, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """The float32 model to train: the checkpoint's, or a new one whose output projections start at zero."""
+    attention = recipe.attn_implementation
+    if attention == "sdpa" and config.model_type != "mlra":
+        attention = causal_attention("auto")  # what MLRA has by itself: blocks are whole, and no mask is made
     if isinstance(recipe.model, str) and Path(recipe.model).is_dir():
-        return load_model(Path(recipe.model), published=True, attn_implementation=recipe.attn_implementation)
+        model = load_model(Path(recipe.model), published=True, attn_implementation=attention)
+        set_recomputation(model, recipe.recompute)
+        return model
     set_seed(seed)
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation=recipe.attn_implementation
-    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+    set_recomputation(model, recipe.recompute)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(ZERO_AT_START):
                 parameter.zero_()
     return model
+
+
+def set_recomputation(model: PreTrainedModel, recompute: str | None) -> None:
+    """What the backward pass makes again instead of keeping: "attention_inputs" (queries, keys, values) or nothing.
+
+    Raises:
+        UserError: for a model that has no such choice.
+    """
+    modules = [module for module in model.modules() if hasattr(module, "recompute_inputs")]
+    if recompute is not None and not modules:
+        raise UserError(
+            f"recompute {recompute!r} is for models of type mlra, not {model.config.model_type}: use "
+            "training.gradient_checkpointing"
+        )
+    for module in modules:
+        module.recompute_inputs = recompute is not None
 
 
 def count_parameters(config: PreTrainedConfig) -> int:
@@ -257,11 +278,18 @@ class BlockTrainer(Trainer):
         self.tokens_per_step, self.flops_per_token, self.peak = tokens_per_step, flops_per_token, peak
         self.speed = SpeedCallback()
         super().__init__(*args, **kwargs)
+        self.skip_logits = self.model.config.model_type == "mlra"
         self.add_callback(self.speed)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """All of them: the paper decays norms and embeddings too."""
         return [name for name, _ in model.named_parameters()]
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        """Without the logits of all tokens at a time, where the model can."""
+        if self.skip_logits:
+            inputs = {**inputs, "skip_logits": True}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -423,7 +451,7 @@ def train_recipe(
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"out of memory with per_device_train_batch_size {args.per_device_train_batch_size}: use a smaller one, "
-            "or training.gradient_checkpointing"
+            "recompute attention_inputs, or training.gradient_checkpointing"
         ) from error
     state = trainer.state
     result = {

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AttentionInterface
 
 from modeling_mlra import MLRACache, MLRAForSequenceClassification, MLRAForTokenClassification
 from tests.models import VARIANTS, VOCAB_SIZE, random_ids, tiny_config, tiny_model
@@ -148,28 +149,49 @@ def test_long_continuation_expands_the_cache():
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("bound", [1, 3000])
+@pytest.mark.parametrize("bound", [1, 3000, 10_000])
 def test_expanded_keys_and_values_stay_within_their_bound(bound, implementation, monkeypatch):
     """A few heads after another give what all at once give, and no slice is wider than it may be."""
     model = tiny_model("mlra_2", dtype=torch.float64, num_hidden_layers=1)
     model.set_attn_implementation(implementation)
     ids, seen = random_ids(2, 9), []
-    product = torch.bmm
+    get_interface = AttentionInterface.get_interface
 
-    def recording_product(a, b):
-        seen.append(a.shape[0] * b.shape[2] // (6 + 5))  # heads expanded at once
-        return product(a, b)
+    def get_recording_interface(*args):
+        attention = get_interface(*args)
 
+        def recording(module, query, key, *others, **kwargs):
+            seen.append(key.shape[1])  # heads expanded at once
+            return attention(module, query, key, *others, **kwargs)
+
+        return recording
+
+    monkeypatch.setattr(AttentionInterface, "get_interface", get_recording_interface)
     with torch.no_grad():
         reference = model(ids, output_attentions=True)
+        assert seen == [24]
         monkeypatch.setattr("modeling_mlra.attention_mlra.MAX_EXPANDED_BYTES", bound)
-        monkeypatch.setattr(torch, "bmm", recording_product)
         sliced = model(ids, output_attentions=True)
     assert_close(sliced.logits, reference.logits)
     per_head = 2 * 9 * (6 + 4 + 5) * 8
-    assert seen and max(seen) == max(1, bound // per_head)
+    assert max(seen[1:]) == max(1, bound // per_head) and sum(seen[1:]) == 24
     if implementation == "eager":
         assert_close(sliced.attentions[0], reference.attentions[0])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_call_per_latent_equals_one_call_for_all(variant):
+    """Training and long prompts run latent by latent, short prompts all at once; attention weights agree as well."""
+    model = tiny_model(variant, dtype=torch.float64)
+    ids = random_ids(2, 9)
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        apart = model(ids, output_attentions=True, use_cache=False)
+        with torch.no_grad():
+            at_once = model(ids, output_attentions=True, use_cache=False)
+        assert_close(apart.logits, at_once.logits)
+        if implementation == "eager":
+            assert_close(apart.attentions[1], at_once.attentions[1])
 
 
 def test_attentions_are_one_distribution_per_branch():
