@@ -53,7 +53,18 @@ MAX_PREFILL = 2048
 captured_decodes: Counter[str] = Counter()  # how often each kind of step was set up: "fused" or "modules"
 
 
-def can_capture(model: nn.Module, generation_config, model_kwargs: dict, synced_gpus: bool) -> bool:
+def reaches_all_rows(attention_mask: torch.Tensor | None, input_ids: torch.Tensor, cache) -> bool:
+    """Whether a mask has a column for every row held after `input_ids`, so that each new token adds one behind them.
+
+    Prompts are given whole, with a mask as wide, or only what the cache does not hold yet.
+    """
+    width = input_ids.shape[1]
+    if attention_mask is None or attention_mask.shape[-1] == width:
+        return True
+    return attention_mask.shape[-1] >= int(cache.get_seq_length()) + width
+
+
+def can_capture(model: nn.Module, input_ids, generation_config, model_kwargs: dict, synced_gpus: bool) -> bool:
     """Whether `generate()` takes this loop by itself: one CUDA device, a latent cache, nothing recorded.
 
     `disable_compile=True` asks for the library's loop.
@@ -74,6 +85,7 @@ def can_capture(model: nn.Module, generation_config, model_kwargs: dict, synced_
         and not generation_config.output_attentions
         and not generation_config.output_hidden_states
         and not synced_gpus
+        and reaches_all_rows(model_kwargs.get("attention_mask"), input_ids, cache)
     )
 
 

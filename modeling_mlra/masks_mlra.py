@@ -17,7 +17,7 @@ class CacheRows(NamedTuple):
     Args:
         kv_end: `[B]` int32, rows in use, those of the T queries included.
         kv_start: `[B]` int32, first row that is no padding, or None for 0.
-        key_mask: `[B, >= kv_end]` bool, rows that may be attended to, or None for all.
+        key_mask: `[B, any number of rows]` bool, rows that may be attended to, or None for all; others may not.
         row_table: `[B, >= kv_end]` int32, where each row lies if the sequences share one pool of rows, else None.
     """
 
@@ -30,7 +30,7 @@ class CacheRows(NamedTuple):
 def cache_rows(
     attention_mask: torch.Tensor | None, kv_end: torch.Tensor | int, batch: int, device: torch.device
 ) -> CacheRows:
-    """The cache rows that a batch may read: up to `kv_end`, less what a `[B, >= kv_end]` mask leaves out."""
+    """The cache rows that a batch may read: up to `kv_end`, less what a mask of any width leaves out or lacks."""
     if isinstance(kv_end, torch.Tensor):
         kv_end = kv_end.to(torch.int32).expand(batch)
     else:

@@ -341,8 +341,8 @@ class MLRAModel(MLRAPreTrainedModel):
         """Hidden states of `input_ids` `[B, T]` or `inputs_embeds` `[B, T, d]`.
 
         Args:
-            attention_mask: `[B, S + T]`, 1 for tokens to attend to, over cached and new tokens; or a 4D mask of the
-                library. Left and right padding give every real token what it gets alone.
+            attention_mask: `[B, S + T]`, 1 for tokens to attend to, over cached and new tokens; missing columns are
+                padding. Or a 4D mask of the library. Left and right padding give every real token what it gets alone.
             position_ids: `[B, T]`; by default they count on from the cache. Positions that restart at 0 (packed
                 documents, no mask, no cache) keep documents apart where the attention backend supports it.
             cache: an `MLRACache`, or any of the library's caches; `past_key_values` is its older name.
@@ -475,7 +475,7 @@ class MLRAForCausalLM(MLRAPreTrainedModel, GenerationMixin):
     def _sample(self, input_ids, *args, generation_config, synced_gpus=False, **kwargs):
         """Greedy decoding and sampling: the captured loop where it can run, else the library's."""
         decode = super()._sample
-        if can_capture(self, generation_config, kwargs, synced_gpus):
+        if can_capture(self, input_ids, generation_config, kwargs, synced_gpus):
             decode = partial(captured_decode, self)
         return decode(input_ids, *args, generation_config=generation_config, synced_gpus=synced_gpus, **kwargs)
 
@@ -489,7 +489,7 @@ class MLRAForCausalLM(MLRAPreTrainedModel, GenerationMixin):
         if attention_mask is None:
             return None
         missing = cache.get_max_length() - attention_mask.shape[-1]
-        return nn.functional.pad(attention_mask, (0, max(missing, 0)), value=1)
+        return nn.functional.pad(attention_mask, (0, max(missing, 0)))
 
 
 class MLRAForSequenceClassification(GenericForSequenceClassification, MLRAPreTrainedModel):

@@ -44,7 +44,7 @@ def fused(monkeypatch):
     monkeypatch.setattr(modeling_mlra.modeling_mlra, "can_capture", can_capture_anywhere)
 
 
-def can_capture_anywhere(model, generation_config, model_kwargs, synced_gpus) -> bool:
+def can_capture_anywhere(model, input_ids, generation_config, model_kwargs, synced_gpus) -> bool:
     """As `can_capture`, with or without a GPU."""
     return not generation_config.disable_compile and isinstance(model_kwargs.get(CACHE), MLRACache)
 
@@ -227,9 +227,9 @@ def test_a_cache_that_is_asked_for_leaves_with_its_graphs(fused, monkeypatch):
     settings = {"max_new_tokens": 4, "do_sample": False}
     first, second = (model.generate(ids, return_dict_in_generate=True, **settings) for _ in range(2))
     assert cache_of(first) is not cache_of(second) and len(made.steps) == 2
-    rows = [layer.rows.clone() for layer in cache_of(first).layers]
+    rows = [layer.rows[:, :, :8].clone() for layer in cache_of(first).layers]
     model.generate(ids, **settings)
-    assert all(torch.equal(a, b.rows) for a, b in zip(rows, cache_of(first).layers, strict=True))
+    assert all(torch.equal(a, b.rows[:, :, :8]) for a, b in zip(rows, cache_of(first).layers, strict=True))
     longer = model.generate(first.sequences, cache=cache_of(first), **settings)
     assert torch.equal(longer, model.generate(first.sequences, use_cache=False, **settings))
     assert len(made.steps) == 3, "the turn that goes on uses the step of the first"
