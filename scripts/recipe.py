@@ -76,12 +76,14 @@ class Recipe:
     export: ExportSettings | None = None
     attn_implementation: str = "sdpa"
     recompute: str | None = None
+    float8: bool = False
 
     def settings(self) -> dict:
         """Everything that the losses depend on."""
         training = {name: value for name, value in self.training.items() if not name.startswith(FREE_SETTINGS)}
         data = {**vars(self.data), "heldout": None}
-        return {"model": self.model, "data": data, "blocks_per_step": self.blocks_per_step, "training": training}
+        settings = {"model": self.model, "data": data, "blocks_per_step": self.blocks_per_step, "training": training}
+        return settings | ({"float8": True} if self.float8 else {})
 
 
 def read_configuration(path: Path) -> dict:
@@ -155,9 +157,9 @@ def make_recipe(content: dict, source: object) -> Recipe:
         if not isinstance(value, int) or value < 1:
             raise UserError(f"{source}: {name} must be a positive whole number, not {value!r}")
     if recipe.recompute not in RECOMPUTE:
-        raise UserError(
-            f"{source}: recompute must be one of {', '.join(map(str, RECOMPUTE))}, not {recipe.recompute!r}"
-        )
+        raise UserError(f"{source}: recompute must be null or attention_inputs, not {recipe.recompute!r}")
+    if not isinstance(recipe.float8, bool):
+        raise UserError(f"{source}: float8 must be true or false, not {recipe.float8!r}")
     if not recipe.data.train:
         raise UserError(f"{source}: data.train names no corpus")
     return recipe
@@ -170,6 +172,9 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         UserError: for unknown or unusable settings, and for devices that cannot share a step's blocks evenly.
     """
     given = {"report_to": "none", "disable_tqdm": not sys.stderr.isatty()}
+    # Every parameter has a gradient in every step, and a loss that is no number belongs in the log: looking for either
+    # makes the host wait for the device in each micro-batch
+    given |= {"ddp_find_unused_parameters": False, "logging_nan_inf_filter": False}
     given |= {"use_cpu": not torch.accelerator.is_available(), **recipe.training}
     for name in ("gradient_accumulation_steps", "num_train_epochs"):
         if name in given:

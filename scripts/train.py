@@ -59,6 +59,11 @@ from scripts.recipe import (
 from tokenization.build import FOLDER as GPT2_TOKENIZER
 from tokenization.build import end_of_text_id
 
+try:
+    from torchao.float8 import convert_to_float8_training
+except ImportError:
+    convert_to_float8_training = None
+
 TRAINING_BYTES_PER_PARAMETER = 16  # float32: weight, gradient and Adam's two moments
 CHECKED_TOKENS = 2**26  # of each file before the start; every block is checked again when it is read
 STATE_FILE, CONFIG_FILE, RESULT_FILE = "trainer_state.json", "train_config.json", "train_result.json"
@@ -71,12 +76,9 @@ def build_model(recipe: Recipe, config: PreTrainedConfig, seed: int) -> PreTrain
     if attention == "sdpa" and config.model_type != "mlra":
         attention = causal_attention("auto")  # what MLRA has by itself: blocks are whole, and no mask is made
     if isinstance(recipe.model, str) and Path(recipe.model).is_dir():
-        model = load_model(Path(recipe.model), published=True, attn_implementation=attention)
-        set_recomputation(model, recipe.recompute)
-        return model
+        return load_model(Path(recipe.model), published=True, attn_implementation=attention)
     set_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
-    set_recomputation(model, recipe.recompute)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(ZERO_AT_START):
@@ -98,6 +100,31 @@ def set_recomputation(model: PreTrainedModel, recompute: str | None) -> None:
         )
     for module in modules:
         module.recompute_inputs = recompute is not None
+
+
+def use_float8(model: PreTrainedModel, device: torch.device) -> None:
+    """Let the products of the layers' linear maps run in float8; weights, names and all else stay as they are.
+
+    Raises:
+        UserError: without torchao, a GPU that can, or a map whose sizes are multiples of 16.
+    """
+    if convert_to_float8_training is None:
+        raise UserError("float8 needs torchao: pip install torchao")
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        raise UserError(f"float8 needs a GPU of compute capability 8.9 or newer, not {device}: leave float8 out")
+    left_out = set()
+
+    def is_converted(module: torch.nn.Module, name: str) -> bool:
+        if not name.startswith("model.layers."):
+            return False
+        if module.in_features % 16 or module.out_features % 16:
+            left_out.add(f"{name.rpartition('.')[2]} ({module.in_features} x {module.out_features})")
+            return False
+        return True
+
+    convert_to_float8_training(model, module_filter_fn=is_converted)
+    if left_out:
+        print(f"float8: no multiples of 16, so bfloat16: {', '.join(sorted(left_out))}", file=sys.stderr)
 
 
 def count_parameters(config: PreTrainedConfig) -> int:
@@ -363,9 +390,9 @@ def check_resume(recipe: Recipe, output: Path, resume: bool) -> Path | None:
     if checkpoint is not None:
         stored = json.loads((output / CONFIG_FILE).read_text(encoding="utf-8"))
         now = json.loads(json.dumps(recipe.settings()))
-        for part in now:
-            if stored[part] != now[part]:
-                raise UserError(f"{output} was begun with {part} = {stored[part]}, now it is {now[part]}")
+        for part in stored | now:
+            if stored.get(part) != now.get(part):
+                raise UserError(f"{output} was begun with {part} = {stored.get(part)}, now it is {now.get(part)}")
     return checkpoint
 
 
@@ -432,6 +459,9 @@ def train_recipe(
         )
 
     model = build_model(recipe, config, args.seed)
+    set_recomputation(model, recipe.recompute)
+    if recipe.float8:
+        use_float8(model, args.device)
     if args.should_save:
         write_json(output / CONFIG_FILE, recipe.settings())
     trainer = BlockTrainer(
@@ -475,6 +505,10 @@ def train_recipe(
         trained = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
         result["heldout"] = heldout_loss(trained, files["heldout"], recipe, args, published=args.bf16)
         if recipe.export is not None:
+            if recipe.float8:  # as it will be loaded
+                plain = AutoModelForCausalLM.from_config(config, attn_implementation=recipe.attn_implementation)
+                plain.load_state_dict(trained.state_dict())
+                trained = plain.to(args.device)
             trained = copy.deepcopy(trained).to(DTYPES[recipe.export.dtype])
             result["heldout_exported"] = heldout_loss(trained, files["heldout"], recipe, args, published=False)
     if args.should_save:
