@@ -169,7 +169,8 @@ def recompute_inputs(attention: Callable, *args) -> tuple[torch.Tensor, torch.Te
 
 def absorbed_attention(
     module: nn.Module,
-    query: torch.Tensor,
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
     latents: torch.Tensor,
     k_rope: torch.Tensor,
     kv_b_weight: torch.Tensor,
@@ -187,7 +188,8 @@ def absorbed_attention(
     W_uk moves to the query side and W_uv behind the weighted sum of latents (specification, "absorbed decode").
 
     Args:
-        query: `[B, T, G*H, N + E]`, RoPE applied.
+        q_nope: `[B, T, G*H, N]`.
+        q_rope: `[B, T, G*H, E]`, RoPE applied.
         latents: `[B, S, L, R]`; may hold more rows than are in use. `[S, L, R]` with a row table.
         k_rope: `[B, S, E]`, RoPE applied. `[S, E]` with a row table.
         kv_b_weight: `[L*H*(N+V), R]`.
@@ -196,14 +198,13 @@ def absorbed_attention(
     Returns:
         Head outputs `[B, T, G*H, V]` and, with an additive mask, attention weights `[B, L*H, T, S]`.
     """
-    batch, queries = query.shape[:2]
+    batch, queries = q_nope.shape[:2]
     num_latents, rank = latents.shape[-2:]
     heads = kv_b_weight.shape[0] // (num_latents * (nope_dim + v_dim))
-    num_groups = query.shape[2] // heads
+    num_groups = q_nope.shape[2] // heads
     branches = num_latents // num_groups
     w_uk, w_uv = up_projections(kv_b_weight, num_latents, nope_dim, v_dim)
-    grouped = query.view(batch, queries, num_groups, heads, -1)
-    q_nope, q_rope = grouped.split([nope_dim, grouped.shape[-1] - nope_dim], dim=-1)
+    q_nope, q_rope = (part.view(batch, queries, num_groups, heads, -1) for part in (q_nope, q_rope))
 
     # q_latent[l, i] = W_uk[l, i]^T q_nope[i], batched over (l, i): [L*H, B*T, N] x [L*H, N, R]
     q_nope = q_nope.unsqueeze(3).expand(-1, -1, -1, branches, -1, -1)

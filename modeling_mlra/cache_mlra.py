@@ -20,7 +20,7 @@ def ordinary_tensors() -> AbstractContextManager:
 
     A cache is written to in place, and one filled in inference mode may be continued outside it.
     """
-    if torch.is_inference_mode_enabled() and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         return torch.inference_mode(False)
     return nullcontext()
 

@@ -57,6 +57,7 @@ class Replay:
                 return self.function()
         if self.graph is None:
             self.prepare()
+        assert self.graph is not None
         with on_device(self.device):
             self.graph.replay()
         return self.result

@@ -13,7 +13,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable
 from functools import partial, reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -49,6 +49,7 @@ GROWTH = 4096  # rows beyond its prompt that a call reserves at first, and rows 
 FIRST_CAPACITY = 256
 FIRST_PREFILL = 16  # tokens of the smallest captured prompt, and of the largest; longer ones keep the GPU busy anyway
 MAX_PREFILL = 2048
+MAX_CHOICES = 8  # graphs kept with a cache for ways to choose a token: temperatures and the like
 
 captured_decodes: Counter[str] = Counter()  # how often each kind of step was set up: "fused" or "modules"
 
@@ -111,12 +112,12 @@ class Choice(NamedTuple):
     Attributes:
         processors: functions of scores `[B, vocab_size]`.
         ends: int64 `[N]`, the tokens that end a sequence, filled up with -1.
-        key: what a graph of it depends on, or None if that is not known.
+        key: what a graph of it depends on.
     """
 
     processors: list[Callable]
     ends: torch.Tensor
-    key: tuple | None
+    key: str
 
 
 def choice_of_logits_alone(
@@ -162,11 +163,12 @@ class DecodingStep:
         self.is_fused = runs_fused(model, num_sequences)
         rows = cache.layers[0].rows
         self.capacity, device = rows.shape[2], rows.device
-        self.key_mask = self.kv_start = None
+        self.key_mask: torch.Tensor | None = None
+        self.kv_start: torch.Tensor | None = None
         if masked:
             self.key_mask = torch.ones(num_sequences, self.capacity, dtype=torch.bool, device=device)
             self.kv_start = torch.zeros(num_sequences, dtype=torch.int32, device=device)
-        self.run: Callable[[torch.Tensor], torch.Tensor]
+        self.run: Any
         if self.is_fused:
             # the row to write, then each sequence's position, then each one's number of rows in use
             self.counters = torch.zeros(1 + 2 * num_sequences, dtype=torch.int32, device=device)
@@ -197,6 +199,7 @@ class DecodingStep:
             attention_mask: `[M, rows]`, given if and only if the step is masked.
         """
         if attention_mask is not None:
+            assert self.key_mask is not None and self.kv_start is not None
             self.key_mask.fill_(True)
             self.key_mask[:, : attention_mask.shape[-1]] = attention_mask.bool()
             self.kv_start.copy_(self.key_mask.int().argmax(dim=-1))
@@ -300,7 +303,7 @@ class Selection:
         self.scores: list | None = [] if record and generation_config.output_scores else None
         self.raw_logits: list | None = [] if record and generation_config.output_logits else None
         self.pad = int(generation_config._pad_token_tensor) if self.has_eos else 0
-        self.key = None
+        self.key: tuple = ()
         if choice is not None:
             self.key = ("choose", generation_config.do_sample, self.pad, choice.ends.numel(), choice.key)
 
@@ -371,7 +374,8 @@ class CapturedPrefill:
 
         def run() -> torch.Tensor:
             fixed.set_seq_length(0)
-            return owner()(token_ids, cache=fixed, use_cache=True, logits_to_keep=last).logits[:, 0]
+            model: Any = owner()
+            return model(token_ids, cache=fixed, use_cache=True, logits_to_keep=last).logits[:, 0]
 
         self.token_ids, self.last, self.replay = token_ids, last, Replay(run, model.device, pool)
 
@@ -421,6 +425,10 @@ def captured_decode(
 
 class CapturedCall:
     """One call of `captured_decode`, whose arguments it takes."""
+
+    step: DecodingStep
+    buffers: Buffers
+    advance: Callable[[int], None]
 
     def __init__(self, model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs):
         self.model, self.input_ids, self.kwargs = model, input_ids, model_kwargs
@@ -520,10 +528,13 @@ class CapturedCall:
     def find_advance(self, held) -> Callable[[int], None]:
         """The captured step and choice: one that is kept, if there is one for such a choice."""
         choice = self.selection.choice
-        if not self.step.is_fused or choice is None or choice.key is None:
+        if not self.step.is_fused or choice is None:
             return self.selection.advance(self.step, self.buffers, choice and choice.ends, held.pool)
         key = (*self.selection.key, self.mask is not None)
         if key not in held.objects:
+            others = [other for other in held.objects if other[0] == key[0]]
+            if len(others) == MAX_CHOICES:
+                del held.objects[others[0]]
             with ordinary_tensors():
                 ends = choice.ends.clone()
             held.objects[key] = ends, self.selection.advance(self.step, self.buffers, ends, held.pool)

@@ -184,12 +184,11 @@ class MLRAAttention(nn.Module):
         self.o_proj = nn.Linear(heads * config.v_head_dim, config.hidden_size, bias=False)
         self.o_proj.starts_at_zero = True
 
-    def project_query(self, q_latent: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Queries `[B, T, G*H, N + E]` of `[B, T, q_lora_rank]`, RoPE applied."""
+    def project_query(self, q_latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries `[B, T, G*H, N]` of `[B, T, q_lora_rank]`, and their rotary part `[B, T, G*H, E]`, not yet rotated."""
         query = self.q_b_proj(q_latent).unflatten(-1, (-1, self.qk_head_dim))
-        widths = [self.config.qk_nope_head_dim, self.config.qk_rope_head_dim]
-        q_nope, q_rope = query.split(widths, dim=-1)
-        return torch.cat([q_nope, apply_rotary_pos_emb(q_rope, cos, sin)], dim=-1)
+        q_nope, q_rope = query.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], dim=-1)
+        return q_nope, q_rope
 
     @takes_cache_by_any_name
     def forward(
@@ -206,10 +205,17 @@ class MLRAAttention(nn.Module):
         cos, sin = position_embeddings
 
         q_latent = self.q_a_layernorm(self.q_a_proj(hidden_states)) * self.alpha_q
-        is_recomputed = self.recompute_inputs and torch.is_grad_enabled() and cache is None
-        query = None if is_recomputed else self.project_query(q_latent, cos, sin)
         latents = self.kv_a_layernorm(self.kv_a_proj(hidden_states)) * self.alpha_kv  # [B, T, L*R]
-        k_rope = apply_rotary_pos_emb(self.k_rope_proj(hidden_states).unsqueeze(2), cos, sin).squeeze(2)  # [B, T, E]
+        k_rope = self.k_rope_proj(hidden_states).unsqueeze(2)  # [B, T, 1, E]
+        is_recomputed = self.recompute_inputs and torch.is_grad_enabled() and cache is None
+        if is_recomputed:
+            query, k_rope = None, apply_rotary_pos_emb(k_rope, cos, sin)
+        else:
+            q_nope, q_rope = self.project_query(q_latent)
+            rotated = apply_rotary_pos_emb(torch.cat([q_rope, k_rope], dim=2), cos, sin)
+            q_rope, k_rope = rotated.split([q_rope.shape[2], 1], dim=2)
+            query = q_nope, q_rope
+        k_rope = k_rope.squeeze(2)  # [B, T, E]
 
         if cache is not None and not is_paged(cache):
             has_prefix = not isinstance(past := cache.get_seq_length(self.layer_idx), int) or past > 0
@@ -221,7 +227,8 @@ class MLRAAttention(nn.Module):
         if is_paged(cache):  # continuous batching
             latents, k_rope, rows = update_paged(cache, latents, k_rope, self.layer_idx, config, kwargs)
             if rows is not None:  # every request has one new token: [1, T, ...] becomes [T, 1, ...]
-                absorbed, attention_mask, query = True, rows, query.transpose(0, 1)
+                absorbed, attention_mask = True, rows
+                query = q_nope.transpose(0, 1), q_rope.transpose(0, 1)
                 if rows.row_table is not None:
                     latents, k_rope = latents[0], k_rope[0]
         latents = latents.unflatten(-1, (-1, config.latent_head_dim))  # [B, S, L, R]
@@ -233,9 +240,10 @@ class MLRAAttention(nn.Module):
             "alpha": self.alpha_attn,
         }
         if absorbed:
+            assert query is not None
             output, weights = absorbed_attention(
                 self,
-                query,
+                *query,
                 latents,
                 k_rope,
                 self.kv_b_proj(),
@@ -250,9 +258,12 @@ class MLRAAttention(nn.Module):
             )
 
             def attend(query, q_latent, *keys_and_values):
+                if query is None:
+                    q_nope, q_rope = self.project_query(q_latent)
+                    query = q_nope, apply_rotary_pos_emb(q_rope, cos, sin)
                 return expanded_attention(
                     self,
-                    self.project_query(q_latent, cos, sin) if query is None else query,
+                    torch.cat(query, dim=-1),
                     *keys_and_values,
                     attention_mask,
                     attention_interface,
