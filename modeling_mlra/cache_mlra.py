@@ -236,6 +236,16 @@ class MLRADynamicLayer(LatentRows, CacheLayerMixin):
             )
         self._length = max(self.get_seq_length() + tokens_to_remove, 0)
 
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Take each sequence's rows from sequence `beam_idx[b]`; in place, so that graphs of the buffer stay right."""
+        if not self.is_initialized:
+            return
+        if self.rows.requires_grad or self._num_seen:
+            super().reorder_cache(beam_idx)
+            return
+        used = self.rows[:, :, : self._length]
+        used.copy_(used.index_select(0, beam_idx.to(used.device)))
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
 

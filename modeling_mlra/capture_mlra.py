@@ -8,7 +8,7 @@ waits, with its graphs, for the next call of its size.
 import gc
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,10 +18,12 @@ from torch import nn
 
 from .cache_mlra import MLRACache
 from .device_mlra import on_device
-from .tensor_parallel_mlra import local_tensor
+from .tensor_parallel_mlra import is_parallel, local_tensor
 
 # Caches that wait for a call take up to this many bytes per model and device; the one not used for longest goes first.
 SPARE_BYTES = 2 * 2**30
+GROWTH = 4096  # rows beyond its prompt that a call reserves at first, and rows of the smallest cache kept
+FIRST_CAPACITY = 256
 _capturing = threading.Lock()
 
 
@@ -94,6 +96,31 @@ class Replay:
         self.graph = graph
 
 
+def modules_of(model: nn.Module) -> Iterator[nn.Module]:
+    """Every module, as `model.modules()` gives them, in a fraction of its time."""
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        yield module
+        waiting += [child for child in module._modules.values() if child is not None]
+
+
+def is_plain(model: nn.Module) -> bool:
+    """Whether the model's modules do nothing but compute: no hooks, and no other classes than its own and torch's.
+
+    Others, of quantised weights or adapters, may wait for the device, which cannot be captured; a static cache asks
+    for that all the same.
+    """
+    own = (type(model).__module__.rpartition(".")[0], "torch.nn.modules", "transformers.activations")
+    return not any(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or not type(module).__module__.startswith(own)
+        or ("forward" in module.__dict__ and not is_parallel(module))
+        for module in modules_of(model)
+    )
+
+
 def fingerprint(model: nn.Module) -> tuple:
     """What a graph of the model depends on beside the numbers in its weights; equal as long as the graph is right.
 
@@ -101,18 +128,15 @@ def fingerprint(model: nn.Module) -> tuple:
     kernels. Weights that are changed in place, by an optimizer or by merging adapters, leave it as it is.
     """
     parts: list = [os.environ.get("MLRA_DECODE"), model.config.decode_implementation, model.config.hidden_act]
-    waiting = [model]
-    while waiting:
-        module = waiting.pop()
+    for module in modules_of(model):
         parts.append(type(module))
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
             parts += [module, len(module._forward_hooks), len(module._forward_pre_hooks)]
         for tensors in (module._parameters, module._buffers):
             for tensor in tensors.values():
                 if tensor is not None:
                     local = local_tensor(tensor)
                     parts += [local.data_ptr(), local.shape, local.dtype]
-        waiting += [child for child in module._modules.values() if child is not None]
     return tuple(parts)
 
 
@@ -192,4 +216,15 @@ def forget(model: nn.Module) -> None:
         _spare.pop(model, None)
 
 
-__all__ = ["Replay", "fingerprint", "forget", "give_back", "held_with", "size_class", "take_spare"]
+__all__ = [
+    "FIRST_CAPACITY",
+    "GROWTH",
+    "Replay",
+    "fingerprint",
+    "forget",
+    "give_back",
+    "held_with",
+    "is_plain",
+    "size_class",
+    "take_spare",
+]

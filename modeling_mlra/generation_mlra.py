@@ -29,11 +29,20 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .cache_mlra import MLRACache, ordinary_tensors
-from .capture_mlra import Replay, fingerprint, give_back, held_with, size_class, take_spare
+from .capture_mlra import (
+    FIRST_CAPACITY,
+    GROWTH,
+    Replay,
+    fingerprint,
+    give_back,
+    held_with,
+    is_plain,
+    size_class,
+    take_spare,
+)
 from .device_mlra import on_device
 from .fused_mlra import FusedStep, obstacle
 from .library_mlra import CACHE
-from .tensor_parallel_mlra import is_parallel
 
 # Processors and criteria known to read nothing but the logits, or the last token: their choice can be captured.
 OF_LOGITS_ALONE = (
@@ -45,8 +54,6 @@ OF_LOGITS_ALONE = (
 )
 OF_LAST_TOKEN_ALONE = (EosTokenCriteria, MaxLengthCriteria)
 
-GROWTH = 4096  # rows beyond its prompt that a call reserves at first, and rows of the smallest cache kept
-FIRST_CAPACITY = 256
 FIRST_PREFILL = 16  # tokens of the smallest captured prompt, and of the largest; longer ones keep the GPU busy anyway
 MAX_PREFILL = 2048
 MAX_CHOICES = 8  # graphs kept with a cache for ways to choose a token: temperatures and the like
@@ -87,22 +94,6 @@ def can_capture(model: nn.Module, input_ids, generation_config, model_kwargs: di
         and not generation_config.output_hidden_states
         and not synced_gpus
         and reaches_all_rows(model_kwargs.get("attention_mask"), input_ids, cache)
-    )
-
-
-def is_plain(model: nn.Module) -> bool:
-    """Whether the model's modules do nothing but compute: no hooks, and no other classes than its own and torch's.
-
-    Others, of quantised weights or adapters, may wait for the device, which cannot be captured; a static cache asks
-    for that all the same.
-    """
-    own, torch_own = type(model).__module__.rpartition(".")[0], ("torch.nn.modules", "transformers.activations")
-    return not any(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or ("forward" in vars(module) and not is_parallel(module))
-        or not type(module).__module__.startswith((own, *torch_own))
-        for module in model.modules()
     )
 
 

@@ -4,8 +4,6 @@ Prefill and training run the expanded form through the library's attention inter
 on the latent cache (`attention_mlra`). Both use the same parameters.
 """
 
-from functools import partial
-
 import torch
 import transformers
 from torch import nn
@@ -30,6 +28,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_mlra import MAX_ABSORBED_QUERIES, absorbed_attention, expanded_attention, recompute_inputs
 from .cache_mlra import MLRACache
 from .configuration_mlra import MLRAConfig
+from .forwards_mlra import captured_forwards, captured_logits
 from .generation_mlra import can_capture, captured_decode
 from .library_mlra import (
     CACHE,
@@ -185,7 +184,7 @@ class MLRAAttention(nn.Module):
         self.o_proj.starts_at_zero = True
 
     def project_query(self, q_latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries `[B, T, G*H, N]` of `[B, T, q_lora_rank]`, and their rotary part `[B, T, G*H, E]`, not yet rotated."""
+        """Queries `[B, T, G*H, N]` of `[B, T, q_lora_rank]`; their rotary part `[B, T, G*H, E]`, not yet rotated."""
         query = self.q_b_proj(q_latent).unflatten(-1, (-1, self.qk_head_dim))
         q_nope, q_rope = query.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], dim=-1)
         return q_nope, q_rope
@@ -442,6 +441,9 @@ class MLRAForCausalLM(MLRAPreTrainedModel, GenerationMixin):
             skip_logits: with `labels`, return the loss alone, which then never holds the logits of all tokens. The
                 other arguments are those of [`MLRAModel.forward`].
         """
+        captured = captured_logits(self, input_ids, attention_mask, position_ids, cache, inputs_embeds, labels, kwargs)
+        if captured is not None:
+            return CausalLMOutputWithPast(logits=slice_logits_to_keep(captured, logits_to_keep), **{CACHE: cache})
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -485,10 +487,21 @@ class MLRAForCausalLM(MLRAPreTrainedModel, GenerationMixin):
 
     def _sample(self, input_ids, *args, generation_config, synced_gpus=False, **kwargs):
         """Greedy decoding and sampling: the captured loop where it can run, else the library's."""
-        decode = super()._sample
+        settings = {"generation_config": generation_config, "synced_gpus": synced_gpus}
         if can_capture(self, input_ids, generation_config, kwargs, synced_gpus):
-            decode = partial(captured_decode, self)
-        return decode(input_ids, *args, generation_config=generation_config, synced_gpus=synced_gpus, **kwargs)
+            return captured_decode(self, input_ids, *args, **settings, **kwargs)
+        with captured_forwards(self, kwargs.get(CACHE), generation_config):
+            return super()._sample(input_ids, *args, **settings, **kwargs)
+
+    def _beam_search(self, *args, generation_config, **kwargs):
+        """The library's beam search, its forwards captured where they can be."""
+        with captured_forwards(self, kwargs.get(CACHE), generation_config):
+            return super()._beam_search(*args, generation_config=generation_config, **kwargs)
+
+    def _assisted_decoding(self, *args, generation_config, **kwargs):
+        """The library's prompt lookup and assisted generation, candidates verified by captured forwards."""
+        with captured_forwards(self, kwargs.get(CACHE), generation_config):
+            return super()._assisted_decoding(*args, generation_config=generation_config, **kwargs)
 
     @staticmethod
     @takes_cache_by_any_name
