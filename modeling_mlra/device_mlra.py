@@ -42,6 +42,7 @@ class DeviceFacts(NamedTuple):
         hopper: whether the Hopper kernels run.
         shared_bytes: shared memory that one program can have.
         shared_per_multiprocessor: what programs on the same multiprocessor share.
+        warp_size: threads that run in step.
         nvidia: whether NVIDIA's compiler, with its own launch options, builds the kernels.
         tested: whether the tests compile all kernels for such a device.
         obstacle: why the kernels do not run on it, or None.
@@ -52,6 +53,7 @@ class DeviceFacts(NamedTuple):
     hopper: bool = False
     shared_bytes: float = math.inf
     shared_per_multiprocessor: float = math.inf
+    warp_size: int = 32
     nvidia: bool = False
     tested: bool = True
     obstacle: str | None = None
@@ -71,7 +73,7 @@ def device_facts(device: torch.device) -> DeviceFacts:
 
 def _cpu_facts(device: torch.device) -> DeviceFacts:
     if INTERPRETED:
-        return DeviceFacts()
+        return DeviceFacts(nvidia=True)
     return DeviceFacts(
         tested=False,
         obstacle="Triton needs a GPU; on this CPU use 'torch' (or set TRITON_INTERPRET=1 to run Triton's interpreter)",
@@ -89,6 +91,7 @@ def _cuda_facts(device: torch.device) -> DeviceFacts:
         multiprocessors=properties.multi_processor_count,
         shared_bytes=shared,
         shared_per_multiprocessor=_first(properties, "shared_memory_per_multiprocessor") or shared,
+        warp_size=getattr(properties, "warp_size", 32 if nvidia else 64),
         nvidia=nvidia,
     )
     if not nvidia:

@@ -40,6 +40,7 @@ from .fused_kernels_mlra import (
 )
 from .hopper_linear_mlra import linear as stream_linear
 from .hopper_linear_mlra import streams
+from .kernels_mlra import asked_implementation
 from .tensor_parallel_mlra import (
     gather_output,
     is_parallel,
@@ -73,8 +74,9 @@ def obstacle(model: nn.Module, num_sequences: int) -> str | None:
         return f"it computes the activation 'silu', not {config.hidden_act!r}"
     if model.model.rotary_emb.rope_type in ("dynamic", "longrope"):
         return f"rope_type {model.model.rotary_emb.rope_type!r} changes its frequencies as the sequence grows"
-    if config.decode_implementation not in ("auto", "triton"):
-        return f"decode_implementation={config.decode_implementation!r} was asked for"
+    asked = asked_implementation(config.decode_implementation)
+    if asked not in ("auto", "triton"):
+        return f"decode implementation {asked!r} was asked for"
     for name, module in model.named_modules():
         replaced = "forward" in vars(module) and not is_parallel(module)
         if replaced or module._forward_hooks or module._forward_pre_hooks:

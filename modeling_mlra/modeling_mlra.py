@@ -215,6 +215,7 @@ class MLRAAttention(nn.Module):
             q_rope, k_rope = rotated.split([q_rope.shape[2], 1], dim=2)
             query = q_nope, q_rope
         k_rope = k_rope.squeeze(2)  # [B, T, E]
+        latents = latents.to(k_rope.dtype)  # under autocast too, a row is of one dtype: that of every product with it
 
         if cache is not None and not is_paged(cache):
             has_prefix = not isinstance(past := cache.get_seq_length(self.layer_idx), int) or past > 0

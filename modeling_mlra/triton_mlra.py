@@ -18,7 +18,7 @@ import torch
 
 from .device_mlra import INTERPRETED, cannot_be_built, device_facts, launch, launch_options, tl, triton
 from .hopper_mlra import TensorDescriptor, gl, rows_kernel
-from .plans_mlra import SMALLER_PLANS, decode_plan, even_programs, fits_hopper, reduction_plan
+from .plans_mlra import decode_plans, even_programs, fits_hopper, reduction_plan
 
 if triton is not None:
     _UPCAST = tl.constexpr(INTERPRETED)  # the interpreter multiplies the bit patterns of bfloat16 operands
@@ -129,14 +129,14 @@ if triton is not None:
             ok_n = offs < hi - j
             k_base, k_rows = _cache_offsets(table_row, j, offs, ok_n, k_s, PAGE)
             c_base, c_rows = _cache_offsets(table_row, j, offs, ok_n, c_s, PAGE)
+            if HAS_MASK:  # rows that are left out may hold NaN, which a weight of 0 would spread
+                ok_n = ok_n & (tl.load(mask_row + j + offs, mask=ok_n, other=0) != 0)
             k_tile = tl.load(
                 k + k_base + (k_rows[:, None] + offs_e[None, :]), mask=ok_n[:, None] & ok_e[None, :], other=0.0
             )
             c_tile = tl.load(
                 c + c_base + (c_rows[:, None] + offs_d[None, :]), mask=ok_n[:, None] & ok_d[None, :], other=0.0
             )
-            if HAS_MASK:
-                ok_n = ok_n & (tl.load(mask_row + j + offs, mask=ok_n, other=0) != 0)
             seen = ok_n[None, :]
             if CAUSAL:
                 seen = seen & (offs[None, :] < limit[:, None] - j)
@@ -176,6 +176,8 @@ if triton is not None:
             ok_n = offs < hi - j
             k_base, k_rows = _cache_offsets(table_row, j, offs, ok_n, k_s, PAGE)
             c_base, c_rows = _cache_offsets(table_row, j, offs, ok_n, c_s, PAGE)
+            if HAS_MASK:
+                ok_n = ok_n & (tl.load(mask_row + j + offs, mask=ok_n, other=0) != 0)
             k_tile = tl.load(
                 k + k_base + (k_rows[:, None] + offs_e[None, :]), mask=ok_n[:, None] & ok_e[None, :], other=0.0
             )
@@ -185,8 +187,6 @@ if triton is not None:
                 mask=ok_n[None, :, None] & ok_d[None, None, :],
                 other=0.0,
             )
-            if HAS_MASK:
-                ok_n = ok_n & (tl.load(mask_row + j + offs, mask=ok_n, other=0) != 0)
             seen = ok_n[None, None, :]
             if CAUSAL:
                 seen = seen & (offs[None, None, :] < limit[None, :, None] - j)
@@ -362,7 +362,7 @@ class PartialResults:
     deal: dict
 
 
-_fitting_plans: dict[tuple, int] = {}
+_fitting_plans: dict[tuple, int | Exception] = {}  # which of the plans for a kernel can be built, or why none
 
 
 def triton_latent_attention(q_latent, q_rope, latents, k_rope, kv_end, kv_start, *arguments, **tuning) -> torch.Tensor:
@@ -384,45 +384,63 @@ def triton_latent_attention(q_latent, q_rope, latents, k_rope, kv_end, kv_start,
     return out
 
 
-def partial_results(out, q_latent, q_rope, *arguments, **tuning) -> PartialResults:
-    """Run the decode kernel with the largest plan that fits; arguments as in `latent_attention`, lengths in int32.
+def partial_results(
+    out, q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling,
+    settled=False, **tuning,
+) -> PartialResults:  # fmt: skip
+    """Run the decode kernel with the best plan that fits; arguments as in `latent_attention`, lengths in int32.
 
     Args:
         out: like `q_latent`, takes the results of sequences that one share covers; None leaves these as a part too.
+
+    Raises:
+        Exception: of the last plan, if none can be built for the device (`cannot_be_built`); at once the next time.
     """
-    key = (q_latent.device, q_latent.dtype, q_latent.shape[1:], q_rope.shape[2:])
-    for index in range(_fitting_plans.get(key, 0), len(SMALLER_PLANS) - 1):
+    batch, length, num_latents, heads, width = q_latent.shape
+    groups, rope_width = q_rope.shape[2:5:2]
+    q_latent, q_rope = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_latent, q_rope))
+    latents, k_rope = (x if x.stride(-1) == 1 else x.contiguous() for x in (latents, k_rope))
+    facts = device_facts(q_latent.device)
+    hopper = facts.hopper and rows_kernel is not None and fits_hopper(latents, k_rope, block_table)
+    capacity = latents.shape[1] if block_table is None else block_table.shape[1] * page_size
+    plans = decode_plans(
+        length * heads, num_latents, groups, width, rope_width, latents.element_size(), batch * capacity, hopper, facts
+    )
+    if tuning:
+        plans = tuple(plan | tuning for plan in plans)
+    arguments = (
+        out, q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling,
+        capacity, settled,
+    )  # fmt: skip
+    given = (kv_start is None, key_mask is None, page_size, length > 1, settled)
+    key = (q_latent.device, latents.dtype, num_latents, groups, heads, width, rope_width, given, *plans[0].values())
+    index = _fitting_plans.get(key, 0)
+    while not isinstance(index, Exception):
         try:
-            result = _launch(out, q_latent, q_rope, *arguments, **(SMALLER_PLANS[index] | tuning))
+            result = _launch(plans[index], *arguments)
         except Exception as error:
             if not cannot_be_built(error):
                 raise
+            index = index + 1 if index + 1 < len(plans) else error
             continue
         _fitting_plans[key] = index
         return result
-    return _launch(out, q_latent, q_rope, *arguments, **(SMALLER_PLANS[-1] | tuning))
+    _fitting_plans[key] = index
+    raise index
 
 
 def _launch(
-    out, q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling,
-    settled=False, **tuning,
+    plan, out, q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling,
+    capacity, settled,
 ):  # fmt: skip
     batch, length, num_latents, heads, width = q_latent.shape
     groups, rope_width = q_rope.shape[2:5:2]
-    device = q_latent.device
-    q_latent, q_rope = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_latent, q_rope))
-    latents, k_rope = (x if x.stride(-1) == 1 else x.contiguous() for x in (latents, k_rope))
-    whole, out = int(out is not None), q_latent if out is None else out
-    rows = length * heads
+    device, rows = q_latent.device, length * heads
     facts = device_facts(device)
-    hopper = facts.hopper and rows_kernel is not None and fits_hopper(latents, k_rope, block_table)
-    if block_table is None:
-        capacity, c_strides, k_strides = latents.shape[1], latents.stride(), k_rope.stride()
-    else:
-        capacity = block_table.shape[1] * page_size
-        c_strides, k_strides = (0, *latents.stride()), (0, *k_rope.stride())
-    cached = batch * capacity
-    plan = decode_plan(rows, num_latents, groups, width, rope_width, latents.element_size(), cached, hopper) | tuning
+    whole, out = int(out is not None), q_latent if out is None else out
+    c_strides, k_strides = latents.stride(), k_rope.stride()
+    if block_table is not None:
+        c_strides, k_strides = (0, *c_strides), (0, *k_strides)
     lanes = (num_latents // plan["NL"]) * triton.cdiv(rows, plan["BM"])
     programs = max(1, facts.multiprocessors * plan["programs_per_sm"] // lanes)
     programs = even_programs(programs, batch)

@@ -105,9 +105,9 @@ def test_rows_in_several_chunks(monkeypatch):
 @pytest.mark.parametrize("variant", ["mla", "mlra_4"])
 def test_many_partial_results_of_each_sequence(variant, monkeypatch):
     """Five shares a sequence, reduced two at a time: several turns, and a share that ends one and starts the next."""
-    plan = triton_mlra.decode_plan
+    plans = triton_mlra.decode_plans
     changed = {"UNIT": 2, "MIN_UNITS": 1, "programs_per_sm": 4}
-    monkeypatch.setattr(triton_mlra, "decode_plan", lambda *arguments: plan(*arguments) | changed)
+    monkeypatch.setattr(triton_mlra, "decode_plans", lambda *arguments: [plans(*arguments)[0] | changed])
     monkeypatch.setattr(fused_mlra, "value_plan", lambda *_: {"SPLITS": 2, "num_warps": 4})
     assert compare(variant, DEVICE)["logits"] < FUSED_FLOAT32_RATIO
 
@@ -115,8 +115,9 @@ def test_many_partial_results_of_each_sequence(variant, monkeypatch):
 @pytest.mark.parametrize("batch", [1, 3, 4])
 def test_few_shares_of_several_short_sequences(batch, monkeypatch):
     """One or two programs hold all sequences: each leaves a partial result of its own."""
-    plan = triton_mlra.decode_plan
-    monkeypatch.setattr(triton_mlra, "decode_plan", lambda *arguments: plan(*arguments) | {"MIN_UNITS": 3})
+    plans = triton_mlra.decode_plans
+    changed = {"MIN_UNITS": 3}
+    monkeypatch.setattr(triton_mlra, "decode_plans", lambda *arguments: [plans(*arguments)[0] | changed])
     result = compare("mlra_4", DEVICE, batch)
     assert result["counters"]
     assert max(result["logits"], result["rows"]) < FUSED_FLOAT32_RATIO
@@ -260,6 +261,10 @@ def test_obstacles_name_what_is_in_the_way(monkeypatch):
     monkeypatch.setattr(fused_mlra, "device_facts", lambda device: DeviceFacts(tested=False))
     assert "never compiled" in obstacle(model, 1)
     monkeypatch.setattr(fused_mlra, "device_facts", device_facts)
+    monkeypatch.setenv("MLRA_DECODE", "torch")
+    assert obstacle(model, 1) == "decode implementation 'torch' was asked for"
+    monkeypatch.setenv("MLRA_DECODE", "triton")
+    assert obstacle(model, 1) is None
     handle = model.model.layers[0].register_forward_hook(lambda *_: None)
     assert "hooks" in obstacle(model, 1)
     handle.remove()

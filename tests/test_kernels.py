@@ -112,6 +112,8 @@ def test_padding_and_holes(implementation, poisoned):
     arguments, kv_end = inputs(3, 2, 4, 1, 3, 16, 16, 50, ends=[50, 41, 20])
     kv_start = torch.tensor([0, 17, 20], dtype=torch.int32)  # the last sees nothing at all
     key_mask = torch.rand(3, 50, generator=torch.Generator().manual_seed(1)) > 0.3
+    for rows in arguments[2:]:
+        rows[~key_mask] = float("nan")
     expected = oracle(*arguments, kv_end, kv_start, key_mask, scaling=0.2)
     result = run(arguments, kv_end, implementation, kv_start=kv_start, key_mask=key_mask, scaling=0.2)
     assert ratio(result, expected) < FP32_RATIO
@@ -410,31 +412,89 @@ def test_shares_of_sequences_of_one_length(programs, batch, expected):
     assert plans_mlra.even_programs(programs, batch) == expected
 
 
+class SmallGPU:
+    """Refuses the first launches of the decode kernel, as a GPU does where shared memory lacks."""
+
+    def __init__(self, refusals):
+        self.refusals, self.tried, self.launch = refusals, [], triton_mlra._launch
+
+    def __call__(self, plan, *arguments):
+        self.tried.append(plan)
+        if len(self.tried) <= self.refusals:
+            raise errors.OutOfResources(300_000, 200_000, "shared memory")
+        return self.launch(plan, *arguments)
+
+
 def test_a_plan_that_does_not_fit_gives_way_to_a_smaller_one(monkeypatch):
-    """Shared memory differs between GPUs and dtypes: plans are tried from the largest on, and the choice is kept."""
+    """Plans are tried from the best on, and the choice is kept: for what decides on a kernel, and for nothing else."""
     arguments, kv_end = inputs(1, 1, 2, 1, 3, 16, 16, 9)
     expected = oracle(*arguments, kv_end, scaling=0.2)
-    tried = []
-    launch = triton_mlra._launch
-
-    def small_gpu(*args, **tuning):
-        tried.append(tuning)
-        if len(tried) < 3:
-            raise errors.OutOfResources(300_000, 200_000, "shared memory")
-        return launch(*args, **tuning)
-
-    monkeypatch.setattr(triton_mlra, "_launch", small_gpu)
+    small = SmallGPU(refusals=2)
+    monkeypatch.setattr(triton_mlra, "_launch", small)
     monkeypatch.setattr(triton_mlra, "_fitting_plans", {})
     for _ in range(2):
         assert ratio(run(arguments, kv_end, "triton", scaling=0.2), expected) < FP32_RATIO
-    assert tried == [*triton_mlra.SMALLER_PLANS[:3], triton_mlra.SMALLER_PLANS[2]]
+    best, second, third, again = small.tried
+    assert again == third and best != second != third
+    paged = [x[0] if i > 1 else x for i, x in enumerate(arguments)]
+    table = torch.zeros(1, 1, dtype=torch.int32)
+    for options in ({"key_mask": torch.ones(1, 9, dtype=torch.bool)}, {"block_table": table, "page_size": 9}):
+        run(paged if "page_size" in options else arguments, kv_end, "triton", scaling=0.2, **options)
+        assert small.tried[-1] == best, "another kernel, which may fit"
 
-    def tiny_gpu(*args, **tuning):
-        raise errors.OutOfResources(300_000, 1, "shared memory")
 
-    monkeypatch.setattr(triton_mlra, "_launch", tiny_gpu)
+def test_where_no_plan_fits_the_automatic_choice_is_torch_and_says_so_once(monkeypatch, caplog):
+    arguments, kv_end = inputs(1, 1, 2, 1, 3, 16, 16, 9)
+    small = SmallGPU(refusals=10**9)
+    monkeypatch.setattr(triton_mlra, "_launch", small)
+    monkeypatch.setattr(triton_mlra, "_fitting_plans", {})
+    monkeypatch.setattr(kernels_mlra, "_said", set())
+    moved = [x.to(DEVICE) for x in (*arguments, kv_end)]
+    tries = []
+    for _ in range(2):
+        before = dict(decode_calls)
+        result = torch.ops.mlra.latent_attention_auto(*moved, None, None, None, 0, 0.2)
+        assert ratio(result, oracle(*arguments, kv_end, scaling=0.2)) < FP32_RATIO
+        assert decode_calls["torch"] == before.get("torch", 0) + 1
+        assert decode_calls["triton"] == before.get("triton", 0)
+        tries.append(len(small.tried))
+    assert tries[0] == tries[1] > 2, "each plan is tried once"
+    assert [record.message.count("'triton' cannot run because out of resource") for record in caplog.records] == [1]
     with pytest.raises(errors.OutOfResources, match="shared memory"):
         run(arguments, kv_end, "triton", scaling=0.2)
+
+    def broken(*arguments):
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(triton_mlra, "_fitting_plans", {})
+    monkeypatch.setattr(triton_mlra, "_launch", broken)
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.ops.mlra.latent_attention_auto(*moved, None, None, None, 0, 0.2)
+
+
+CARDS = {
+    "H100": DeviceFacts(132, True, True, 232_448, 233_472, nvidia=True),
+    "A100": DeviceFacts(108, shared_bytes=166_912, shared_per_multiprocessor=167_936, nvidia=True),
+    "4090": DeviceFacts(128, shared_bytes=101_376, shared_per_multiprocessor=102_400, nvidia=True),
+    "MI300X": DeviceFacts(304, shared_bytes=65_536, shared_per_multiprocessor=65_536, warp_size=64),
+}
+
+
+@pytest.mark.parametrize(
+    ("card", "latents", "width", "itemsize", "expected"),
+    [
+        ("H100", 4, 128, 2, {"NL": 4, "BM": 32, "BN": 16, "num_stages": 4, "num_warps": 4, "programs_per_sm": 2}),
+        ("H100", 1, 512, 2, {"NL": 1, "BM": 64, "BN": 32, "num_stages": 3, "num_warps": 8, "programs_per_sm": 1}),
+        ("A100", 4, 128, 2, {"NL": 4, "BM": 32, "BN": 16, "num_stages": 4, "num_warps": 4, "programs_per_sm": 1}),
+        ("4090", 4, 128, 2, {"NL": 4, "BM": 32, "BN": 16, "num_stages": 3, "num_warps": 4, "programs_per_sm": 1}),
+        ("4090", 4, 128, 4, {"NL": 1, "BM": 32, "BN": 16, "num_stages": 3, "num_warps": 8, "programs_per_sm": 1}),
+        ("4090", 1, 512, 2, {"NL": 1, "BM": 32, "BN": 32, "num_stages": 2, "num_warps": 8, "programs_per_sm": 1}),
+        ("MI300X", 1, 512, 2, {"NL": 1, "BM": 32, "BN": 16, "num_stages": 3, "num_warps": 8, "programs_per_sm": 1}),
+    ],
+)
+def test_first_plans_of_the_plain_kernel(card, latents, width, itemsize, expected):
+    plan = plans_mlra.decode_plans(24, latents, 1, width, 64, itemsize, 4096, False, CARDS[card])[0]
+    assert plan["kernel"] == "plain" and {name: plan[name] for name in expected} == expected
 
 
 @pytest.mark.gpu
@@ -443,12 +503,16 @@ def test_a_plan_that_does_not_fit_gives_way_to_a_smaller_one(monkeypatch):
 def test_gpu_shapes(num_latents, heads, length):
     arguments, kv_end = inputs(3, length, num_latents, 1, heads, 128, 64, 700, torch.bfloat16, ends=[700, 65, 16])
     mask = torch.rand(3, 700, generator=torch.Generator().manual_seed(1)) > 0.2
+    holes = [x.clone() for x in arguments]
+    for rows in holes[2:]:
+        rows[~mask] = float("nan")
     for options in ({}, {"key_mask": mask, "kv_start": torch.tensor([3, 0, 0], dtype=torch.int32)}):
-        exact = [x.double() for x in arguments]
+        used = holes if options else arguments
+        exact = [x.double() for x in used]
         expected = kernels_mlra.reference_latent_attention(
             *exact, kv_end, options.get("kv_start"), options.get("key_mask"), scaling=0.07
         )
-        result = run(arguments, kv_end, "triton", scaling=0.07, **options)
+        result = run(used, kv_end, "triton", scaling=0.07, **options)
         assert ratio(result, expected) < tolerances.KERNEL_BF16_RATIO
 
 
@@ -460,15 +524,19 @@ def test_gpu_two_latents_in_one_program(batch, num_latents, groups, heads, lengt
     ends = [700 - 7 * b for b in range(batch)]
     arguments, kv_end = inputs(batch, length, num_latents, groups, heads, 128, 64, 700, torch.bfloat16, ends=ends)
     mask = torch.rand(batch, 700, generator=torch.Generator().manual_seed(1)) > 0.2
+    holes = [x.clone() for x in arguments]
+    for rows in holes[2:]:
+        rows[~mask] = float("nan")
     for options in ({}, {"key_mask": mask, "kv_start": torch.arange(batch, dtype=torch.int32)}):
-        expected = run([x.double() for x in arguments], kv_end, "torch", scaling=0.07, **options)
-        result = run(arguments, kv_end, "triton", scaling=0.07, **options)
+        used = holes if options else arguments
+        expected = run([x.double() for x in used], kv_end, "torch", scaling=0.07, **options)
+        result = run(used, kv_end, "triton", scaling=0.07, **options)
         assert ratio(result, expected) < tolerances.KERNEL_BF16_RATIO
 
 
 def test_latents_share_programs_where_the_rotary_keys_are_read_often():
     def latents_of_a_program(cached, rows=24, latents=4, groups=1):
-        return plans_mlra.decode_plan(rows, latents, groups, 128, 64, 2, cached, hopper=True)["NL"]
+        return plans_mlra.decode_plans(rows, latents, groups, 128, 64, 2, cached, True, CARDS["H100"])[0]["NL"]
 
     assert latents_of_a_program(2**20) == latents_of_a_program(2**20, rows=32, groups=2) == 2
     assert latents_of_a_program(2**17) == latents_of_a_program(2**20, rows=33) == 1
