@@ -7,7 +7,7 @@ from string import Template
 import torch
 
 from modeling_mlra import MLRAConfig, MLRAForCausalLM
-from scripts.released import ATTENTIONS
+from scripts.variants import ATTENTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 

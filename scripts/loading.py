@@ -1,0 +1,196 @@
+"""Load what a model folder holds, checked: the one way in which every command reads a model and its tokenizer.
+
+`from_pretrained` by itself only warns of tensors that are missing or left over, and gives the former random values.
+Here whatever does not fit is refused with one line, before anything is computed.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils import logging
+
+import modeling_mlra  # noqa: F401  registers the model with the Auto classes, so that no remote code has to be trusted
+from scripts import cli
+from scripts.cli import UserError, blame, check_model_folder, read_json
+
+DTYPES = {name: getattr(torch, name) for name in cli.DTYPES}
+GENERATION_FILE = "generation_config.json"
+# Any of these holds a vocabulary; the others that belong to a tokenizer go with it
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+TOKENIZER_FILES = (
+    *VOCABULARY_FILES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",
+)
+
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a model folder.
+
+    Raises:
+        UserError: when there is no such folder, or its configuration describes no model that can be made.
+    """
+    check_model_folder(folder)
+    with blame(f"{folder / 'config.json'} cannot be used"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        check_config(config)
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return config
+
+
+def check_config(config: PreTrainedConfig) -> None:
+    """Refuse values that the library would meet much later, or never name.
+
+    Raises:
+        UserError: naming the field and its value.
+    """
+    dtype = config.dtype
+    if dtype is not None and dtype not in (*DTYPES.values(), torch.float64):
+        raise UserError(f"dtype {str(dtype).removeprefix('torch.')!r} is none of {', '.join(DTYPES)}")
+    activation = getattr(config, "hidden_act", None)
+    if isinstance(activation, str) and activation not in ACT2FN:
+        raise UserError(f"hidden_act {activation!r} is no activation the library has, such as 'silu'")
+    rope = getattr(config, "rope_parameters", None) or {}
+    for name, value in rope.items():
+        if name in ("rope_type", "type"):
+            if value != "default" and value not in ROPE_INIT_FUNCTIONS:
+                known = ", ".join(["default", *ROPE_INIT_FUNCTIONS])
+                raise UserError(f"{name} {value!r} of rope_parameters is none of {known}")
+        elif isinstance(value, str) or (isinstance(value, float) and not math.isfinite(value)):
+            raise UserError(f"{name} {value!r} of rope_parameters is no number")
+    theta = rope.get("rope_theta", 1)
+    if isinstance(theta, (int, float)) and theta <= 0:
+        raise UserError(f"rope_theta {theta!r} must be positive")
+
+
+def load_model(folder: Path, published: bool = False, **kwargs: Any) -> PreTrainedModel:
+    """The causal LM of `folder`, ready to evaluate: in float32 for the published numerics, else as it is stored.
+
+    Args:
+        kwargs: of `from_pretrained`, such as `dtype`.
+
+    Raises:
+        UserError: as `load_config`, and for weights that do not fit it.
+    """
+    config = load_config(folder)
+    kwargs = {"dtype": torch.float32 if published else "auto", **kwargs}
+    load_generation_config(folder)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its table of what does not fit, said here in one line
+    try:
+        with blame(f"{folder} cannot be loaded"):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                **kwargs,
+            )
+    finally:
+        logging.set_verbosity(verbosity)
+    refuse_misfit(folder, report)
+    if config.tie_word_embeddings and kwargs.get("device_map") != "meta":
+        output = model.get_output_embeddings()
+        if output is not None and output.weight is not model.get_input_embeddings().weight:
+            raise UserError(
+                f"{folder} cannot be loaded: its output embedding differs from the input embedding, which the "
+                "configuration ties: set tie_word_embeddings to false"
+            )
+    return model.eval()
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse a folder whose weights do not fit its configuration, without reading them.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    load_model(folder, device_map="meta")
+
+
+def refuse_misfit(folder: Path, report: dict) -> None:
+    """Raise UserError for what a loading report of `from_pretrained` says does not fit.
+
+    Args:
+        report: its `missing_keys`, `unexpected_keys`, `mismatched_keys` and `error_msgs`.
+    """
+    where = f"{folder} cannot be loaded: the weights do not fit config.json:"
+
+    def more(names: list) -> str:
+        return f" ({len(names)} such tensors)" if len(names) > 1 else ""
+
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, stored, expected = mismatched[0]
+        raise UserError(f"{where} {name} is {tuple(stored)}, not {tuple(expected)}{more(mismatched)}")
+    for key, problem in (("missing_keys", "is missing"), ("unexpected_keys", "has no place in the model")):
+        if names := sorted(report[key]):
+            raise UserError(f"{where} {names[0]} {problem}{more(names)}")
+    if report.get("error_msgs"):
+        raise UserError(f"{where} {cli.first_line(ValueError(report['error_msgs'][0]))}")
+
+
+def load_generation_config(folder: Path) -> GenerationConfig | None:
+    """The generation settings of a folder, None where it has none; `from_pretrained` takes a broken file for none.
+
+    Raises:
+        UserError: when the file cannot be read, or has token ids that are none.
+    """
+    file = folder / GENERATION_FILE
+    if not file.exists():
+        return None
+    read_json(file)
+    with blame(f"{file} cannot be used"):
+        config = GenerationConfig.from_pretrained(folder)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "begin_suppress_tokens"):
+            value = getattr(config, name, None)
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(isinstance(number, int) and not isinstance(number, bool) for number in ids):
+                raise UserError(f"{file}: {name} {value!r} is neither a token id nor a list of them")
+    return config
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer of its own."""
+    return any((folder / name).is_file() for name in VOCABULARY_FILES)
+
+
+def load_tokenizer(folder: Path, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder.
+
+    Args:
+        vocab_size: embedding rows of the model it is for.
+
+    Raises:
+        UserError: when there is none, it cannot be read, or it has more tokens than the model.
+    """
+    if not has_tokenizer(folder):
+        raise UserError(f"{folder} has no tokenizer.json: give a model folder or one with a tokenizer")
+    with blame(f"the tokenizer of {folder} cannot be read"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokens = len(tokenizer)
+    if vocab_size is not None and tokens > vocab_size:
+        raise UserError(
+            f"the tokenizer of {folder} has {tokens} tokens, the model {vocab_size} embedding rows: "
+            "resize the model's embeddings (resize_token_embeddings), or give its own tokenizer"
+        )
+    return tokenizer
