@@ -277,23 +277,23 @@ def _default_in_child() -> None:
 os.register_at_fork(after_in_child=_default_in_child)
 
 
-def find(name: str) -> Callable[[argparse.Namespace], None]:
+def find(name: str) -> Callable[[argparse.Namespace], int | None]:
     """The function called "package.module:function", whose module is imported now."""
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function)
 
 
 def run(
-    body: str | Callable[[argparse.Namespace], None],
+    body: str | Callable[[argparse.Namespace], int | None],
     args: argparse.Namespace,
     check: Callable[[argparse.Namespace], None] | None = None,
     outputs: Iterable[Path | None] = (),
 ) -> int:
     """Run `check(args)`, then `body(args)`, and return the exit code.
 
-    0, or 2 after one line on stderr for a fault of the user's, or 130 after Ctrl-C, 143 after SIGTERM and 129 after
-    SIGHUP. SIGTERM and SIGHUP unwind like Ctrl-C does, so that temporary folders are removed. A Ctrl-C that Python
-    drops, because it came inside a callback that cannot raise, still shows in the exit code.
+    That is what the body returns or 0, or 2 after one line on stderr for a fault of the user's, or 130 after Ctrl-C,
+    143 after SIGTERM and 129 after SIGHUP. SIGTERM and SIGHUP unwind like Ctrl-C does, so that temporary folders are
+    removed. A Ctrl-C that Python drops, because it came inside a callback that cannot raise, still shows.
 
     Args:
         body: the function, or its name, "package.module:function", whose module is imported after `check`.
@@ -319,7 +319,7 @@ def run(
             for output in outputs if is_first_process() else ():
                 if output is not None:
                     locks.enter_context(locked(output))
-            (find(body) if isinstance(body, str) else body)(args)
+            code = (find(body) if isinstance(body, str) else body)(args)
         sys.stdout.flush()
         if interrupts:
             raise KeyboardInterrupt
@@ -336,4 +336,4 @@ def run(
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    return 0
+    return code or 0

@@ -27,9 +27,8 @@ from scripts.cli import UserError, positive_int, read_json
 
 
 def check(args: argparse.Namespace) -> None:
-    for file in (args.config, *args.merge):
-        if not file.is_file():
-            raise UserError(f"no configuration file {file}" if file is args.config else f"no results file {file}")
+    if not args.config.is_file():
+        raise UserError(f"no configuration file {args.config}")
 
 
 def main(argv: list[str] | None = None) -> int:
