@@ -45,10 +45,10 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def blame(what: str) -> Iterator[None]:
-    """Within, whatever a library raises becomes one line that begins with `what`: for reading users' files."""
+    """Within, whatever a library raises becomes one line that begins with `what`: where it works on users' files."""
     try:
         yield
-    except UserError:
+    except (UserError, BrokenPipeError):
         raise
     except Exception as error:
         raise UserError(f"{what}: {first_line(error)}") from error

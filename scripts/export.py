@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from scripts import cli
-from scripts.cli import UserError, check_model_folder, indexed_files, locked
+from scripts.cli import UserError, check_model_folder, locked
 
 
 def check(args: argparse.Namespace) -> None:
@@ -47,7 +47,7 @@ if __name__ == "__main__":
     sys.exit(main())
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -64,6 +64,7 @@ from scripts.loading import (
     load_config,
     load_generation_config,
     load_tokenizer,
+    weight_files,
 )
 from scripts.model_card import render_card
 from tokenization.build import end_of_text_id, write_tokenizer
@@ -308,36 +309,17 @@ def write_weights(
 def read_saved_tensors(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """The tensors called `names` from a `save_pretrained` folder, one at a time."""
     wanted = set(names)
-    for file in saved_files(folder):
+    for file in weight_files(folder):
         with safe_open(file, framework="pt") as stored:
             for name in stored.keys():  # noqa: SIM118 (no mapping)
                 if name in wanted:
                     yield name, stored.get_tensor(name)
 
 
-def saved_files(folder: Path) -> list[Path]:
-    """The safetensors files of a `save_pretrained` folder, those that `from_pretrained` would read.
-
-    Raises:
-        UserError: for a folder without such files, an index that is none, and a file that is truncated.
-    """
-    files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
-    if not files[0].is_file():
-        if not index.is_file():
-            raise UserError(f"{folder} holds no safetensors file: give a folder that save_pretrained wrote")
-        files = [folder / name for name in indexed_files(index)]
-    for file in files:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise UserError(f"{file} is truncated or no safetensors file: {error}") from error
-    return files
-
-
 def export(args: argparse.Namespace) -> None:
     config = load_config(args.src)
-    saved_files(args.src)
+    if not weight_files(args.src):
+        raise UserError(f"{args.src} holds no safetensors file: give a folder that save_pretrained wrote")
     check_weights(args.src)
     export_folder(
         args.dst,

@@ -166,6 +166,7 @@ def continue_prompts(args: argparse.Namespace, prompts: list[str], parallel: boo
     device = choose_device(args.device)
     tokenizer = load_tokenizer(args.model, loading.load_config(args.model).vocab_size)
     model = load_model(args.model, device, choose_dtype(args.dtype, device), parallel)
+    settings = f"{args.model} cannot generate with its settings"  # which are many, and checked where they are used
     beams = model.generation_config.num_beams or 1
     if args.prompt is not None and beams > 1:
         raise UserError(
@@ -175,19 +176,23 @@ def continue_prompts(args: argparse.Namespace, prompts: list[str], parallel: boo
     seed = common_seed(args.seed) if parallel else args.seed
     if seed is not None:
         set_seed(seed)
-    options = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
+    options = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0, "tokenizer": tokenizer}
+    options |= {"num_return_sequences": 1, "return_dict_in_generate": False}
     if options["do_sample"]:
         options |= {"temperature": args.temperature, "top_k": args.top_k or 0, "top_p": args.top_p or 1.0}
 
     if args.prompt is not None:
         streamer = TextStreamer(tokenizer, skip_prompt=args.chat, skip_special_tokens=True) if prints else None
-        model.generate(**encode(tokenizer, prompts, model, args), **options, streamer=streamer)
+        batch = encode(tokenizer, prompts, model, args)
+        with blame(settings):
+            model.generate(**batch, **options, streamer=streamer)
         return
     ascii_only = "utf" not in (sys.stdout.encoding or "utf-8").lower()  # escaped in JSON, nothing is lost
     for start in range(0, len(prompts), args.batch_size):
         chunk = prompts[start : start + args.batch_size]
         batch = encode(tokenizer, chunk, model, args)
-        new_ids = model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
+        with blame(settings):
+            new_ids = model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
         if not prints:
             continue
         for prompt, completion in zip(chunk, tokenizer.batch_decode(new_ids, skip_special_tokens=True), strict=True):

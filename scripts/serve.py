@@ -10,6 +10,7 @@ itself that program looks an architecture up among the library's own classes onl
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -83,5 +84,7 @@ def serve(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise UserError(f"{error}; install with: pip install 'transformers[serving]'") from error
     register()
+    for number in cli.ENDING:  # the server ends its threads and connections, then the process by the same signal
+        signal.signal(number, signal.SIG_DFL)
     sys.argv = ["transformers", "serve", *args.options]
     transformers_main()
