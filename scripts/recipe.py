@@ -183,12 +183,12 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         if name in given:
             raise UserError(f"training.{name} follows from blocks_per_step and max_steps: leave it out")
     numbers = {field.name: field.type for field in fields(TrainingArguments) if field.type in (int, float)}
-    try:  # YAML reads 1e-8 as a word
-        given |= {
-            name: numbers[name](value) for name, value in given.items() if name in numbers and isinstance(value, str)
-        }
-    except ValueError as error:
-        raise UserError(f"training settings: {first_line(error)}") from error
+    for name, value in given.items():
+        if name in numbers and isinstance(value, str):  # YAML reads 1e-8 as a word
+            try:
+                given[name] = numbers[name](value)
+            except ValueError as error:
+                raise UserError(f"training settings: {name} {value!r} is no number") from error
     for name, value in given.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"training.{name} {value} is no finite number")
