@@ -10,6 +10,7 @@ itself that program looks an architecture up among the library's own classes onl
 """
 
 import argparse
+import re
 import signal
 import sys
 from pathlib import Path
@@ -25,10 +26,10 @@ PLAIN_CHAT = "{% for message in messages %}{{ message['content'] }}\n{% endfor %
 def model_folders(options: list[str]) -> list[Path]:
     """The model folders among the options: those that are there, and a first one that is not and is no Hub name."""
     folders = [Path(option) for option in options if Path(option).is_dir()]
-    for first in map(Path, options[:1]):
-        is_name = str(first).startswith("-") or (len(first.parts) <= 2 and not first.parent.is_dir())
-        if not is_name and not first.exists():
-            folders.append(first)
+    for first in options[:1]:
+        is_name = re.fullmatch(r"\w[\w.-]*/[\w.-]+", first) and not Path(first).parent.is_dir()
+        if not (first.startswith("-") or is_name or Path(first).exists()):
+            folders.append(Path(first))
     return folders
 
 
