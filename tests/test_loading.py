@@ -10,8 +10,8 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from evals import downstream, equivariance, perplexity
-from scripts import export, finetune_lora, generate, serve, train
-from tests.paths import DEMO, HELDOUT
+from scripts import convert_checkpoint, export, finetune_lora, generate, serve, train
+from tests.paths import DEMO, GOLDEN, HELDOUT
 
 EMBEDDING = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
@@ -212,3 +212,35 @@ def test_beams_cannot_be_streamed(capsys, copy, tmp_path):
     (tmp_path / "prompts.txt").write_text("a\n")
     flags = ["--model", str(folder), "--batch-file", str(tmp_path / "prompts.txt"), "--max-new-tokens", "2"]
     assert generate.main(flags) == 0
+
+
+def released(folder, change):
+    """A released checkpoint with other weights."""
+    shutil.copytree(GOLDEN / "mla", folder)
+    state = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    change(state)
+    torch.save(state, folder / "pytorch_model.bin")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["transformer.h.1.mlp.c_proj.weight", "transformer.wte.weight"])
+def test_conversion_names_weights_that_are_no_numbers(capsys, tmp_path, name):
+    def spoil(state):
+        for tied in {name, "lm_head.weight"} if "wte" in name else {name}:
+            state[tied] = state[tied].clone()
+            state[tied][2, 3] = float("nan")
+
+    folder = released(tmp_path / "released", spoil)
+    ours = EMBEDDING if "wte" in name else "model.layers.1.mlp.down_proj.weight"
+    assert f"{ours} has 1 of " in refusal(capsys, convert_checkpoint.main, folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert convert_checkpoint.main([str(folder), str(tmp_path / "out"), "--allow-nonfinite"]) == 0
+    assert load_file(tmp_path / "out" / "model.safetensors")[ours].isnan().sum() == 1
+
+
+def test_conversion_of_an_index_that_is_none(capsys, tmp_path):
+    shutil.copytree(GOLDEN / "mla", tmp_path / "released")
+    weight_map = {"transformer.wte.weight": 7, "lm_head.weight": "pytorch_model.bin"}
+    (tmp_path / "released" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    line = refusal(capsys, convert_checkpoint.main, tmp_path / "released", tmp_path / "out")
+    assert "places transformer.wte.weight in 7, which is no file name" in line
