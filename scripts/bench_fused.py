@@ -14,6 +14,23 @@ from datetime import date
 from pathlib import Path
 from unittest.mock import patch
 
+from scripts import cli
+from scripts.cli import UserError, positive_int
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.Parser("scripts.bench_fused", __doc__)
+    parser.add_argument("--contexts", nargs="+", type=positive_int, default=[2048, 131072])
+    parser.add_argument("--sequences", type=positive_int, default=1, help="of the fused step (default: 1)")
+    parser.add_argument("--output", type=Path, help="write OUTPUT.json")
+    args = parser.parse_args(argv)
+    args.command_line = sys.argv[1:] if argv is None else argv
+    return cli.run("scripts.bench_fused:benchmark", args, outputs=[args.output])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
 import torch
 import triton
 
@@ -147,18 +164,12 @@ def kernels(step: fused_mlra.FusedStep) -> dict:
 
 
 @torch.no_grad()
-def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; 2 without a CUDA device, 1 if the step is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.bench_fused", description=__doc__.splitlines()[0])
-    parser.add_argument("--contexts", nargs="+", type=int, default=[2048, 131072])
-    parser.add_argument("--sequences", type=int, default=1, help=f"1 to {fused_mlra.MAX_SEQUENCES} (default: 1)")
-    parser.add_argument("--output", type=Path, help="write OUTPUT.json")
-    arguments = parser.parse_args(argv)
+def benchmark(arguments: argparse.Namespace) -> int:
+    """Run the benchmark; 1 if the step is wrong."""
     if not 1 <= arguments.sequences <= fused_mlra.MAX_SEQUENCES:
-        parser.error(f"--sequences {arguments.sequences}: the fused step takes 1 to {fused_mlra.MAX_SEQUENCES}")
+        raise UserError(f"--sequences {arguments.sequences}: the fused step takes 1 to {fused_mlra.MAX_SEQUENCES}")
     if not torch.cuda.is_available():
-        print("error: this benchmark needs a CUDA device and found none", file=sys.stderr)
-        return 2
+        raise UserError("this benchmark needs a CUDA device and found none")
     ways = {"registers": rings(2**20), "rings": rings(0)}
     if arguments.sequences > fused_mlra.FEW_SEQUENCES:
         ways = {"tensor cores": contextlib.nullcontext()}
@@ -176,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         "triton": triton.__version__,
         "date": date.today().isoformat(),
         "sequences": arguments.sequences,
-        "command": "python -m scripts.bench_fused " + " ".join(argv if argv is not None else sys.argv[1:]),
+        "command": "python -m scripts.bench_fused " + " ".join(arguments.command_line),
         "check": checks,
         "read_ceiling_GB_s": read_ceiling(),
         "step_ms": {},
@@ -211,7 +222,3 @@ def main(argv: list[str] | None = None) -> int:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -19,6 +19,38 @@ import time
 from datetime import date
 from pathlib import Path
 
+from scripts import cli
+from scripts.cli import UserError, count, positive_int
+
+CONFIGURATION = Path(__file__).parents[1] / "configuration"
+
+
+def check(args: argparse.Namespace) -> None:
+    known = [*sorted(path.stem for path in CONFIGURATION.glob("*.json")), "llama_gqa", "deepseek_mla"]
+    for name in args.models:
+        if name not in known:
+            raise UserError(f"unknown model {name!r}: choose from {', '.join(known)}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.Parser("scripts.bench_generate", __doc__)
+    parser.add_argument("--models", nargs="+", default=["mlra_4", "mla", "llama_gqa", "deepseek_mla"])
+    parser.add_argument("--contexts", nargs="+", type=count, default=[2048, 32768, 131072])
+    parser.add_argument("--batch-sizes", nargs="+", type=positive_int, default=[1, 16])
+    parser.add_argument("--prefill", nargs="*", type=positive_int, default=[8192, 32768], help="prompt lengths")
+    parser.add_argument("--skip", nargs="*", default=[], help="model:batch:context cases to leave out")
+    parser.add_argument("--user-calls", action="store_true", help="time what everybody calls instead (user_calls.py)")
+    prompts = {"type": positive_int, "default": [128, 2048, 8192, 32768]}
+    parser.add_argument("--prompts", nargs="+", **prompts, help="prompt lengths of --user-calls")
+    parser.add_argument("--output", type=Path, help="write OUTPUT.json")
+    args = parser.parse_args(argv)
+    args.command_line = sys.argv[1:] if argv is None else argv
+    return cli.run("scripts.bench_generate:benchmark", args, check, outputs=[args.output])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
 import torch
 import transformers
 from torch import nn
@@ -32,7 +64,6 @@ from modeling_mlra.library_mlra import CACHE
 from scripts import user_calls
 from scripts.bench_decode import read_ceiling
 
-CONFIGURATION = Path(__file__).parents[1] / "configuration"
 SHARED = {
     "vocab_size": 50304,
     "hidden_size": 3072,
@@ -216,27 +247,9 @@ def prefill_backends(length: int, heads: int = 96) -> dict[str, float | str]:
     return results
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; 2 on bad input."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.bench_generate", description=__doc__.splitlines()[0])
-    released = sorted(path.stem for path in CONFIGURATION.glob("*.json"))
-    parser.add_argument("--models", nargs="+", default=["mlra_4", "mla", "llama_gqa", "deepseek_mla"])
-    parser.add_argument("--contexts", nargs="+", type=int, default=[2048, 32768, 131072])
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 16])
-    parser.add_argument("--prefill", nargs="*", type=int, default=[8192, 32768], help="prompt lengths")
-    parser.add_argument("--skip", nargs="*", default=[], help="model:batch:context cases to leave out")
-    parser.add_argument("--user-calls", action="store_true", help="time what everybody calls instead (user_calls.py)")
-    parser.add_argument("--prompts", nargs="+", type=int, default=[128, 2048, 8192, 32768], help="of --user-calls")
-    parser.add_argument("--output", type=Path, help="write OUTPUT.json")
-    arguments = parser.parse_args(argv)
-    unknown = set(arguments.models) - {*released, "llama_gqa", "deepseek_mla"}
-    if unknown:
-        print(f"error: unknown model {sorted(unknown)[0]!r}: choose from {', '.join(released)}", file=sys.stderr)
-        return 2
+def benchmark(arguments: argparse.Namespace) -> None:
     if not torch.cuda.is_available():
-        print("error: this benchmark needs a CUDA device and found none", file=sys.stderr)
-        return 2
-
+        raise UserError("this benchmark needs a CUDA device and found none")
     rate, peak = read_ceiling() * 1e9, matmul_rate()
     report = {
         "gpu": torch.cuda.get_device_name(),
@@ -244,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "date": date.today().isoformat(),
-        "command": "python -m scripts.bench_generate " + " ".join(argv if argv is not None else sys.argv[1:]),
+        "command": "python -m scripts.bench_generate " + " ".join(arguments.command_line),
         "commit": commit(),
         "read_ceiling_GB_s": rate / 1e9,
         "matmul_rate_TFLOP_s": peak / 1e12,
@@ -294,7 +307,6 @@ def main(argv: list[str] | None = None) -> int:
         del model
         torch.cuda.empty_cache()
         write(report, arguments.output)
-    return 0
 
 
 def commit() -> str:
@@ -311,7 +323,3 @@ def write(report: dict, output: Path | None) -> None:
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

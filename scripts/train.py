@@ -22,7 +22,29 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+
+from scripts import cli
+from scripts.cli import UserError, is_first_process, locked, positive_int, read_json
+
+
+def check(args: argparse.Namespace) -> None:
+    if not args.config.is_file():
+        raise UserError(f"no configuration file {args.config}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.Parser("scripts.train", __doc__)
+    parser.add_argument("config", type=Path, help="JSON or YAML file")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
+    parser.add_argument("--time-budget", type=positive_int, metavar="SECONDS", help="save and stop after so long")
+    return cli.run("scripts.train:command", parser.parse_args(argv), check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
 
 import numpy as np
 import torch
@@ -39,14 +61,13 @@ from transformers import (
     set_seed,
 )
 
-from evals.common import environment, load_model, write_json
+from evals.common import environment, write_json
 from evals.corpora import Corpus, find_corpora, read_token_file
 from evals.perplexity import Blocks, total_loss
 from evals.prepare_tokens import load_tokenizer, write_token_file
 from scripts.causal_attention import causal_attention
-from scripts.cli import UserError, run
-from scripts.export import DTYPES, export_folder, parameter_shapes, read_saved_tensors
-from scripts.generate import positive_int
+from scripts.export import export_folder, parameter_shapes, read_saved_tensors
+from scripts.loading import DTYPES, check_weights, load_generation_config, load_model
 from scripts.recipe import (
     DataSettings,
     Recipe,
@@ -70,12 +91,17 @@ STATE_FILE, CONFIG_FILE, RESULT_FILE = "trainer_state.json", "train_config.json"
 ZERO_AT_START = ("o_proj.weight", "down_proj.weight")
 
 
+def is_checkpoint(model: str | dict) -> bool:
+    """Whether a recipe's `model` is a folder to go on from."""
+    return isinstance(model, str) and Path(model).is_dir()
+
+
 def build_model(recipe: Recipe, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """The float32 model to train: the checkpoint's, or a new one whose output projections start at zero."""
     attention = recipe.attn_implementation
     if attention == "sdpa" and config.model_type != "mlra":
         attention = causal_attention("auto")  # what MLRA has by itself: blocks are whole, and no mask is made
-    if isinstance(recipe.model, str) and Path(recipe.model).is_dir():
+    if is_checkpoint(recipe.model):
         return load_model(Path(recipe.model), published=True, attn_implementation=attention)
     set_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
@@ -243,7 +269,7 @@ def encode_corpus(corpus: Corpus, data: DataSettings, cache: Path, seed: int) ->
     }
     path, settings_file = cache / f"{corpus.name}.bin", cache / f"{corpus.name}.json"
     if path.exists() and settings_file.exists():
-        if json.loads(settings_file.read_text(encoding="utf-8")) != settings:
+        if read_json(settings_file) != settings:
             raise UserError(f"{path} was made with other settings: remove it to encode {corpus.source} again")
         return path
     cache.mkdir(parents=True, exist_ok=True)
@@ -339,7 +365,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     for state_file in folder.glob(f"checkpoint-*/{STATE_FILE}"):
         try:
             found.append((json.loads(state_file.read_text(encoding="utf-8"))["global_step"], state_file.parent))
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             continue
     return max(found)[1] if found else None
 
@@ -388,11 +414,12 @@ def check_resume(recipe: Recipe, output: Path, resume: bool) -> Path | None:
             raise UserError(f"{output} holds a run already: --resume to go on, or choose another output_dir")
         return None
     if checkpoint is not None:
-        stored = json.loads((output / CONFIG_FILE).read_text(encoding="utf-8"))
+        stored = read_json(output / CONFIG_FILE)
         now = json.loads(json.dumps(recipe.settings()))
         for part in stored | now:
             if stored.get(part) != now.get(part):
                 raise UserError(f"{output} was begun with {part} = {stored.get(part)}, now it is {now.get(part)}")
+        check_weights(checkpoint)
     return checkpoint
 
 
@@ -433,6 +460,19 @@ def train_recipe(
         UserError: when data or sizes do not fit, before anything is trained.
     """
     args = training_arguments(recipe)
+    with locked(Path(args.output_dir)) if is_first_process() else nullcontext():
+        return train_locked(recipe, args, resume, deadline, peak, callbacks)
+
+
+def train_locked(
+    recipe: Recipe,
+    args: TrainingArguments,
+    resume: bool,
+    deadline: float | None,
+    peak: float | None,
+    callbacks: list[TrainerCallback],
+) -> dict:
+    """`train_recipe` while no other command writes its `output_dir`."""
     output = Path(args.output_dir)
     config = model_config(recipe.model)
     context = config.max_position_embeddings
@@ -537,6 +577,7 @@ def export_trained(folder: Path, recipe: Recipe, result: dict) -> None:
         limits=recipe.export.limits,
         license_id=recipe.export.license,
         tokenizer=None if recipe.data.tokenizer is None else Path(recipe.data.tokenizer),
+        generation_config=load_generation_config(folder) if is_checkpoint(recipe.model) else None,
         remote_code=recipe.export.remote_code,
     )
 
@@ -561,16 +602,3 @@ def command(args: argparse.Namespace) -> None:
     result = train_recipe(recipe, resume=args.resume, deadline=deadline)
     if int(os.environ.get("RANK", "0")) == 0:
         print(describe(result))
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m scripts.train", description=__doc__.partition("\n")[0])
-    parser.add_argument("config", type=Path, help="JSON or YAML file")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
-    parser.add_argument("--time-budget", type=positive_int, metavar="SECONDS", help="save and stop after so long")
-    return run(command, parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
