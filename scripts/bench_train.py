@@ -28,6 +28,29 @@ from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
+from scripts import cli
+from scripts.cli import UserError, positive_int
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.Parser("scripts.bench_train", __doc__)
+    parser.add_argument("--cells", nargs="+", metavar="CELL", help="MODEL:ATTENTION:COMPILE:BLOCKS:RECOMPUTE")
+    parser.add_argument("--length", type=positive_int, default=2048, help="tokens of a block")
+    parser.add_argument("--step-blocks", type=positive_int, default=480, help="blocks of one optimizer step")
+    parser.add_argument("--repeats", type=positive_int, default=8, help="micro-batches to time")
+    parser.add_argument("--seconds", type=positive_int, help="start no cell that would end later")
+    parser.add_argument("--no-attention", action="store_true", help="leave out the attention calls by themselves")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="results; table and plot beside it")
+    parser.add_argument("--commit", help="what to call the commit where there is no repository")
+    parser.add_argument("--smoke", action="store_true", help="tiny models on the CPU: whether it runs, no figures")
+    args = parser.parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv
+    return cli.run("scripts.bench_train:bench", args, outputs=[args.output])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -36,9 +59,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from evals.common import CONFIGURATIONS, environment, markdown_table, write_json, write_text
 from scripts.causal_attention import IMPLEMENTATIONS, block_mask, causal_attention
-from scripts.cli import UserError, run
 from scripts.compare_architectures import architecture_fields, match_width
-from scripts.generate import positive_int
 from scripts.recipe import model_config
 from scripts.train import count_parameters, matmul_rate, set_recomputation, training_flops_per_token
 
@@ -432,23 +453,3 @@ def bench(args: argparse.Namespace) -> None:
     report(args.output, results, is_last=True)
     if args.smoke and any("error" in entry for entry in results["cells"].values()):
         raise UserError("a cell failed")
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m scripts.bench_train", description=__doc__.partition("\n")[0])
-    parser.add_argument("--cells", nargs="+", metavar="CELL", help="MODEL:ATTENTION:COMPILE:BLOCKS:RECOMPUTE")
-    parser.add_argument("--length", type=positive_int, default=2048, help="tokens of a block")
-    parser.add_argument("--step-blocks", type=positive_int, default=480, help="blocks of one optimizer step")
-    parser.add_argument("--repeats", type=positive_int, default=8, help="micro-batches to time")
-    parser.add_argument("--seconds", type=positive_int, help="start no cell that would end later")
-    parser.add_argument("--no-attention", action="store_true", help="leave out the attention calls by themselves")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="results; table and plot beside it")
-    parser.add_argument("--commit", help="what to call the commit where there is no repository")
-    parser.add_argument("--smoke", action="store_true", help="tiny models on the CPU: whether it runs, no figures")
-    args = parser.parse_args(argv)
-    args.argv = sys.argv[1:] if argv is None else argv
-    return run(bench, args)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -42,6 +42,19 @@ def test_recomputation_and_the_loss_in_chunks_change_no_loss(data, tmp_path, mon
         assert losses(other) == pytest.approx(losses(in_chunks), abs=LOSS_ATOL * 10)
 
 
+@pytest.mark.parametrize("model, given, expected", [(MODEL, "sdpa", "sdpa"), (LLAMA, "sdpa", "causal_auto"),
+                                                    (LLAMA, "eager", "eager")])  # fmt: skip
+def test_attention_of_a_recipe(model, given, expected, data, tmp_path):  # noqa: F811
+    """The library's models get the attention without a mask that MLRA has, unless another one is asked for."""
+    content = recipe.make_recipe(settings(data, tmp_path, model=model, attn_implementation=given), "test")
+    built = train.build_model(content, model_config(model), 0)
+    assert built.config._attn_implementation == expected
+    ids = torch.arange(30)[None]
+    logits = built(ids).logits
+    built.set_attn_implementation("eager")
+    torch.testing.assert_close(logits, built(ids).logits, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
