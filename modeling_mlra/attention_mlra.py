@@ -88,6 +88,7 @@ def expanded_attention(
     attention_mask: torch.Tensor | None,
     attention_interface: Callable,
     *,
+    gives_weights: bool,
     nope_dim: int,
     v_dim: int,
     scaling: float,
@@ -99,7 +100,8 @@ def expanded_attention(
 
     Each latent is one attention call, which reads its group's queries and its values where they lie: no branch has a
     copy of the queries, and nothing beside keys and values is kept for the backward pass. A short prompt runs all
-    latents in one call instead.
+    latents in one call instead, and so does training with an interface that gives weights: gradients reach the
+    weights of a call, not a joined copy of them.
 
     Args:
         query: `[B, T, G*H, N + E]`, RoPE applied.
@@ -107,6 +109,7 @@ def expanded_attention(
         k_rope: `[B, S, E]`, RoPE applied.
         kv_b_weight: `[L*H*(N+V), R]`.
         attention_mask: whatever `attention_interface` takes.
+        gives_weights: whether `attention_interface` gives attention weights.
 
     Returns:
         Head outputs `[B, T, G*H, V]` and, where the interface gives them, attention weights `[B, L*H, T, S]`.
@@ -132,7 +135,8 @@ def expanded_attention(
     bytes_per_head = batch * num_keys * (query.shape[-1] + v_dim) * query.element_size()
     is_inference = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
     with fastest_sdpa(query, attention_mask):
-        if is_inference and num_latents * heads * bytes_per_head <= min(MAX_FOLDED_BYTES, MAX_EXPANDED_BYTES):
+        is_short = num_latents * heads * bytes_per_head <= min(MAX_FOLDED_BYTES, MAX_EXPANDED_BYTES)
+        if is_short if is_inference else gives_weights:
             weight = kv_b_weight.view(num_latents, heads * (nope_dim + v_dim), rank)
             # One batched product over latents: [L, B*S, R] x [L, R, H*(N+V)]
             expanded = torch.bmm(latents.flatten(0, 1).transpose(0, 1), weight.transpose(1, 2))

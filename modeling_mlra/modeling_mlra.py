@@ -253,9 +253,8 @@ class MLRAAttention(nn.Module):
                 **sizes,
             )
         else:
-            attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
-                (config._attn_implementation or "eager").removeprefix("paged|"), eager_attention_forward
-            )
+            implementation = (config._attn_implementation or "eager").removeprefix("paged|")
+            attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
 
             def attend(query, q_latent, *keys_and_values):
                 if query is None:
@@ -267,6 +266,7 @@ class MLRAAttention(nn.Module):
                     *keys_and_values,
                     attention_mask,
                     attention_interface,
+                    gives_weights=implementation == "eager",
                     dropout=config.attention_dropout if self.training else 0.0,
                     **sizes,
                     **kwargs,

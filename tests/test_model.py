@@ -5,6 +5,7 @@ import torch
 from transformers import AttentionInterface
 
 from modeling_mlra import MLRACache, MLRAForSequenceClassification, MLRAForTokenClassification
+from modeling_mlra.attention_mlra import up_projections
 from tests.models import VARIANTS, VOCAB_SIZE, random_ids, tiny_config, tiny_model
 from tests.oracle import oracle_of_model
 from tests.tolerances import LOSS_ATOL, MATHEMATICS_ATOL
@@ -192,6 +193,27 @@ def test_a_call_per_latent_equals_one_call_for_all(variant):
         assert_close(apart.logits, at_once.logits)
         if implementation == "eager":
             assert_close(apart.attentions[1], at_once.attentions[1])
+
+
+@pytest.mark.parametrize("variant", ["mlra_2", "mlra_4"])
+def test_gradients_reach_the_attention_weights(variant):
+    """As methods that explain a prediction read them: alpha_attn * (d loss / d head output) . value."""
+    model = tiny_model(variant, dtype=torch.float64)
+    model.set_attn_implementation("eager")
+    attention, config, seen = model.model.layers[1].self_attn, model.config, {}
+    attention.kv_a_layernorm.register_forward_hook(lambda module, inputs, output: seen.update(latents=output))
+    attention.o_proj.register_forward_pre_hook(lambda module, inputs: seen.update(heads=inputs[0]))
+    outputs = model(random_ids(2, 9), output_attentions=True, use_cache=False)
+    weights = outputs.attentions[1]
+    given = torch.autograd.grad(outputs.logits.square().sum(), [weights, seen["heads"]], allow_unused=True)
+    assert given[0] is not None
+    latents = seen["latents"].unflatten(-1, (config.num_latent_heads, -1)) * attention.alpha_kv
+    _, up = up_projections(attention.kv_b_proj(), config.num_latent_heads, config.qk_nope_head_dim, config.v_head_dim)
+    values = torch.einsum("bslr,lhvr->blhsv", latents, up)
+    of_group = given[1].view(2, 9, -1, up.shape[1], config.v_head_dim)  # [B, T, G, H, V]
+    of_latent = of_group.repeat_interleave(config.num_branches, dim=2)
+    expected = torch.einsum("btlhv,blhsv->blhts", of_latent, values).flatten(1, 2) * attention.alpha_attn
+    assert_close(given[0], expected)
 
 
 def test_attentions_are_one_distribution_per_branch():
