@@ -28,7 +28,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_mlra import MAX_ABSORBED_QUERIES, absorbed_attention, expanded_attention
-from .cache_mlra import MLRACache
+from .cache_mlra import MLRACache, check_prefix
 from .configuration_mlra import MLRAConfig
 from .generation_mlra import can_capture, captured_decode
 from .library_mlra import (
@@ -350,7 +350,10 @@ class MLRAModel(MLRAPreTrainedModel):
             position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
 
         has_prefix = isinstance(past_length, torch.Tensor) or past_length > 0
-        absorbed = has_prefix and length <= MAX_ABSORBED_QUERIES
+        if has_prefix:
+            check_prefix(cache)
+        drops = self.training and self.config.attention_dropout > 0  # the absorbed form drops no weights
+        absorbed = has_prefix and length <= MAX_ABSORBED_QUERIES and not drops
         if paged:
             mask = attention_mask  # continuous batching makes the mask that its attention implementation takes
         elif (
