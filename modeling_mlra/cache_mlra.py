@@ -34,6 +34,7 @@ class LatentRows:
     rows: torch.Tensor
     device: torch.device
     is_initialized = False
+    supports_early_init = False  # the library would allocate keys and values of heads
     widths = (0, 0)  # of a row of latents and of a rotary key
 
     @property
@@ -360,6 +361,20 @@ class MLRAStaticLayer(LatentRows, StaticLayer):
             self._allocate(self.rows)
 
 
+def check_prefix(cache: Cache) -> None:
+    """Raise for a cache that was filled with keys and values of heads.
+
+    Raises:
+        ValueError: for a cache that another kind of model, or PEFT's prefix tuning, has filled.
+    """
+    keys = None if isinstance(cache, MLRACache) else getattr(cache.layers[0], "keys", None)
+    if keys is not None and keys.dim() == 4 and keys.shape[1] != 1:
+        raise ValueError(
+            f"the cache holds keys of {keys.shape[1]} heads; MLRA caches one row of latents per token, so caches of "
+            "other models and prefix tuning do not fit (prompt tuning and LoRA do)"
+        )
+
+
 class MLRACache(Cache):
     """Latent cache of a whole model; what `generate()` uses unless told otherwise.
 
@@ -383,7 +398,11 @@ class MLRACache(Cache):
         >>> cache.get_seq_length(), cache.bytes_per_token(), cache.nbytes
     """
 
+<<<<<<< HEAD
     made_for_call = False
+=======
+    _row_bytes = 0  # of a layer, where no row is held yet
+>>>>>>> model
 
     def __new__(
         cls, config: PreTrainedConfig | None = None, max_cache_len: int | None = None, offloading: bool = False
@@ -401,8 +420,7 @@ class MLRACache(Cache):
             for _ in range(config.num_hidden_layers)
         ]
         Cache.__init__(self, layers=layers, offloading=offloading, offload_only_non_sliding=False)
-        self._row_dim = config.cache_row_dim
-        self._dtype = config.dtype or torch.get_default_dtype()
+        self._row_bytes = config.cache_row_dim * (config.dtype or torch.get_default_dtype()).itemsize
 
     def bytes_per_token(self) -> int:
         """Bytes one more token of one sequence takes in this cache, all layers together.
@@ -411,9 +429,7 @@ class MLRACache(Cache):
         tensor parallelism are this device's share.
         """
         return sum(
-            layer.rows.shape[-1] * layer.rows.element_size()
-            if layer.is_initialized
-            else self._row_dim * self._dtype.itemsize
+            layer.rows.shape[-1] * layer.rows.element_size() if layer.is_initialized else self._row_bytes
             for layer in self.layers
         )
 
@@ -446,11 +462,26 @@ class MLRACache(Cache):
 
 
 class MLRADynamicCache(MLRACache, DynamicCache):
-    """The `MLRACache` that grows."""
+    """The `MLRACache` that grows.
+
+    Args:
+        config: the model's configuration; or for each layer its keys and values, with which `torch.nn.DataParallel`
+            makes one cache of the caches on its devices.
+    """
+
+    def __init__(self, config, max_cache_len: None = None, offloading: bool = False):
+        if hasattr(config, "get_text_config"):
+            super().__init__(config, max_cache_len, offloading)
+            return
+        layers = []
+        for keys, values, *_ in config:
+            layers.append(MLRADynamicLayer())
+            layers[-1].keys, layers[-1].values = keys, values
+        Cache.__init__(self, layers=layers, offloading=offloading, offload_only_non_sliding=False)
 
 
 class MLRAStaticCache(MLRACache, StaticCache):
     """The `MLRACache` of fixed length."""
 
 
-__all__ = ["MLRACache", "MLRADynamicCache", "MLRADynamicLayer", "MLRAStaticCache", "MLRAStaticLayer"]
+__all__ = ["MLRACache", "MLRADynamicCache", "MLRADynamicLayer", "MLRAStaticCache", "MLRAStaticLayer", "check_prefix"]

@@ -20,8 +20,7 @@ from .cache_mlra import MLRACache
 from .device_mlra import on_device
 from .tensor_parallel_mlra import is_parallel, local_tensor
 
-# Caches that wait for a call take up to this many bytes per model and device; the one not used for longest goes first.
-SPARE_BYTES = 2 * 2**30
+SPARE_SHARE = 1 / 32  # of a device's memory, for the rows of caches that wait; the one not used for longest goes first
 GROWTH = 4096  # rows beyond its prompt that a call reserves at first, and rows of the smallest cache kept
 FIRST_CAPACITY = 256
 _capturing = threading.Lock()
@@ -169,6 +168,13 @@ def held_with(cache: MLRACache, model_fingerprint: tuple) -> Held:
     return held
 
 
+def spare_bytes(device: torch.device) -> int:
+    """Bytes of rows that may wait for calls of one model."""
+    if device.type != "cuda":
+        return 2**30
+    return int(torch.cuda.get_device_properties(device).total_memory * SPARE_SHARE)
+
+
 def take_spare(model: nn.Module, model_fingerprint: tuple, batch: int, capacity: int) -> MLRACache:
     """An empty growing cache, `capacity` rows reserved for each of `batch` sequences: one that waits, or a new one."""
     with _sparing:
@@ -189,7 +195,7 @@ def take_spare(model: nn.Module, model_fingerprint: tuple, batch: int, capacity:
 def give_back(model: nn.Module, cache: MLRACache) -> None:
     """Let a cache from `take_spare` wait for the next call, if it is small enough and something is kept with it."""
     held = _held.get(cache)
-    if held is None or held.places != places(cache) or cache.nbytes > SPARE_BYTES:
+    if held is None or held.places != places(cache) or cache.nbytes > (most := spare_bytes(model.device)):
         return
     cache.set_seq_length(0)
     if model.device.type == "cuda":
@@ -199,7 +205,7 @@ def give_back(model: nn.Module, cache: MLRACache) -> None:
     with _sparing:
         waiting = _spare.setdefault(model, [])
         waiting.append(cache)
-        while sum(cache.nbytes for cache in waiting) > SPARE_BYTES:
+        while sum(cache.nbytes for cache in waiting) > most:
             _drop(waiting, waiting[0])
 
 
@@ -210,10 +216,12 @@ def _drop(waiting: list[MLRACache], cache: MLRACache) -> None:
     waiting.remove(cache)
 
 
-def forget(model: nn.Module) -> None:
+def free_spares(model: nn.Module) -> None:
     """Free the caches, and their graphs, that wait for calls of this model."""
     with _sparing:
-        _spare.pop(model, None)
+        waiting = _spare.pop(model, [])
+        while waiting:
+            _drop(waiting, waiting[0])
 
 
 __all__ = [
@@ -221,7 +229,7 @@ __all__ = [
     "GROWTH",
     "Replay",
     "fingerprint",
-    "forget",
+    "free_spares",
     "give_back",
     "held_with",
     "is_plain",

@@ -25,8 +25,14 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+<<<<<<< HEAD
 from .attention_mlra import MAX_ABSORBED_QUERIES, absorbed_attention, expanded_attention, recompute_inputs
 from .cache_mlra import MLRACache
+from .capture_mlra import free_spares
+=======
+from .attention_mlra import MAX_ABSORBED_QUERIES, absorbed_attention, expanded_attention
+from .cache_mlra import MLRACache, check_prefix
+>>>>>>> model
 from .configuration_mlra import MLRAConfig
 from .forwards_mlra import captured_forwards, captured_logits
 from .generation_mlra import can_capture, captured_decode
@@ -377,7 +383,10 @@ class MLRAModel(MLRAPreTrainedModel):
             positions = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
 
         has_prefix = isinstance(past_length, torch.Tensor) or past_length > 0
-        absorbed = has_prefix and length <= MAX_ABSORBED_QUERIES
+        if has_prefix:
+            check_prefix(cache)
+        drops = self.training and self.config.attention_dropout > 0  # the absorbed form drops no weights
+        absorbed = has_prefix and length <= MAX_ABSORBED_QUERIES and not drops
         if paged:
             mask = attention_mask  # continuous batching makes the mask that its attention implementation takes
         elif (
@@ -503,6 +512,10 @@ class MLRAForCausalLM(MLRAPreTrainedModel, GenerationMixin):
         """The library's prompt lookup and assisted generation, candidates verified by captured forwards."""
         with captured_forwards(self, kwargs.get(CACHE), generation_config):
             return super()._assisted_decoding(*args, generation_config=generation_config, **kwargs)
+
+    def free_graphs(self) -> None:
+        """Free what `generate()` keeps on a GPU for its next call: caches of up to 1/32 of its memory, and graphs."""
+        free_spares(self)
 
     @staticmethod
     @takes_cache_by_any_name

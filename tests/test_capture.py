@@ -243,16 +243,29 @@ def test_what_is_kept_is_freed_with_the_model_and_bounded(fused, monkeypatch):
         model.generate(random_ids(batch, 5).to(DEVICE), max_new_tokens=3, do_sample=False)
     waiting = capture_mlra._spare[model]
     assert [cache.layers[0].rows.shape[0] for cache in waiting] == [1, 2, 3]
-    monkeypatch.setattr(capture_mlra, "SPARE_BYTES", sum(cache.nbytes for cache in waiting[1:]))
+    most = sum(cache.nbytes for cache in waiting[1:])
+    monkeypatch.setattr(capture_mlra, "spare_bytes", lambda _: most)
     model.generate(random_ids(1, 5).to(DEVICE), max_new_tokens=3, do_sample=False)
     assert [cache.layers[0].rows.shape[0] for cache in waiting] == [3, 1], "the one not used for longest is gone"
     rows = [weakref.ref(cache.layers[0].rows) for cache in waiting]
+    del waiting[1:]
+    assert rows[1]() is None
     gc.disable()
     try:
         del model, waiting
         assert [ref() for ref in rows] == [None, None] and [ref() for ref in made.steps] == [None] * 3
     finally:
         gc.enable()
+
+
+@on_a_gpu
+def test_what_is_kept_can_be_freed(fused):
+    model = tiny_model("mlra_4", num_hidden_layers=1).to(DEVICE)
+    model.generate(random_ids(1, 5).to(DEVICE), max_new_tokens=3, do_sample=False)
+    rows = [weakref.ref(cache.layers[0].rows) for cache in capture_mlra._spare[model]]
+    model.free_graphs()
+    assert [ref() for ref in rows] == [None]
+    model.free_graphs()
 
 
 def test_fingerprint_sees_what_a_graph_depends_on(monkeypatch):
@@ -287,12 +300,12 @@ def test_fingerprint_sees_what_a_graph_depends_on(monkeypatch):
 
 def test_only_plain_models_are_captured_unasked():
     model = tiny_model()
-    assert generation_mlra.is_plain(model)
+    assert capture_mlra.is_plain(model)
     hook = model.model.register_forward_hook(lambda *_: None)
-    assert not generation_mlra.is_plain(model)
+    assert not capture_mlra.is_plain(model)
     hook.remove()
     model.model.layers[0].mlp.up_proj = type("Quantized", (torch.nn.Linear,), {})(2, 3)
-    assert not generation_mlra.is_plain(model)
+    assert not capture_mlra.is_plain(model)
 
 
 @pytest.mark.gpu

@@ -303,3 +303,20 @@ def test_inputs_are_checked():
         model()
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model(random_ids(1, 3), inputs_embeds=torch.zeros(1, 3, 24))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_dropout_behind_a_cached_prefix(implementation):
+    """In training attention weights are dropped behind a cache too, and in evaluation never."""
+    model = tiny_model("mlra_2", attention_dropout=0.5)
+    model.set_attn_implementation(implementation)
+    ids, results = random_ids(2, 9), {True: [], False: []}
+    for training, found in results.items():
+        for seed in (1, 2):
+            cache = MLRACache(model.config)
+            with torch.no_grad():
+                model.eval()(ids, past_key_values=cache)
+            torch.manual_seed(seed)
+            found.append(model.train(training)(ids[:, :2], past_key_values=cache).logits)
+    assert torch.equal(*results[False])
+    assert (results[True][0] - results[True][1]).abs().max() > 1e-3
