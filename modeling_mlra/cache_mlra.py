@@ -398,11 +398,8 @@ class MLRACache(Cache):
         >>> cache.get_seq_length(), cache.bytes_per_token(), cache.nbytes
     """
 
-<<<<<<< HEAD
     made_for_call = False
-=======
     _row_bytes = 0  # of a layer, where no row is held yet
->>>>>>> model
 
     def __new__(
         cls, config: PreTrainedConfig | None = None, max_cache_len: int | None = None, offloading: bool = False
@@ -452,7 +449,7 @@ class MLRACache(Cache):
             return self
         fixed = MLRAStaticCache.__new__(MLRAStaticCache)
         Cache.__init__(fixed, layers=[MLRAStaticLayer.over(layer) for layer in self.layers])
-        fixed._row_dim, fixed._dtype = self._row_dim, self._dtype
+        fixed._row_bytes = self._row_bytes
         return fixed
 
     @property

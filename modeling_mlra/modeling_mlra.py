@@ -25,14 +25,9 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-<<<<<<< HEAD
 from .attention_mlra import MAX_ABSORBED_QUERIES, absorbed_attention, expanded_attention, recompute_inputs
-from .cache_mlra import MLRACache
-from .capture_mlra import free_spares
-=======
-from .attention_mlra import MAX_ABSORBED_QUERIES, absorbed_attention, expanded_attention
 from .cache_mlra import MLRACache, check_prefix
->>>>>>> model
+from .capture_mlra import free_spares
 from .configuration_mlra import MLRAConfig
 from .forwards_mlra import captured_forwards, captured_logits
 from .generation_mlra import can_capture, captured_decode
