@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check format evals clean help
+.PHONY: demo test check format compat evals clean help
 
 help:
 	@echo "make demo    let a small trained model continue a sentence"
 	@echo "make test    run the checks and the tests"
 	@echo "make check   linters and types only"
 	@echo "make format  apply the formatter"
+	@echo "make compat  test five versions of transformers, each in its own environment (an hour)"
 	@echo "make evals   run every evaluation on the demo checkpoint and refresh evals/results/"
 
 $(VENV)/run.stamp: pyproject.toml constraints.txt
@@ -40,6 +41,9 @@ test: check
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+compat:
+	$(PYTHON) -m scripts.compat
 
 evals: $(VENV)/dev.stamp
 	@rm -rf build/evals && mkdir -p build

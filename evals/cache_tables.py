@@ -113,9 +113,9 @@ def measured_share(config: PretrainedConfig) -> Share:
 
     def decode(length: int) -> tuple[int, Cache]:
         cache = MLRACache(config) if is_latent else DynamicCache(config=config)
-        model(torch.zeros(1, length - 1, dtype=torch.long), past_key_values=cache)
+        model(torch.zeros(1, length - 1, dtype=torch.long), cache=cache)
         with FlopCounterMode(display=False) as counter:
-            model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
+            model(torch.zeros(1, 1, dtype=torch.long), cache=cache)
         return counter.get_total_flops(), cache
 
     def flops_per_cached_token(model: PreTrainedModel, attention: str) -> int:

@@ -115,7 +115,7 @@ def observe(
             inputs_embeds=embeddings[:, start:end],
             position_ids=positions[None, start:end],
             attention_mask=None if mask is None else mask[:, :end],
-            past_key_values=cache,
+            cache=cache,
             use_cache=cache is not None,
         ).logits[0]
 

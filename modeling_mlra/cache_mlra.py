@@ -78,9 +78,6 @@ class MLRADynamicLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    def get_max_cache_shape(self) -> int:
-        return -1
-
     def reset(self) -> None:
         """Forget all rows; the buffer stays allocated."""
         if self.is_initialized:
@@ -90,7 +87,7 @@ class MLRADynamicLayer(CacheLayerMixin):
         """Drop the last `-tokens_to_remove` rows.
 
         Raises:
-            ValueError: for a positive number, which older versions of the library took as the length to keep.
+            ValueError: for a positive number, which would look like a length to keep.
         """
         if tokens_to_remove > 0:
             raise ValueError(
@@ -200,7 +197,7 @@ class MLRACache(Cache):
 
     Example:
         >>> cache = MLRACache(model.config)
-        >>> model(input_ids, past_key_values=cache)
+        >>> model(input_ids, cache=cache)
         >>> cache.get_seq_length(), cache.bytes_per_token(), cache.nbytes
     """
 

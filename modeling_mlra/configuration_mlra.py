@@ -57,7 +57,7 @@ class MLRAConfig(PreTrainedConfig):
     """
 
     model_type = "mlra"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     base_model_tp_plan = {
         "embed_tokens": "embedding_rowwise",
         "layers.*.self_attn": "mlra_attention",  # latents, their cache rows and heads (`tensor_parallel_mlra`)

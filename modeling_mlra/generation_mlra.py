@@ -26,6 +26,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from .cache_mlra import MLRACache
 from .fused_mlra import FusedStep, obstacle
+from .library_mlra import CACHE
 
 # Processors and criteria known to read nothing but the logits, or the last token: their choice can be captured.
 OF_LOGITS_ALONE = (
@@ -42,7 +43,7 @@ captured_decodes: Counter[str] = Counter()  # how often each kind of step was se
 
 def can_capture(model: nn.Module, generation_config, model_kwargs: dict, synced_gpus: bool) -> bool:
     """Whether `generate()` takes this loop by itself: one CUDA device, a static latent cache, nothing recorded."""
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE)
     return (
         model.device.type == "cuda"
         and isinstance(cache, MLRACache)
@@ -99,7 +100,7 @@ class DecodingStep:
     def __init__(self, model: nn.Module, cache: MLRACache, positions: torch.Tensor, attention_mask=None):
         rows = int(cache.get_seq_length())
         key_mask = kv_start = None
-        if attention_mask is not None and not attention_mask.all():  # older versions pass on a mask of ones
+        if attention_mask is not None and not attention_mask.all():
             missing = cache.get_max_length() - attention_mask.shape[-1]
             key_mask = nn.functional.pad(attention_mask, (0, missing), value=1).bool()
             kv_start = key_mask.int().argmax(dim=-1).to(torch.int32)
@@ -119,7 +120,7 @@ class DecodingStep:
                     token_ids[:, None],
                     attention_mask=key_mask,
                     position_ids=position_ids,
-                    past_key_values=cache,
+                    cache=cache,
                     use_cache=True,
                 ).logits
                 position_ids.add_(1)
@@ -212,7 +213,7 @@ def captured_decode(
     """Greedy decoding or sampling as the library's own loop does it, without waiting for the device.
 
     Args:
-        model: an `MLRAForCausalLM`; `model_kwargs["past_key_values"]` is a static `MLRACache`.
+        model: an `MLRAForCausalLM`; the cache in `model_kwargs` is a static `MLRACache`.
         input_ids: `[B, T]` prompt.
         logits_processor, stopping_criteria, generation_config, streamer: as prepared by `generate()`.
         lag: tokens decoded before a stop flag is looked at.
@@ -223,7 +224,7 @@ def captured_decode(
     Raises:
         ValueError: without a static latent cache, or without a length limit.
     """
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE)
     if not isinstance(cache, MLRACache) or not cache.is_compileable:
         raise ValueError("captured decoding needs a static latent cache: pass cache_implementation='static'")
     max_length = stopping_criteria.max_length
@@ -321,5 +322,5 @@ def captured_decode(
         sequences=sequences,
         scores=None if scores is None else tuple(scores[:num_new]),
         logits=None if raw_logits is None else tuple(raw_logits[:num_new]),
-        past_key_values=cache,
+        **{CACHE: cache},
     )

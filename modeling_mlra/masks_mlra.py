@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
+
+from .library_mlra import causal_mask
 
 
 class CacheRows(NamedTuple):
@@ -44,7 +45,7 @@ def dense_mask(
     config,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     position_ids: torch.Tensor | None,
     past_length: torch.Tensor | int,
 ):
@@ -59,17 +60,11 @@ def dense_mask(
     has_prefix = isinstance(past_length, torch.Tensor) or past_length > 0
     if config._attn_implementation == "sdpa" and attention_mask is None and position_ids is None and not has_prefix:
         return None  # causal by the kernel's own flag; the library, while compiling, would make a [T, T] mask instead
-    is_static = past_key_values is not None and past_key_values.is_compileable
+    is_static = cache is not None and cache.is_compileable
     if is_static and not has_prefix:
-        past_key_values = DynamicCache()
+        cache = DynamicCache()
         attention_mask = None if attention_mask is None else attention_mask[..., :length]
-    mask = create_causal_mask(
-        config=config,
-        inputs_embeds=inputs_embeds,
-        attention_mask=attention_mask,
-        past_key_values=past_key_values,
-        position_ids=position_ids,
-    )
+    mask = causal_mask(config, inputs_embeds, attention_mask, cache, position_ids)
     if is_static and isinstance(mask, torch.Tensor) and not torch.compiler.is_compiling():
         mask = mask[..., : int(past_length) + length]
     return mask

@@ -30,6 +30,15 @@ from .attention_mlra import MAX_ABSORBED_QUERIES, absorbed_attention, expanded_a
 from .cache_mlra import MLRACache
 from .configuration_mlra import MLRAConfig
 from .generation_mlra import can_capture, captured_decode
+from .library_mlra import (
+    CACHE,
+    CACHE_NAMES,
+    cache_of,
+    is_paged,
+    slice_logits_to_keep,
+    take_cache,
+    takes_cache_by_any_name,
+)
 from .loss_mlra import chunked_causal_loss, has_plain_weight
 from .masks_mlra import CacheRows, additive, cache_rows, dense_mask
 from .paged_mlra import update_paged
@@ -37,14 +46,6 @@ from .rotary_mlra import MLRARotaryEmbedding, apply_rotary_pos_emb, at_least_flo
 from .tensor_parallel_mlra import register_parallel_styles
 
 register_parallel_styles()
-
-try:
-    from transformers.modeling_utils import slice_logits_to_keep
-except ImportError:  # transformers < 5.20
-
-    def slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-        indices = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        return hidden_states[:, indices, :]
 
 
 @use_kernel_forward_from_hub("RMSNorm")
@@ -182,12 +183,13 @@ class MLRAAttention(nn.Module):
         q_nope, q_rope = query.split(widths, dim=-1)
         return torch.cat([q_nope, apply_rotary_pos_emb(q_rope, cos, sin)], dim=-1)
 
+    @takes_cache_by_any_name
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: "torch.Tensor | CacheRows | None" = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         absorbed: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -196,23 +198,20 @@ class MLRAAttention(nn.Module):
         cos, sin = position_embeddings
 
         q_latent = self.q_a_layernorm(self.q_a_proj(hidden_states)) * self.alpha_q
-        is_recomputed = self.recompute_inputs and torch.is_grad_enabled() and past_key_values is None
-        query = None if is_recomputed else self.project_query(q_latent, cos, sin)
         latents = self.kv_a_layernorm(self.kv_a_proj(hidden_states)) * self.alpha_kv  # [B, T, L*R]
         k_rope = apply_rotary_pos_emb(self.k_rope_proj(hidden_states).unsqueeze(2), cos, sin).squeeze(2)  # [B, T, E]
 
-        if past_key_values is not None:
-            has_prefix = not isinstance(past := past_key_values.get_seq_length(self.layer_idx), int) or past > 0
-            cached = past_key_values.update(latents.unsqueeze(1), k_rope.unsqueeze(1), self.layer_idx)
+        if cache is not None and not is_paged(cache):
+            has_prefix = not isinstance(past := cache.get_seq_length(self.layer_idx), int) or past > 0
+            cached = cache.update(latents.unsqueeze(1), k_rope.unsqueeze(1), self.layer_idx)
             if has_prefix:
                 latents, k_rope = cached[0].squeeze(1), cached[1].squeeze(1)  # [B, S, L*R], [B, S, E]
                 if isinstance(attention_mask, torch.Tensor) and attention_mask.shape[-1] < latents.shape[1]:
                     latents, k_rope = latents[:, : attention_mask.shape[-1]], k_rope[:, : attention_mask.shape[-1]]
-        paged_cache = kwargs.pop("cache", None)  # continuous batching
-        if paged_cache is not None:
-            latents, k_rope, rows = update_paged(paged_cache, latents, k_rope, self.layer_idx, config, kwargs)
-            if rows is not None:  # every request has one new token: [1, T, ...] becomes [T, 1, ...]
-                absorbed, attention_mask, query = True, rows, query.transpose(0, 1)
+        if is_paged(cache):  # continuous batching
+            latents, k_rope, rows = update_paged(cache, latents, k_rope, self.layer_idx, config, kwargs)
+            if rows is not None:  # every request has one new token
+                absorbed, attention_mask = True, rows
                 if rows.row_table is not None:
                     latents, k_rope = latents[0], k_rope[0]
         latents = latents.unflatten(-1, (-1, config.latent_head_dim))  # [B, S, L, R]
@@ -224,9 +223,10 @@ class MLRAAttention(nn.Module):
             "alpha": self.alpha_attn,
         }
         if absorbed:
+            query = self.project_query(q_latent, cos, sin)
             output, weights = absorbed_attention(
                 self,
-                query,
+                query.transpose(0, 1) if is_paged(cache) else query,  # [1, T, ...] becomes [T, 1, ...]
                 latents,
                 k_rope,
                 self.kv_b_proj(),
@@ -240,10 +240,10 @@ class MLRAAttention(nn.Module):
                 (config._attn_implementation or "eager").removeprefix("paged|"), eager_attention_forward
             )
 
-            def attend(query, q_latent, *keys_and_values):
+            def attend(q_latent, *keys_and_values):
                 return expanded_attention(
                     self,
-                    self.project_query(q_latent, cos, sin) if query is None else query,
+                    self.project_query(q_latent, cos, sin),
                     *keys_and_values,
                     attention_mask,
                     attention_interface,
@@ -252,7 +252,8 @@ class MLRAAttention(nn.Module):
                     **kwargs,
                 )
 
-            inputs = query, q_latent, latents, k_rope, self.kv_b_proj()
+            inputs = q_latent, latents, k_rope, self.kv_b_proj()
+            is_recomputed = self.recompute_inputs and torch.is_grad_enabled()
             output, weights = recompute_inputs(attend, *inputs) if is_recomputed else attend(*inputs)
 
         output = output.reshape(batch, length, -1)  # [B, T, G*H*V]
@@ -284,7 +285,7 @@ class MLRAPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MLRADecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -316,6 +317,7 @@ class MLRAModel(MLRAPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @takes_cache_by_any_name
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -323,7 +325,7 @@ class MLRAModel(MLRAPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -335,7 +337,7 @@ class MLRAModel(MLRAPreTrainedModel):
                 library. Left and right padding give every real token what it gets alone.
             position_ids: `[B, T]`; by default they count on from the cache. Positions that restart at 0 (packed
                 documents, no mask, no cache) keep documents apart where the attention backend supports it.
-            past_key_values: an `MLRACache`, or any of the library's caches.
+            cache: an `MLRACache`, or any of the library's caches; `past_key_values` is its older name.
 
         Raises:
             ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given.
@@ -346,9 +348,10 @@ class MLRAModel(MLRAPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         batch, length = inputs_embeds.shape[:2]
 
-        if use_cache and past_key_values is None:
-            past_key_values = MLRACache(self.config)
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if use_cache and cache is None:
+            cache = MLRACache(self.config)
+        paged = is_paged(cache)
+        past_length = 0 if cache is None or paged else cache.get_seq_length()
         # Positions that count on from the cache stay None for masks and attention: no documents to look for in them
         positions = position_ids
         if positions is None:
@@ -356,7 +359,7 @@ class MLRAModel(MLRAPreTrainedModel):
 
         has_prefix = isinstance(past_length, torch.Tensor) or past_length > 0
         absorbed = has_prefix and length <= MAX_ABSORBED_QUERIES
-        if kwargs.get("cache") is not None:
+        if paged:
             mask = attention_mask  # continuous batching makes the mask that its attention implementation takes
         elif (
             absorbed
@@ -365,7 +368,7 @@ class MLRAModel(MLRAPreTrainedModel):
         ):
             mask = cache_rows(attention_mask, past_length + length, batch, inputs_embeds.device)
         else:
-            mask = dense_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids, past_length)
+            mask = dense_mask(self.config, inputs_embeds, attention_mask, cache, position_ids, past_length)
             mask = additive(mask, inputs_embeds.dtype) if absorbed else mask
 
         hidden_states = inputs_embeds
@@ -376,11 +379,12 @@ class MLRAModel(MLRAPreTrainedModel):
                 position_embeddings=position_embeddings,
                 attention_mask=mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 absorbed=absorbed,
+                **{CACHE: cache},
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        returned = None if paged else cache
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: returned})
 
 
 class MLRAForCausalLM(MLRAPreTrainedModel, GenerationMixin):
@@ -397,13 +401,14 @@ class MLRAForCausalLM(MLRAPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_cache_by_any_name
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -422,7 +427,7 @@ class MLRAForCausalLM(MLRAPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -438,18 +443,20 @@ class MLRAForCausalLM(MLRAPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: cache_of(outputs)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Where the library would create its dynamic or static cache, create the latent one of the same kind."""
-        given = model_kwargs.get("past_key_values")
+        given = take_cache(model_kwargs)
+        if given is not None:
+            model_kwargs[CACHE] = given
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        chosen = model_kwargs.get("past_key_values")
+        chosen = model_kwargs.get(CACHE)
         if given is None and type(chosen) in (DynamicCache, StaticCache):
-            model_kwargs["past_key_values"] = MLRACache(
+            model_kwargs[CACHE] = MLRACache(
                 self.config,
                 max_cache_len=chosen.layers[0].max_cache_len if isinstance(chosen, StaticCache) else None,
                 offloading=chosen.offloading,
@@ -464,14 +471,15 @@ class MLRAForCausalLM(MLRAPreTrainedModel, GenerationMixin):
         return decode(input_ids, *args, generation_config=generation_config, synced_gpus=synced_gpus, **kwargs)
 
     @staticmethod
-    def create_masks_for_generate(attention_mask: torch.Tensor | None, past_key_values: Cache, **kwargs):
+    @takes_cache_by_any_name
+    def create_masks_for_generate(attention_mask: torch.Tensor | None, cache: Cache, **kwargs):
         """The padding mask as wide as a compileable cache, so that its shape stays fixed from token to token.
 
         `MLRAModel.forward` makes of it what each form of attention needs.
         """
         if attention_mask is None:
             return None
-        missing = past_key_values.get_max_length() - attention_mask.shape[-1]
+        missing = cache.get_max_length() - attention_mask.shape[-1]
         return nn.functional.pad(attention_mask, (0, max(missing, 0)), value=1)
 
 

@@ -150,7 +150,7 @@ def time_per_token(model, batch: int, context: int, do_sample: bool, repeats: in
         cache = filled.rewind()
         torch.cuda.synchronize()
         began = time.perf_counter()
-        model.generate(ids, past_key_values=cache, max_new_tokens=new_tokens, do_sample=do_sample)
+        model.generate(ids, cache=cache, max_new_tokens=new_tokens, do_sample=do_sample)
         torch.cuda.synchronize()
         return time.perf_counter() - began
 

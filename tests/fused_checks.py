@@ -18,7 +18,7 @@ def decode_two_tokens(model, fused: bool, batch: int = 2) -> dict[str, torch.Ten
     mask[0, :3] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache = MLRACache(model.config, max_cache_len=20)
-    model(ids[:, :7], attention_mask=mask[:, :7], position_ids=positions[:, :7], past_key_values=cache)
+    model(ids[:, :7], attention_mask=mask[:, :7], position_ids=positions[:, :7], cache=cache)
     for layer in cache.layers:
         layer.rows[:, :, 7:] = torch.nan
     key_mask = torch.nn.functional.pad(mask, (0, 11), value=1).bool()
@@ -30,7 +30,7 @@ def decode_two_tokens(model, fused: bool, batch: int = 2) -> dict[str, torch.Ten
             logits.append(step(ids[:, t]).clone())
             continue
         inputs = {"attention_mask": mask[:, : t + 1], "position_ids": positions[:, t : t + 1]}
-        logits.append(model(ids[:, t : t + 1], past_key_values=cache, **inputs).logits[:, 0])
+        logits.append(model(ids[:, t : t + 1], cache=cache, **inputs).logits[:, 0])
     rows = torch.stack([layer.rows[:, :, 7:9] for layer in cache.layers])
     return {"logits": torch.stack(logits), "rows": rows, "counters": counters}
 

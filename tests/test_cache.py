@@ -121,7 +121,7 @@ def test_every_cache_gives_the_logits_of_a_full_forward(variant):
             pieces, end = [], 0
             for part in ids.split([9, 1, 1, 4, 6], dim=1):
                 end += part.shape[1]
-                pieces.append(model(part, attention_mask=mask[:, :end], past_key_values=cache).logits)
+                pieces.append(model(part, attention_mask=mask[:, :end], cache=cache).logits)
             logits = torch.cat(pieces, dim=1)
             real = mask.bool()
             assert rms_ratio(reference[real], logits[real]) < CACHE_LOGITS_RATIO, name
@@ -143,5 +143,5 @@ def test_quantized_cache_of_the_library():
     ids = random_ids(1, 20)
     with torch.no_grad():
         reference = model(ids).logits
-        logits = torch.cat([model(part, past_key_values=cache).logits for part in ids.split([9, 1, 1, 9], 1)], dim=1)
+        logits = torch.cat([model(part, cache=cache).logits for part in ids.split([9, 1, 1, 9], 1)], dim=1)
     assert 0 < rms_ratio(reference, logits) < QUANTIZED_CACHE_RATIO

@@ -20,6 +20,7 @@ import modeling_mlra.modeling_mlra
 from modeling_mlra import MLRACache, generation_mlra
 from modeling_mlra.generation_mlra import DecodingStep, captured_decode, captured_decodes, choice_of_logits_alone
 from modeling_mlra.kernels_mlra import decode_calls
+from modeling_mlra.library_mlra import cache_of
 from tests.models import VARIANTS, random_ids, tiny_model
 
 NEW_TOKENS = 12
@@ -52,9 +53,9 @@ def test_greedy_on_a_left_padded_batch(variant):
     ways = {
         "default": {},
         "static": {"cache_implementation": "static"},
-        "library dynamic": {"past_key_values": DynamicCache(config=model.config)},
-        "library static": {"past_key_values": StaticCache(model.config, max_cache_len=30)},
-        "given latent static": {"past_key_values": MLRACache(model.config, max_cache_len=30)},
+        "library dynamic": {"cache": DynamicCache(config=model.config)},
+        "library static": {"cache": StaticCache(model.config, max_cache_len=30)},
+        "given latent static": {"cache": MLRACache(model.config, max_cache_len=30)},
         "no cache": {"use_cache": False},
         "chunked prefill": {"prefill_chunk_size": 4},
         "chunked prefill, static": {"prefill_chunk_size": 4, "cache_implementation": "static"},
@@ -74,18 +75,18 @@ def test_default_cache_is_the_latent_one():
     model = tiny_model()
     for settings, is_static in (({}, False), ({"cache_implementation": "static"}, True)):
         out = model.generate(random_ids(1, 5), max_new_tokens=4, return_dict_in_generate=True, **settings)
-        assert isinstance(out.past_key_values, MLRACache)
-        assert out.past_key_values.is_compileable == is_static
-        assert int(out.past_key_values.get_seq_length()) == 5 + 4 - 1
-    assert isinstance(model(random_ids(1, 5), use_cache=True).past_key_values, MLRACache)
+        assert isinstance(cache_of(out), MLRACache)
+        assert cache_of(out).is_compileable == is_static
+        assert int(cache_of(out).get_seq_length()) == 5 + 4 - 1
+    assert isinstance(cache_of(model(random_ids(1, 5), use_cache=True)), MLRACache)
 
 
 def test_continuing_from_a_cache():
     model = tiny_model()
     ids, _, expected = padded_batch(model)
     cache = MLRACache(model.config)
-    first = model.generate(ids[2:], max_new_tokens=5, do_sample=False, past_key_values=cache)
-    second = model.generate(first, max_new_tokens=NEW_TOKENS - 5, do_sample=False, past_key_values=cache)
+    first = model.generate(ids[2:], max_new_tokens=5, do_sample=False, cache=cache)
+    second = model.generate(first, max_new_tokens=NEW_TOKENS - 5, do_sample=False, cache=cache)
     assert torch.equal(second[0, 9:], expected[2])
 
 
@@ -164,7 +165,7 @@ def test_captured_loop_equals_the_library_loop(recorded, lag, kind, do_sample, m
         assert torch.equal(ours.sequences, library.sequences)
         assert our_stream == library_stream
         assert torch.equal(our_random, library_random), "the random state is that of the tokens kept"
-        assert int(ours.past_key_values.get_seq_length()) == int(library.past_key_values.get_seq_length())
+        assert int(cache_of(ours).get_seq_length()) == int(cache_of(library).get_seq_length())
         for our_scores, library_scores in zip(ours.scores or (), library.scores or (), strict=True):
             torch.testing.assert_close(our_scores, library_scores, rtol=1e-4, atol=1e-4)
 
@@ -185,7 +186,7 @@ def test_captured_loop_continues_from_its_cache():
     model = tiny_model("gla_2")
     ids, _, expected = padded_batch(model)
     cache = MLRACache(model.config, max_cache_len=40)
-    settings = {"do_sample": False, "past_key_values": cache, "cache_implementation": None}
+    settings = {"do_sample": False, "cache": cache, "cache_implementation": None}
     first = captured(model, ids[2:], max_new_tokens=5, **settings)
     second = captured(model, first.sequences, max_new_tokens=NEW_TOKENS - 5, **settings)
     assert torch.equal(second.sequences[0, 9:], expected[2])
@@ -196,7 +197,7 @@ def test_a_mask_of_ones_costs_nothing():
     ids, mask, _ = padded_batch(model)
     cache = MLRACache(model.config, max_cache_len=20)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, cache=cache)
     positions = torch.full((3,), 9)
     assert DecodingStep(model, cache, positions, torch.ones_like(mask)).key_mask is None
     assert DecodingStep(model, cache, positions, mask).key_mask.shape == (3, 20)

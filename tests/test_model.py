@@ -37,7 +37,7 @@ def test_expanded_and_absorbed_equal_the_oracle(variant, setting):
             for implementation in ("sdpa", "eager"):
                 model.set_attn_implementation(implementation)
                 for cache in (MLRACache(model.config), MLRACache(model.config, max_cache_len=length + 3)):
-                    pieces = [model(part[None], past_key_values=cache).logits[0] for part in ids.split(3)]
+                    pieces = [model(part[None], cache=cache).logits[0] for part in ids.split(3)]
                     assert_close(torch.cat(pieces), reference)
 
 
@@ -64,7 +64,7 @@ def test_gradients_equal_the_oracle(variant):
 
     expanded = gradients(model(ids[None]).logits[0])
     cache = MLRACache(model.config)
-    absorbed = gradients(torch.cat([model(part[None], past_key_values=cache).logits[0] for part in ids.split(3)]))
+    absorbed = gradients(torch.cat([model(part[None], cache=cache).logits[0] for part in ids.split(3)]))
     for name in names:
         torch.testing.assert_close(absorbed[name], expanded[name], rtol=0, atol=MATHEMATICS_ATOL)
     modules = {"q_a": "q_a_proj", "q_b": "q_b_proj", "k_rope": "k_rope_proj", "out": "o_proj", "gate": "g_proj"}
@@ -89,7 +89,7 @@ def test_padding_does_not_change_a_real_token(side, implementation):
             ends = (length_first, 9)
             logits = torch.cat(
                 [
-                    model(part, attention_mask=mask[:, :end], past_key_values=cache).logits
+                    model(part, attention_mask=mask[:, :end], cache=cache).logits
                     for part, end in zip(parts, ends, strict=True)
                     if part.shape[1]
                 ],
@@ -106,8 +106,8 @@ def test_masked_tokens_in_the_middle_of_the_cache():
     reference = oracle_of_model(model).forward(ids, keep=keep)
     with torch.no_grad():
         cache = MLRACache(model.config, max_cache_len=20)
-        first = model(ids[None, :6], attention_mask=keep[None, :6], past_key_values=cache).logits[0]
-        second = model(ids[None, 6:], attention_mask=keep[None], past_key_values=cache).logits[0]
+        first = model(ids[None, :6], attention_mask=keep[None, :6], cache=cache).logits[0]
+        second = model(ids[None, 6:], attention_mask=keep[None], cache=cache).logits[0]
     visible = keep.bool()
     assert_close(torch.cat([first, second])[visible], reference[visible])
 
@@ -143,8 +143,8 @@ def test_long_continuation_expands_the_cache():
     with torch.no_grad():
         reference = model(ids[None]).logits
         for cache in (MLRACache(model.config), MLRACache(model.config, max_cache_len=120)):
-            first = model(ids[None, :10], past_key_values=cache).logits
-            second = model(ids[None, 10:], past_key_values=cache).logits
+            first = model(ids[None, :10], cache=cache).logits
+            second = model(ids[None, 10:], cache=cache).logits
             assert_close(torch.cat([first, second], dim=1), reference)
 
 
@@ -201,8 +201,8 @@ def test_attentions_are_one_distribution_per_branch():
     with torch.no_grad():
         cache = MLRACache(model.config)
         whole = model(ids, output_attentions=True).attentions
-        model(ids[:, :4], past_key_values=cache)
-        step = model(ids[:, 4:], past_key_values=cache, output_attentions=True).attentions
+        model(ids[:, :4], cache=cache)
+        step = model(ids[:, 4:], cache=cache, output_attentions=True).attentions
     assert len(whole) == 2
     assert whole[0].shape == (1, 4 * 6, 6, 6)  # 4 latents, 12 heads in 2 groups
     assert step[0].shape == (1, 4 * 6, 2, 6)
