@@ -74,7 +74,7 @@ def causal_mask(
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
     cache: Cache | None,
-    position_ids: torch.Tensor,
+    position_ids: torch.Tensor | None,
 ):
     """The library's causal mask for its attention interface: a tensor, a block mask, or None."""
     return create_causal_mask(
