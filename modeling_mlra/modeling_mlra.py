@@ -184,13 +184,8 @@ class MLRAAttention(nn.Module):
         self.o_proj = nn.Linear(heads * config.v_head_dim, config.hidden_size, bias=False)
         self.o_proj.starts_at_zero = True
 
-<<<<<<< HEAD
     def project_query(self, q_latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries `[B, T, G*H, N]` of `[B, T, q_lora_rank]`; their rotary part `[B, T, G*H, E]`, not yet rotated."""
-=======
-    def project_query(self, q_latent: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Queries `[B, T, G*H, N + E]` of `[B, T, q_lora_rank]`, RoPE applied."""
->>>>>>> training
         query = self.q_b_proj(q_latent).unflatten(-1, (-1, self.qk_head_dim))
         q_nope, q_rope = query.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], dim=-1)
         return q_nope, q_rope
@@ -212,7 +207,7 @@ class MLRAAttention(nn.Module):
         q_latent = self.q_a_layernorm(self.q_a_proj(hidden_states)) * self.alpha_q
         latents = self.kv_a_layernorm(self.kv_a_proj(hidden_states)) * self.alpha_kv  # [B, T, L*R]
         k_rope = self.k_rope_proj(hidden_states).unsqueeze(2)  # [B, T, 1, E]
-        is_recomputed = self.recompute_inputs and torch.is_grad_enabled() and cache is None
+        is_recomputed = self.recompute_inputs and torch.is_grad_enabled() and not (absorbed or is_paged(cache))
         if is_recomputed:
             query, k_rope = None, apply_rotary_pos_emb(k_rope, cos, sin)
         else:
@@ -232,14 +227,9 @@ class MLRAAttention(nn.Module):
                     latents, k_rope = latents[:, : attention_mask.shape[-1]], k_rope[:, : attention_mask.shape[-1]]
         if is_paged(cache):  # continuous batching
             latents, k_rope, rows = update_paged(cache, latents, k_rope, self.layer_idx, config, kwargs)
-<<<<<<< HEAD
             if rows is not None:  # every request has one new token: [1, T, ...] becomes [T, 1, ...]
                 absorbed, attention_mask = True, rows
                 query = q_nope.transpose(0, 1), q_rope.transpose(0, 1)
-=======
-            if rows is not None:  # every request has one new token
-                absorbed, attention_mask = True, rows
->>>>>>> training
                 if rows.row_table is not None:
                     latents, k_rope = latents[0], k_rope[0]
         latents = latents.unflatten(-1, (-1, config.latent_head_dim))  # [B, S, L, R]
@@ -251,17 +241,10 @@ class MLRAAttention(nn.Module):
             "alpha": self.alpha_attn,
         }
         if absorbed:
-<<<<<<< HEAD
             assert query is not None
             output, weights = absorbed_attention(
                 self,
                 *query,
-=======
-            query = self.project_query(q_latent, cos, sin)
-            output, weights = absorbed_attention(
-                self,
-                query.transpose(0, 1) if is_paged(cache) else query,  # [1, T, ...] becomes [T, 1, ...]
->>>>>>> training
                 latents,
                 k_rope,
                 self.kv_b_proj(),
@@ -274,7 +257,6 @@ class MLRAAttention(nn.Module):
             implementation = (config._attn_implementation or "eager").removeprefix("paged|")
             attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
 
-<<<<<<< HEAD
             def attend(query, q_latent, *keys_and_values):
                 if query is None:
                     q_nope, q_rope = self.project_query(q_latent)
@@ -282,12 +264,6 @@ class MLRAAttention(nn.Module):
                 return expanded_attention(
                     self,
                     torch.cat(query, dim=-1),
-=======
-            def attend(q_latent, *keys_and_values):
-                return expanded_attention(
-                    self,
-                    self.project_query(q_latent, cos, sin),
->>>>>>> training
                     *keys_and_values,
                     attention_mask,
                     attention_interface,
@@ -297,8 +273,7 @@ class MLRAAttention(nn.Module):
                     **kwargs,
                 )
 
-            inputs = q_latent, latents, k_rope, self.kv_b_proj()
-            is_recomputed = self.recompute_inputs and torch.is_grad_enabled()
+            inputs = query, q_latent, latents, k_rope, self.kv_b_proj()
             output, weights = recompute_inputs(attend, *inputs) if is_recomputed else attend(*inputs)
 
         output = output.reshape(batch, length, -1)  # [B, T, G*H*V]
