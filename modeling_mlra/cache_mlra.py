@@ -111,6 +111,7 @@ class MLRADynamicLayer(LatentRows, CacheLayerMixin):
     def __init__(self):
         self._rows, self._length = None, 0
         self._num_seen = 0  # rows that may be seen through `keys` and `values`
+        self._reserved = 0
         self._assigned = {}  # keys (0) or values (1) that wait for the other to fit them
         super().__init__()
 
@@ -187,14 +188,26 @@ class MLRADynamicLayer(LatentRows, CacheLayerMixin):
                 self._set_rows(torch.cat([rows[:, :, :start], new_rows], dim=2))
         else:
             if end > rows.shape[2] or start < self._num_seen:
-                capacity = end + max(end // 4, self.min_growth)
-                with ordinary_tensors():
-                    grown = rows.new_empty(rows.shape[0], 1, capacity, rows.shape[-1])
-                grown[:, :, :start] = rows[:, :, :start]
-                self._set_rows(grown)
+                self._grow(self._reserved if self._reserved >= end else end + max(end // 4, self.min_growth))
             self._rows[:, :, start:end] = new_rows
         self._length = end
         return self._rows[:, :, :end].split(self.widths, dim=-1)
+
+    def reserve(self, capacity: int) -> None:
+        """Have room for `capacity` rows: now, or from the first update on. Rows move if there are some already."""
+        self._reserved = capacity
+        if self.is_initialized and (capacity > self.rows.shape[2] or self._length < self._num_seen):
+            self._grow(max(capacity, self.rows.shape[2]))
+
+    def _grow(self, capacity: int) -> None:
+        rows = self.rows
+        with ordinary_tensors():
+            grown = rows.new_empty(rows.shape[0], 1, capacity, rows.shape[-1])
+        grown[:, :, : self._length] = rows[:, :, : self._length]
+        self._set_rows(grown)
+
+    def set_seq_length(self, length: int) -> None:
+        self._length = length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -224,6 +237,16 @@ class MLRADynamicLayer(LatentRows, CacheLayerMixin):
             )
         self._length = max(self.get_seq_length() + tokens_to_remove, 0)
 
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Take each sequence's rows from sequence `beam_idx[b]`; in place, so that graphs of the buffer stay right."""
+        if not self.is_initialized:
+            return
+        if self.rows.requires_grad or self._num_seen:
+            super().reorder_cache(beam_idx)
+            return
+        used = self.rows[:, :, : self._length]
+        used.copy_(used.index_select(0, beam_idx.to(used.device)))
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
 
@@ -246,6 +269,19 @@ class MLRAStaticLayer(LatentRows, StaticLayer):
     rows: torch.Tensor  # from the first update on
     cumulative_length: torch.Tensor
     _is_empty = True
+
+    @classmethod
+    def over(cls, layer: MLRADynamicLayer) -> "MLRAStaticLayer":
+        """A layer of as many rows as the growing `layer` has room for: the same ones."""
+        fixed = cls(layer.rows.shape[2])
+        fixed.dtype, fixed.device = layer.rows.dtype, layer.rows.device
+        fixed.batch_size, fixed.num_heads = layer.rows.shape[:2]
+        fixed.widths = fixed.k_head_dim, fixed.v_head_dim = layer.widths
+        fixed.cumulative_length = fixed.cumulative_length.to(fixed.device)
+        fixed._set_rows(layer.rows)
+        fixed.is_initialized = True
+        fixed.set_seq_length(layer.get_seq_length())
+        return fixed
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -300,6 +336,10 @@ class MLRAStaticLayer(LatentRows, StaticLayer):
         self.rows.index_copy_(2, positions, torch.cat([key_states, value_states], dim=-1))
         return self.rows[..., : self.k_head_dim], self.rows[..., self.k_head_dim :]
 
+    def set_seq_length(self, length: int) -> None:
+        self.cumulative_length.fill_(length)
+        self._is_empty = length == 0
+
     def get_seq_length(self) -> torch.Tensor | int:
         """Rows in use: a tensor of fixed address, or the integer 0 while the layer is known to be empty."""
         return 0 if self._is_empty else self.cumulative_length
@@ -346,6 +386,9 @@ class MLRACache(Cache):
             that compiled code and CUDA graphs can rely on. `None` grows as needed.
         offloading: keep layers on the CPU and fetch them one ahead.
 
+    Attributes:
+        made_for_call: whether `generate()` made it by itself, so that nobody else has it.
+
     Raises:
         ValueError: if `max_cache_len` is below 1.
 
@@ -355,6 +398,7 @@ class MLRACache(Cache):
         >>> cache.get_seq_length(), cache.bytes_per_token(), cache.nbytes
     """
 
+    made_for_call = False
     _row_bytes = 0  # of a layer, where no row is held yet
 
     def __new__(
@@ -388,10 +432,26 @@ class MLRACache(Cache):
         )
 
     def set_seq_length(self, length: int) -> None:
-        """Declare the first `length` rows of a static cache to be the ones in use, whoever wrote them."""
+        """Declare the first `length` rows of each layer to be the ones in use, whoever wrote them."""
         for layer in self.layers:
-            layer.cumulative_length.fill_(length)
-            layer._is_empty = False
+            layer.set_seq_length(length)
+
+    def reserve(self, capacity: int) -> None:
+        """Have room for `capacity` tokens of each sequence in a growing cache, which still grows beyond them."""
+        for layer in self.layers:
+            layer.reserve(capacity)
+
+    def fixed(self) -> "MLRACache":
+        """This cache if it is static, else a static one over the same rows, as many as there is room for.
+
+        Lengths are each one's own: `set_seq_length` tells the growing cache what was written through the static one.
+        """
+        if self.is_compileable:
+            return self
+        fixed = MLRAStaticCache.__new__(MLRAStaticCache)
+        Cache.__init__(fixed, layers=[MLRAStaticLayer.over(layer) for layer in self.layers])
+        fixed._row_bytes = self._row_bytes
+        return fixed
 
     @property
     def nbytes(self) -> int:

@@ -46,16 +46,22 @@ def dense_mask(
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
     cache: Cache | None,
-    position_ids: torch.Tensor,
+    position_ids: torch.Tensor | None,
     past_length: torch.Tensor | int,
 ):
     """The mask that the attention interface takes, no wider than the keys it covers.
 
     Without a prefix, attention runs over the new tokens alone, whatever length a static cache has.
+
+    Args:
+        position_ids: the caller's, or None where positions just count on: only given ones can separate documents.
     """
     length = inputs_embeds.shape[1]
+    has_prefix = isinstance(past_length, torch.Tensor) or past_length > 0
+    if config._attn_implementation == "sdpa" and attention_mask is None and position_ids is None and not has_prefix:
+        return None  # causal by the kernel's own flag; the library, while compiling, would make a [T, T] mask instead
     is_static = cache is not None and cache.is_compileable
-    if is_static and not isinstance(past_length, torch.Tensor):
+    if is_static and not has_prefix:
         cache = DynamicCache()
         attention_mask = None if attention_mask is None else attention_mask[..., :length]
     mask = causal_mask(config, inputs_embeds, attention_mask, cache, position_ids)

@@ -19,6 +19,8 @@ import venv
 from datetime import date
 from pathlib import Path
 
+from scripts import cli
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 PLACE = REPOSITORY / "build" / "compat"
 RESULTS = REPOSITORY / "evals" / "results" / "compat.md"
@@ -137,13 +139,8 @@ def table(rows: list[list[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line: 0 if every version passes, else 1."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=VERSIONS, default=VERSIONS, metavar="VERSION")
-    parser.add_argument("--torch", choices=("pinned", "newest"), default="pinned")
-    parser.add_argument("--workers", type=int, default=2, help="test processes at a time")
-    options = parser.parse_args(arguments)
+def test_versions(options: argparse.Namespace) -> int:
+    """Install and test every version asked for: 0 if all pass, else 1."""
     PLACE.mkdir(parents=True, exist_ok=True)
     rows, failed = [], False
     for version in options.only:
@@ -173,6 +170,15 @@ def main(arguments: list[str] | None = None) -> int:
             f"Python {sys.version.split()[0]}, CPU. Tests of {', '.join(SUBJECTS)}.\n\n{table(rows)}"
         )
     return int(failed)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line: 0 if every version passes, else 1."""
+    parser = cli.Parser("scripts.compat", __doc__)
+    parser.add_argument("--only", nargs="+", choices=VERSIONS, default=VERSIONS, metavar="VERSION")
+    parser.add_argument("--torch", choices=("pinned", "newest"), default="pinned")
+    parser.add_argument("--workers", type=cli.positive_int, default=2, help="test processes at a time")
+    return cli.run(test_versions, parser.parse_args(arguments), outputs=[PLACE])
 
 
 if __name__ == "__main__":
