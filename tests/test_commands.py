@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -245,6 +246,31 @@ def test_nohup_stays_in_force():
         assert cli.run(lambda _: os.kill(os.getpid(), signal.SIGHUP), downstream.argparse.Namespace()) == 0
     finally:
         signal.signal(signal.SIGHUP, previous)
+
+
+@pytest.mark.parametrize(("number", "code"), [("SIGHUP", 129), ("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_while_the_libraries_are_imported(tmp_path, number, code):
+    """Libraries import each other with the errors caught, so an exception would be lost or come back as another."""
+    (tmp_path / "library.py").write_text(
+        f"import os, signal\ntry:\n    os.kill(os.getpid(), signal.{number})\n    [None for _ in range(1000)]\n"
+        "except BaseException as error:\n    raise ImportError('half a module') from error\n"
+    )
+    program = "from argparse import Namespace; from scripts.cli import run; exit(run('library:body', Namespace()))"
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{tmp_path}"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, "interrupted\n")
+
+
+def test_a_signal_that_comes_back_as_another_error(capsys):
+    def body(_):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        except SystemExit as error:
+            raise KeyError("half an import") from error
+
+    assert cli.run(body, downstream.argparse.Namespace()) == 143
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 # Several commands on one output
