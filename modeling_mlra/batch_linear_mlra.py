@@ -8,17 +8,8 @@ from typing import Any
 
 import torch
 
+from .device_mlra import launch, launch_options, tl, triton
 from .fused_kernels_mlra import stacked
-from .plans_mlra import launch_options
-
-try:
-    import triton
-    import triton.language as tl
-
-    from .fused_kernels_mlra import _block_of, _wait
-    from .triton_mlra import _dot
-except ImportError:
-    triton = tl = None
 
 batch_linear_kernel: Any = None
 batch_value_kernel: Any = None
@@ -26,6 +17,8 @@ batch_value_kernel: Any = None
 ROWS = 64  # of a tile of weights: the height of the tensor cores' product on Hopper
 
 if triton is not None:
+    from .fused_kernels_mlra import _block_of, _wait
+    from .triton_mlra import _dot
 
     @triton.jit
     def _vectors_tile(x, x_stride, first, K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, WIDTH: tl.constexpr):
@@ -45,7 +38,7 @@ if triton is not None:
             exact = vectors.to(tl.float32)
             squares += tl.sum(exact * exact, 1)
             vectors = (exact * gamma.to(tl.float32)).to(vectors.dtype)
-        return _dot(tile, tl.trans(vectors), acc, "ieee"), squares
+        return _dot(tile, tl.trans(vectors), acc), squares
 
     @triton.jit
     def batch_linear_kernel(
@@ -144,7 +137,7 @@ if triton is not None:
             rows = m * L * H + first + c * H
             mask = (m < M)[:, None] & (rank < R)[None, :]
             latents = tl.load(z + (rows * R)[:, None] + rank[None, :], mask=mask, other=0.0)
-            acc = _dot(weights[c], tl.trans(latents), acc, "ieee")
+            acc = _dot(weights[c], tl.trans(latents), acc)
         y = acc * alpha
         column = query_head * V + values
         mask = (values < V)[:, None] & (m < M)[None, :]
@@ -175,7 +168,7 @@ def linear(x, weights, out, norm, scale, swiglu, residual, residual_share, arriv
         out: `[M, sum of n]`, or `[M, n]`.
         residual: like `out`, of which `residual_share` times is added, or None; may be `out`.
         arrived: int32 zeros, at least `[4 * multiprocessors]`, and zeros again afterwards.
-        multiprocessors, early: as from `plans_mlra.device_facts`.
+        multiprocessors, early: as in `DeviceFacts`.
     """
     vectors, inner = x.shape
     blocks, stack = stacked(weights, ROWS // 2 if swiglu else ROWS, swiglu)
@@ -184,7 +177,8 @@ def linear(x, weights, out, norm, scale, swiglu, residual, residual_share, arriv
     assert plan["SPLITS"] == 1 or blocks <= arrived.numel(), f"{blocks} row blocks, {arrived.numel()} counts"
     sums = torch.empty(programs * width * (ROWS + 1), dtype=torch.float32, device=x.device)
     apart = (weights[1].data_ptr() - weights[0].data_ptr()) // weights[0].element_size() if swiglu else 0
-    batch_linear_kernel[(blocks, plan["SPLITS"])](
+    launch(
+        x.device, batch_linear_kernel, (blocks, plan["SPLITS"]),
         x, x.stride(0), x if norm is None else norm.weight, scale, 0.0 if norm is None else norm.variance_epsilon,
         out if residual is None else residual, residual_share, out, out.stride(0),
         *stack, apart, sums, sums[programs * width * ROWS :], arrived,
@@ -205,7 +199,8 @@ def value(z, kv_b, gate, out, alpha, shape: dict) -> None:
     """
     block = max(16, min(32, triton.next_power_of_2(shape["V"])))
     heads = shape["L"] // shape["C"] * shape["H"]
-    batch_value_kernel[(heads, triton.cdiv(shape["V"], block))](
+    launch(
+        z.device, batch_value_kernel, (heads, triton.cdiv(shape["V"], block)),
         z, kv_b, gate, gate.stride(0), out, alpha, MP=padded(shape["M"]), VB=block, **shape, num_warps=4,
         **launch_options(shape["PDL"]),
     )  # fmt: skip

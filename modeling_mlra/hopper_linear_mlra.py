@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from .device_mlra import launch, launch_options, triton
 from .hopper_mlra import TensorDescriptor, gl, gluon
-from .plans_mlra import launch_options, triton
 
 # Smaller weights are held in registers as a whole, and are there before a ring has turned
 RING_BYTES = 32 * 2**20
@@ -223,14 +223,15 @@ def linear(x, weights, out, norm, scale, residual, residual_share, multiprocesso
         weights: one or two, `[n, K]` each.
         out: `[M, n]`.
         residual: `[M, n]`, of which `residual_share` times is added, or None; may be `out`.
-        multiprocessors, early: as from `plans_mlra.device_facts`.
+        multiprocessors, early: as in `DeviceFacts`.
     """
     itemsize, rows = weights[0].element_size(), weights[0].shape[0]
     plan = ring_plan(itemsize, len(weights) == 2, x.shape[0])
     block = [plan["ROWS"], plan["COLUMNS"]]
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8 * itemsize, rank=2)
     descriptors = [TensorDescriptor(w, list(w.shape), [w.stride(0), 1], block, layout) for w in weights]
-    linear_kernel[(min(triton.cdiv(rows, 2 * plan["ROWS"]), multiprocessors),)](
+    launch(
+        x.device, linear_kernel, (min(triton.cdiv(rows, 2 * plan["ROWS"]), multiprocessors),),
         descriptors[0], descriptors[-1], rows, x, x.stride(0), x if norm is None else norm.weight, scale,
         0.0 if norm is None else norm.variance_epsilon, out if residual is None else residual, residual_share,
         out, out.stride(0),

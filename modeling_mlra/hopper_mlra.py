@@ -21,7 +21,10 @@ try:
     _bulk_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
     _buffer = gl.shared_memory_descriptor
     _reinterpret = _buffer._reinterpret if hasattr(_buffer, "_reinterpret") else _buffer.reinterpret
-except ImportError:
+
+    gluon.jit(do_not_specialize=["x"])
+    _ = gl.constexpr
+except (ImportError, AttributeError, TypeError):  # an experimental API: names come and go
     gluon = gl = TensorDescriptor = rows_kernel = None
 
 if gluon is not None:
@@ -145,12 +148,35 @@ if gluon is not None:
             b += 1
 
     @gluon.jit
-    def _zero_tail(tile_buf, valid, BN: gl.constexpr):
-        """Rows from `valid` on are not in use and may hold NaN, which a weight of 0 would spread: overwrite them."""
-        LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    def _kept(mask_row, j, end, HAS_MASK: gl.constexpr, BN: gl.constexpr, LAYOUT: gl.constexpr):
+        """Which of the rows j.. of a sequence that ends at `end` are in use, and not left out by the mask."""
+        offs = gl.arange(0, BN, layout=LAYOUT)
+        kept = offs < end - j
+        if HAS_MASK:
+            kept = kept & (gl.load(mask_row + j + offs, mask=kept, other=0) != 0)
+        return kept
+
+    @gluon.jit
+    def _zero_rows(tile_buf, kept, LAYOUT: gl.constexpr):
         tile = tile_buf.load(LAYOUT)
-        rows = gl.arange(0, BN, layout=gl.SliceLayout(1, LAYOUT))
-        tile_buf.store(gl.where(gl.expand_dims(rows < valid, 1), tile, gl.zeros_like(tile)))
+        tile_buf.store(gl.where(gl.expand_dims(kept, 1), tile, gl.zeros_like(tile)))
+
+    @gluon.jit
+    def _clean_tile(
+        c_buf, stage, j, end, mask_row,
+        HAS_MASK: gl.constexpr, NL: gl.constexpr, BN: gl.constexpr, S_LAYOUT: gl.constexpr,
+    ):  # fmt: skip
+        """Overwrites a tile's rows that no query sees: they may hold NaN, which a weight of 0 would spread."""
+        LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+        dirty = j + BN > end
+        if HAS_MASK:
+            dirty = gl.min(_kept(mask_row, j, end, True, BN, gl.SliceLayout(0, S_LAYOUT)).to(gl.int32), 0) == 0
+        if dirty:
+            kept = _kept(mask_row, j, end, HAS_MASK, BN, gl.SliceLayout(1, LAYOUT))
+            for k in gl.static_range(NL):
+                _zero_rows(c_buf.index(stage * NL + k), kept, LAYOUT)
+            fence_async_shared()
+            _barrier()
 
     @gluon.jit
     def _scores(
@@ -166,14 +192,14 @@ if gluon is not None:
 
     @gluon.jit
     def _softmax_step(
-        s, m, norm, j, hi, end, limit, key_mask, mask_b, b64, T, scale_log2,
+        s, m, norm, j, hi, end, limit, mask_row, T, scale_log2,
         BN: gl.constexpr, HAS_MASK: gl.constexpr, CAUSAL: gl.constexpr, S_LAYOUT: gl.constexpr,
     ):  # fmt: skip
         """Scores of rows j.. to weights: the weights, the factor of what came before, the new maxima and sums."""
         offs_n = gl.arange(0, BN, layout=gl.SliceLayout(0, S_LAYOUT))
         if HAS_MASK:
             ok_n = offs_n < hi - j
-            ok_n = ok_n & (gl.load(key_mask + b64 * mask_b + j + offs_n, mask=ok_n, other=0) != 0)
+            ok_n = ok_n & (gl.load(mask_row + j + offs_n, mask=ok_n, other=0) != 0)
             s = gl.where(gl.expand_dims(ok_n, 0), s, float("-inf"))
         if j + BN > hi:
             s = gl.where(gl.expand_dims(offs_n < hi - j, 0), s, float("-inf"))
@@ -187,16 +213,15 @@ if gluon is not None:
         return w, alpha, m_new, norm * alpha + gl.sum(w, 1)
 
     @gluon.jit
-    def _add_values(wd, c_buf, stage, acc0, acc1, j, end, empty, NL: gl.constexpr, BN: gl.constexpr):
+    def _add_values(
+        wd, c_buf, stage, acc0, acc1, j, end, mask_row, empty,
+        HAS_MASK: gl.constexpr, NL: gl.constexpr, BN: gl.constexpr, S_LAYOUT: gl.constexpr,
+    ):  # fmt: skip
         """Adds the weighted rows of a tile, rows j.. of a sequence that ends at `end`, and frees its buffer.
 
         Those of two latents are added for all query rows: of each sum, the query rows of the other latent are left out
         in the end."""
-        if j + BN > end:
-            for k in gl.static_range(NL):
-                _zero_tail(c_buf.index(stage * NL + k), end - j, BN)
-            fence_async_shared()
-            _barrier()
+        _clean_tile(c_buf, stage, j, end, mask_row, HAS_MASK, NL, BN, S_LAYOUT)
         acc0 = warpgroup_mma(wd, c_buf.index(stage * NL), acc0, is_async=True)
         if NL == 2:
             acc1 = warpgroup_mma(wd, c_buf.index(stage * NL + 1), acc1, is_async=True)
@@ -249,6 +274,9 @@ if gluon is not None:
             )
             tiles = (hi - lo + (BN - 1)) // BN
             b64 = b.to(gl.int64)
+            mask_row = key_mask  # None without a mask
+            if HAS_MASK:
+                mask_row = key_mask + b64 * mask_b
             if SHARE_ROWS and WG == 1:
                 mbarrier.wait(q_full, segments & 1)
             else:
@@ -285,17 +313,19 @@ if gluon is not None:
                     s = _scores(q_buf, qr_buf, c_buf, k_buf, full, g + OFFSET, zeros, FIRST, NL, STAGES)
                     s = warpgroup_mma_wait(0, deps=(s,))
                     w, alpha, m, norm = _softmax_step(
-                        s, m, norm, lo + OFFSET * BN, hi, end, limit, key_mask, mask_b, b64, T, scale_log2,
+                        s, m, norm, lo + OFFSET * BN, hi, end, limit, mask_row, T, scale_log2,
                         BN, HAS_MASK, CAUSAL, S_LAYOUT,
                     )  # fmt: skip
                     wd = gl.convert_layout(w.to(dtype), P_LAYOUT)
                     for it in range(OFFSET + STEP, tiles, STEP):
                         before = (g + it - STEP) % STAGES
+                        if HAS_MASK:
+                            _clean_tile(c_buf, before, lo + (it - STEP) * BN, end, mask_row, True, 1, BN, S_LAYOUT)
                         s = _scores(q_buf, qr_buf, c_buf, k_buf, full, g + it, zeros, FIRST, NL, STAGES)
                         acc0 = warpgroup_mma(wd, c_buf.index(before), acc0, is_async=True)
                         s = warpgroup_mma_wait(1, deps=(s,))
                         w, alpha, m, norm = _softmax_step(
-                            s, m, norm, lo + it * BN, hi, end, limit, key_mask, mask_b, b64, T, scale_log2,
+                            s, m, norm, lo + it * BN, hi, end, limit, mask_row, T, scale_log2,
                             BN, HAS_MASK, CAUSAL, S_LAYOUT,
                         )  # fmt: skip
                         acc0 = warpgroup_mma_wait(0, deps=(acc0,))
@@ -305,7 +335,9 @@ if gluon is not None:
                         wd = gl.convert_layout(w.to(dtype), P_LAYOUT)
                     last = OFFSET + (tiles - 1 - OFFSET) // STEP * STEP
                     stage = (g + last) % STAGES
-                    acc0, acc1 = _add_values(wd, c_buf, stage, acc0, acc1, lo + last * BN, end, empty, NL, BN)
+                    acc0, acc1 = _add_values(
+                        wd, c_buf, stage, acc0, acc1, lo + last * BN, end, mask_row, empty, HAS_MASK, NL, BN, S_LAYOUT
+                    )
             else:
                 for it in range(OFFSET, tiles, STEP):
                     j = lo + it * BN
@@ -313,7 +345,7 @@ if gluon is not None:
                     s = _scores(q_buf, qr_buf, c_buf, k_buf, full, g + it, zeros, FIRST, NL, STAGES)
                     s = warpgroup_mma_wait(0, deps=(s,))
                     w, alpha, m, norm = _softmax_step(
-                        s, m, norm, j, hi, end, limit, key_mask, mask_b, b64, T, scale_log2,
+                        s, m, norm, j, hi, end, limit, mask_row, T, scale_log2,
                         BN, HAS_MASK, CAUSAL, S_LAYOUT,
                     )  # fmt: skip
                     factor = gl.expand_dims(gl.convert_layout(alpha, O_ROWS), 1)
@@ -321,7 +353,9 @@ if gluon is not None:
                     if NL == 2:
                         acc1 = acc1 * factor
                     wd = gl.convert_layout(w.to(dtype), P_LAYOUT)
-                    acc0, acc1 = _add_values(wd, c_buf, stage, acc0, acc1, j, end, empty, NL, BN)
+                    acc0, acc1 = _add_values(
+                        wd, c_buf, stage, acc0, acc1, j, end, mask_row, empty, HAS_MASK, NL, BN, S_LAYOUT
+                    )
 
             offs_o = gl.arange(0, 64, layout=O_ROWS)
             acc = acc0

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from .triton_mlra import triton_latent_attention, triton_missing
+from .device_mlra import cannot_be_built, triton_missing
+from .triton_mlra import triton_latent_attention
 
 try:
     import flash_attn_interface
@@ -55,8 +56,7 @@ def reference_latent_attention(
     if kv_start is not None:
         used = used & (positions >= kv_start[:, None])
     if key_mask is not None:
-        key_mask = key_mask[:, : used.shape[1]].bool()
-        used = used & torch.nn.functional.pad(key_mask, (0, used.shape[1] - key_mask.shape[1]))
+        used = used & key_mask[:, : used.shape[1]].bool()
     query = torch.arange(length, device=q_latent.device)
     seen = used[:, None] & (positions <= (kv_end[:, None] - length + query)[..., None])  # [B, T, S]
 
@@ -113,8 +113,22 @@ def _is_one_row(latents, k_rope) -> bool:
 
 
 def _triton(*arguments):
+    result = triton_latent_attention(*arguments)
     decode_calls["triton"] += 1
-    return triton_latent_attention(*arguments)
+    return result
+
+
+def _automatic(*arguments):
+    """Triton, or where its kernels cannot be built for the device, torch."""
+    try:
+        return _triton(*arguments)
+    except Exception as error:
+        if not cannot_be_built(error):
+            raise
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        _warn_once(f"latent attention falls back to 'torch': 'triton' cannot run because {reason}")
+    decode_calls["torch"] += 1
+    return reference_latent_attention(*arguments[:10])
 
 
 def _empty_result(q_latent, *args, **kwargs):
@@ -136,6 +150,7 @@ def _register(name, function):
 _library = torch.library.Library("mlra", "FRAGMENT")
 _operators = {
     "triton": _register("latent_attention_triton", _triton),
+    "auto": _register("latent_attention_auto", _automatic),
     "flash_attention_3": _register("latent_attention_flash_attention_3", _flash_attention_3),
 }
 
@@ -162,7 +177,7 @@ def _obstacle(name, q_latent, q_rope, latents, k_rope, kv_start, key_mask) -> st
     if name != "torch" and needs_gradient:
         return "it has no gradient; run it under torch.no_grad(), or use 'torch'"
     if name == "triton":
-        return triton_missing(q_latent.device.type, q_latent.dtype)
+        return triton_missing(q_latent.device, q_latent.dtype)
     if name == "flash_attention_3":
         if flash_attn_interface is None:
             return "module flash_attn_interface (FlashAttention-3) is not installed; 'triton' needs no such module"
@@ -173,23 +188,29 @@ def _obstacle(name, q_latent, q_rope, latents, k_rope, kv_start, key_mask) -> st
     return None
 
 
+def asked_implementation(implementation: str | None) -> str:
+    """What was asked for: the argument, else the environment variable MLRA_DECODE, else "auto"."""
+    if implementation in (None, "auto"):
+        return os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    return implementation
+
+
 def choose_implementation(implementation, q_latent, q_rope, latents, k_rope, kv_start=None, key_mask=None) -> str:
-    """The implementation that runs: the argument, else the environment variable MLRA_DECODE, else the best that can.
+    """The implementation that runs: the one asked for, else the best that can ("auto": Triton, as far as it can be
+    known before its kernels are built).
 
     Raises:
         ImportError: the named implementation needs a package that is not installed.
         ValueError: the named implementation is unknown or cannot run these inputs.
     """
     inputs = (q_latent, q_rope, latents, k_rope, kv_start, key_mask)
-    name = implementation
-    if name in (None, "auto"):
-        name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    name = asked_implementation(implementation)
     if name == "auto":
         if q_latent.device.type not in ("cuda", "xpu"):
             return "torch"
         obstacle = _obstacle("triton", *inputs)
         if obstacle is None:
-            return "triton"
+            return "auto"
         one_row = flash_attn_interface is not None and _is_one_row(latents, k_rope)
         chosen = "flash_attention_3" if one_row and _obstacle("flash_attention_3", *inputs) is None else "torch"
         _warn_once(f"latent attention falls back to '{chosen}': 'triton' cannot run because {obstacle}")
@@ -229,7 +250,7 @@ def latent_attention(
     page_size: int = 0,
     settled: bool = False,
 ) -> torch.Tensor:
-    """Absorbed attention of T query positions over the cached rows of each sequence.
+    """Absorbed attention of T query positions over the cached rows of each sequence, in the dtype of `latents`.
 
     z_{s,i,t} = softmax_j(scaling * (q_latent_{s,i,t} . c_s[j] + q_rope_{g,i,t} . k_rope[j])) c_s[j], where query t of
     sequence b sees the rows kv_start[b] <= j <= kv_end[b] - T + t with key_mask[b, j]. One that sees none gives zeros.
@@ -242,7 +263,7 @@ def latent_attention(
         k_rope: `[B, S, E]`, or `[pages * page_size, E]`.
         kv_end: int32 `[B]`, rows in use, the T query rows included. Read on the device only.
         kv_start: int32 `[B]`, first row seen (left padding), or None for 0.
-        key_mask: bool `[B, at least max(kv_end)]`, or None.
+        key_mask: bool `[B, any number of rows]`, rows that it lacks are not seen; or None.
         scaling: factor of the scores (explicit: the widths here are not those it derives from).
         implementation: "auto", "triton", "flash_attention_3", "torch", "org/repo" or a local kernel folder.
         block_table: int32 `[B, max_blocks]`: row j lies at row block_table[b, j // page_size] * page_size
@@ -257,18 +278,23 @@ def latent_attention(
         ImportError, ValueError: see `choose_implementation`; ValueError also for shapes that do not fit.
     """
     _check_shapes(q_latent, q_rope, latents, k_rope, kv_end, block_table, page_size)
+    num_rows = latents.shape[1] if block_table is None else block_table.shape[1] * page_size
+    if key_mask is not None and key_mask.shape[1] < num_rows:  # no implementation looks for the end of the mask
+        key_mask = torch.nn.functional.pad(key_mask, (0, num_rows - key_mask.shape[1]))
+    given = q_latent.dtype
+    q_latent, q_rope, k_rope = (x.to(latents.dtype) for x in (q_latent, q_rope, k_rope))
     name = choose_implementation(implementation, q_latent, q_rope, latents, k_rope, kv_start, key_mask)
     arguments = (q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling)
     if name in _operators:
-        return _operators[name](*arguments, settled)
+        return _operators[name](*arguments, settled).to(given)
     if not torch.compiler.is_compiling():
         decode_calls[name] += 1
     if name == "torch":
-        return reference_latent_attention(*arguments)
+        return reference_latent_attention(*arguments).to(given)
     options = {"kv_end": kv_end, "kv_start": kv_start, "key_mask": key_mask, "scaling": scaling}
     if block_table is not None:
         options |= {"block_table": block_table, "page_size": page_size}
-    return _hub_function(name)(q_latent, q_rope, latents, k_rope, **options)
+    return _hub_function(name)(q_latent, q_rope, latents, k_rope, **options).to(given)
 
 
 def _check_shapes(q_latent, q_rope, latents, k_rope, kv_end, block_table, page_size) -> None:

@@ -6,6 +6,7 @@ supported. Code here tells versions apart by what they have, not by their number
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
@@ -41,11 +42,17 @@ def take_cache(kwargs: MutableMapping[str, Any]) -> Any:
 
 
 def takes_cache_by_any_name(function: Callable) -> Callable:
-    """Let a function whose cache parameter is `cache` be called with `past_key_values` as well."""
+    """Let a function whose cache parameter is `cache` be called with `past_key_values` as well.
+
+    The older name brings a `FutureWarning` with the versions that deprecate it, as it does with the library's models.
+    """
 
     @functools.wraps(function)
     def renamed(*args, **kwargs):
         if "past_key_values" in kwargs:
+            if CACHE == "cache" and not torch.compiler.is_compiling():
+                message = "`past_key_values` is deprecated and ends with transformers 5.40: say `cache` instead"
+                warnings.warn(message, FutureWarning, stacklevel=2)
             kwargs["cache"] = take_cache(kwargs)
         return function(*args, **kwargs)
 
@@ -67,7 +74,7 @@ def causal_mask(
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
     cache: Cache | None,
-    position_ids: torch.Tensor,
+    position_ids: torch.Tensor | None,
 ):
     """The library's causal mask for its attention interface: a tensor, a block mask, or None."""
     return create_causal_mask(

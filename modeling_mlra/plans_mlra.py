@@ -1,67 +1,16 @@
-"""What the decode kernels run on, and with which tiles; evals/results/decode_notes.md has what was measured."""
+"""With which tiles the decode kernels run; evals/results/decode_notes.md has what was measured."""
 
 import functools
-import logging
-import math
 from typing import Any
 
 import torch
 
-from .hopper_mlra import rows_kernel
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = tl = None
-
-logger = logging.getLogger(__name__)
+from .device_mlra import DeviceFacts, triton
 
 # With so many cached rows, four latents or more wait for the L2 cache of an H200, out of which each reads the rotary
 # keys: two in one program then share them (up to 64 wide, so that four tiles fit). With fewer, that costs more at both
 # ends of a program than it saves.
 PAIRED_ROWS = 3 * 2**17
-# First and last version of triton whose experimental API the Hopper kernels compile with (tests/compile_kernels.py)
-GLUON_VERSIONS = (3, 6), (3, 9)
-
-
-def gluon_fits() -> bool:
-    """Whether the Hopper kernels can be compiled; says so if only the version of triton is in the way."""
-    if rows_kernel is None:
-        return False
-    first, last = GLUON_VERSIONS
-    if first <= tuple(int(number) for number in triton.__version__.split(".")[:2]) <= last:
-        return True
-    logger.warning(
-        f"triton {triton.__version__} is not one of {first[0]}.{first[1]} to {last[0]}.{last[1]}, for which the "
-        "Hopper kernels are written: the portable ones run, which are slower"
-    )
-    return False
-
-
-@functools.lru_cache
-def device_facts(device: torch.device) -> tuple[int, bool, bool]:
-    """Number of multiprocessors, whether kernels can be launched early (programmatic dependent launch), and whether
-    the Hopper kernels run."""
-    if device.type != "cuda":
-        return 4, False, False
-    properties = torch.cuda.get_device_properties(device)
-    nvidia = torch.version.hip is None
-    early = nvidia and properties.major >= 9 and hasattr(tl.extra.cuda, "gdc_wait")
-    return properties.multi_processor_count, early, nvidia and properties.major == 9 and gluon_fits()
-
-
-def shared_bytes(device: torch.device) -> float:
-    """Shared memory that one program can have, in bytes."""
-    if device.type != "cuda":
-        return math.inf
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-
-
-def launch_options(early: bool) -> dict[str, bool]:
-    """Of a kernel that waits on the device for the one in front of it, and may be launched before that has ended."""
-    return {"launch_pdl": True} if early else {}
 
 
 def fits_hopper(latents, k_rope, block_table) -> bool:
@@ -80,33 +29,100 @@ def fits_hopper(latents, k_rope, block_table) -> bool:
     )
 
 
-def decode_plan(
-    rows: int, num_latents: int, groups: int, width: int, rope_width: int, itemsize: int, cached: int, hopper: bool
-) -> dict[str, Any]:
-    """Block sizes for M = `rows` query rows per latent and `cached` allocated rows in all."""
+def decode_plans(
+    rows: int,
+    num_latents: int,
+    groups: int,
+    width: int,
+    rope_width: int,
+    itemsize: int,
+    cached: int,
+    hopper: bool,
+    facts: DeviceFacts,
+) -> tuple[dict[str, Any], ...]:
+    """Block sizes for M = `rows` query rows per latent and `cached` allocated rows in all, the best first.
+
+    What follows is for devices where that one, against all estimates, cannot be built.
+    """
+    paired = cached >= PAIRED_ROWS
+    return _decode_plans(rows, num_latents, groups, width, rope_width, itemsize, paired, hopper, facts)
+
+
+@functools.lru_cache(maxsize=256)
+def _decode_plans(rows, num_latents, groups, width, rope_width, itemsize, paired, hopper, facts):
     padded = max(16, triton.next_power_of_2(width))
     rope_padded = max(16, triton.next_power_of_2(rope_width))
     branches = num_latents // groups
-    plan = {"kernel": "plain", "RP": padded, "EP": rope_padded, "UNIT": 32, "MIN_UNITS": 1, "NL": 1, "num_stages": 3}
+    plan = {"kernel": "plain", "RP": padded, "EP": rope_padded, "UNIT": 32, "MIN_UNITS": 1, "NL": 1}
     plan["programs_per_sm"] = 1
-    if hopper and rows <= 64:
+    plain = tuple(plan | tiles for tiles in _plain_tiles(rows, branches, padded, rope_padded, itemsize, facts))
+    if not hopper:
+        return plain
+    if rows <= 64:
         plan |= {"kernel": "rows", "BM": 64, "BN": 64, "UNIT": 64, "num_warps": 4, "num_stages": 6, "AHEAD": 4}
         # A tile for each of the two warpgroups; with several latents more, which leaves room for the kernel behind
         plan["MIN_UNITS"] = 2 if num_latents == 1 else 3
         plan["OVERLAP"] = num_latents > 1  # one latent alone waits for memory, and better holds no buffer for longer
-        if rows <= 32 and num_latents >= 4 and branches % 2 == 0 and rope_width <= 64 and cached >= PAIRED_ROWS:
+        if rows <= 32 and num_latents >= 4 and branches % 2 == 0 and rope_width <= 64 and paired:
             plan |= {"NL": 2, "num_stages": 4, "AHEAD": 3, "OVERLAP": False}
-    elif hopper:
+    else:
         plan |= {"kernel": "rows", "BM": 128, "BN": 128, "UNIT": 128, "num_warps": 4, "num_stages": 3}
         plan |= {"AHEAD": 2, "OVERLAP": True}
-    elif rows <= 32 and padded <= 128 and branches in (2, 4, 8):
-        plan |= {"NL": branches, "BM": 16 if rows <= 16 else 32, "BN": 16, "num_stages": 4, "num_warps": branches}
-        plan["programs_per_sm"] = 8 // branches
-    else:
-        per_row = (padded + rope_padded) * itemsize
-        plan |= {"BM": 64 if rows > 16 else 16, "BN": 64 if per_row <= 768 else 32}
-        plan["num_warps"] = 4 if padded <= 256 else 8
-    return plan
+    return plan, *plain
+
+
+def _plain_tiles(
+    rows: int, branches: int, padded: int, rope_padded: int, itemsize: int, facts: DeviceFacts
+) -> list[dict[str, int]]:
+    """Tiles of the plain kernel that should fit, each with three buffers before two, from the largest on.
+
+    Products of float32 run outside of tensor cores, and AMD's take both factors from registers: more than these tiles
+    would lie in memory instead (`python -m tests.compile_kernels` counts such bytes).
+    """
+    per_row = (padded + rope_padded) * itemsize
+    tall = 16 if rows <= 16 else 32 if rows <= 32 and not (facts.hopper and itemsize == 2) else 64
+    deep = 64 if per_row <= 768 else 32
+    if itemsize == 4:
+        tall, deep = min(tall, 16 if padded > 256 else 32), 16
+    elif not facts.nvidia and facts.warp_size == 32:
+        tall, deep = min(tall, 16 if padded > 128 else 32), 16 if padded > 128 else 32
+    elif not facts.nvidia:
+        tall, deep = min(tall, 32 if padded > 256 else 64), max(16, min(64, 8192 // padded))
+    elif padded > 256 and not facts.hopper:
+        tall = min(tall, 32)
+    found = []
+    wide_registers = facts.nvidia or facts.warp_size == 64
+    if rows <= 32 and padded <= 128 and branches in (2, 4, 8) and itemsize == 2 and wide_registers:
+        together = {"NL": branches, "BM": 16 if rows <= 16 else 32, "BN": 16, "num_warps": branches}
+        for stages in (4, 3, 2):
+            shared = _shared_bytes(together, stages, padded, rope_padded, itemsize, facts)
+            many = int(min(8 // branches, facts.shared_per_multiprocessor // (shared + 1024)))
+            found.append((shared, together | {"num_stages": stages, "programs_per_sm": max(1, many)}))
+    while True:
+        heavy = tall * padded > 8192 or itemsize == 4
+        tile = {"BM": tall, "BN": deep, "num_warps": 8 if padded > 256 or heavy else 4}
+        for stages in (3, 2):
+            shared = _shared_bytes(tile, stages, padded, rope_padded, itemsize, facts)
+            found.append((shared, tile | {"num_stages": stages}))
+        if tall > 16:
+            tall //= 2
+        elif deep > 16:
+            deep //= 2
+        else:
+            break
+    fitting = [tile for shared, tile in found if shared <= facts.shared_bytes]
+    return [*fitting, tile | {"num_stages": 1}]
+
+
+def _shared_bytes(tile, stages: int, padded: int, rope_padded: int, itemsize: int, facts: DeviceFacts) -> int:
+    """Shared memory that the plain kernel takes with a tile, as compiled for NVIDIA's and AMD's GPUs."""
+    latents, per_row = tile.get("NL", 1), (padded + rope_padded) * itemsize
+    buffers = (stages - 1) * tile["BN"] * (latents * padded + rope_padded) * itemsize
+    weights = tile["BM"] * tile["BN"] * itemsize
+    if not facts.nvidia:
+        return latents * max(tile["BM"] * padded * 4, buffers + weights)
+    queries = latents * tile["BM"] * per_row
+    return queries + buffers + (weights if latents == 1 else 0)
 
 
 def even_programs(programs: int, batch: int) -> int:
@@ -122,13 +138,3 @@ def reduction_plan(batch: int, num_latents: int, rows: int, programs: int, padde
         return {"SPLITS": 1, "BD": padded_width, "ROWS": min(16, triton.next_power_of_2(rows)), "num_warps": 4}
     columns = min(padded_width, 4096 // splits if splits < 64 else 32)
     return {"SPLITS": splits, "BD": columns, "ROWS": 1, "num_warps": {8: 1, 256: 8}.get(splits, 4)}
-
-
-# What to change in a plan, one after the other, if its tiles do not fit a GPU's shared memory (float32, wide latents).
-SMALLER_PLANS: tuple[dict[str, int], ...] = (
-    {},
-    {"num_stages": 2},
-    {"num_stages": 1},
-    {"num_stages": 1, "BN": 16},
-    {"num_stages": 1, "BN": 16, "BM": 16},
-)

@@ -12,40 +12,23 @@ log2-sum-exp, which the second kernel reduces. It is launched early and waits on
 """
 
 import math
-import os
 from dataclasses import dataclass
 
 import torch
 
+from .device_mlra import INTERPRETED, cannot_be_built, device_facts, launch, launch_options, tl, triton
 from .hopper_mlra import TensorDescriptor, gl, rows_kernel
-from .plans_mlra import (
-    SMALLER_PLANS,
-    decode_plan,
-    device_facts,
-    even_programs,
-    fits_hopper,
-    launch_options,
-    reduction_plan,
-)
-
-try:
-    import triton
-    import triton.language as tl
-    from triton.runtime.errors import OutOfResources
-except ImportError:
-    triton = tl = None
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+from .plans_mlra import decode_plans, even_programs, fits_hopper, reduction_plan
 
 if triton is not None:
     _UPCAST = tl.constexpr(INTERPRETED)  # the interpreter multiplies the bit patterns of bfloat16 operands
 
     @triton.jit
-    def _dot(x, y, acc, PRECISION: tl.constexpr):
+    def _dot(x, y, acc):
         if _UPCAST:
             x = x.to(tl.float32)
             y = y.to(tl.float32)
-        return tl.dot(x, y, acc, input_precision=PRECISION)
+        return tl.dot(x, y, acc, input_precision="ieee")
 
     @triton.jit
     def _program_wait(PDL: tl.constexpr):
@@ -125,7 +108,7 @@ if triton is not None:
     def _rows_segment(
         q, qr, c, k, mask_row, table_row, lo, hi, limit, t, h, ok_m, scale_log2, q_t, q_h, qr_t, qr_h, c_s, k_s,
         R: tl.constexpr, E: tl.constexpr, RP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-        HAS_MASK: tl.constexpr, PAGE: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+        HAS_MASK: tl.constexpr, PAGE: tl.constexpr, CAUSAL: tl.constexpr,
     ):  # fmt: skip
         """One latent, BM query rows as rows of the matrix product. Returns sums [BM, RP], log2 maxima, weight sums."""
         offs_d = tl.arange(0, RP)
@@ -146,22 +129,22 @@ if triton is not None:
             ok_n = offs < hi - j
             k_base, k_rows = _cache_offsets(table_row, j, offs, ok_n, k_s, PAGE)
             c_base, c_rows = _cache_offsets(table_row, j, offs, ok_n, c_s, PAGE)
+            if HAS_MASK:  # rows that are left out may hold NaN, which a weight of 0 would spread
+                ok_n = ok_n & (tl.load(mask_row + j + offs, mask=ok_n, other=0) != 0)
             k_tile = tl.load(
                 k + k_base + (k_rows[:, None] + offs_e[None, :]), mask=ok_n[:, None] & ok_e[None, :], other=0.0
             )
             c_tile = tl.load(
                 c + c_base + (c_rows[:, None] + offs_d[None, :]), mask=ok_n[:, None] & ok_d[None, :], other=0.0
             )
-            if HAS_MASK:
-                ok_n = ok_n & (tl.load(mask_row + j + offs, mask=ok_n, other=0) != 0)
             seen = ok_n[None, :]
             if CAUSAL:
                 seen = seen & (offs[None, :] < limit[:, None] - j)
-            s = _dot(qr_tile, tl.trans(k_tile), None, PRECISION)
-            s = _dot(q_tile, tl.trans(c_tile), s, PRECISION)
+            s = _dot(qr_tile, tl.trans(k_tile), None)
+            s = _dot(q_tile, tl.trans(c_tile), s)
             w, alpha, m = _softmax_step(s, seen, m, scale_log2, 1)
             norm = norm * alpha + tl.sum(w, 1)
-            acc = _dot(w.to(c_tile.dtype), c_tile, acc * alpha[:, None], PRECISION)
+            acc = _dot(w.to(c_tile.dtype), c_tile, acc * alpha[:, None])
         return acc, m, norm
 
     @triton.jit
@@ -170,7 +153,7 @@ if triton is not None:
         q_t, q_l, q_h, qr_t, qr_h, c_s, c_l, k_s,
         R: tl.constexpr, E: tl.constexpr, RP: tl.constexpr, EP: tl.constexpr, NL: tl.constexpr,
         BM: tl.constexpr, BN: tl.constexpr,
-        HAS_MASK: tl.constexpr, PAGE: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+        HAS_MASK: tl.constexpr, PAGE: tl.constexpr, CAUSAL: tl.constexpr,
     ):  # fmt: skip
         """NL latents as a batched product: with NL warps, each has its own latent and never meets another, and the
         rotary keys are read once for all. For few query rows. Returns as `_rows_segment`, with a leading [NL].
@@ -193,6 +176,8 @@ if triton is not None:
             ok_n = offs < hi - j
             k_base, k_rows = _cache_offsets(table_row, j, offs, ok_n, k_s, PAGE)
             c_base, c_rows = _cache_offsets(table_row, j, offs, ok_n, c_s, PAGE)
+            if HAS_MASK:
+                ok_n = ok_n & (tl.load(mask_row + j + offs, mask=ok_n, other=0) != 0)
             k_tile = tl.load(
                 k + k_base + (k_rows[:, None] + offs_e[None, :]), mask=ok_n[:, None] & ok_e[None, :], other=0.0
             )
@@ -202,16 +187,14 @@ if triton is not None:
                 mask=ok_n[None, :, None] & ok_d[None, None, :],
                 other=0.0,
             )
-            if HAS_MASK:
-                ok_n = ok_n & (tl.load(mask_row + j + offs, mask=ok_n, other=0) != 0)
             seen = ok_n[None, None, :]
             if CAUSAL:
                 seen = seen & (offs[None, None, :] < limit[None, :, None] - j)
-            s = _dot(qr_tile, tl.permute(k_tile, (0, 2, 1)), None, PRECISION)
-            s = _dot(q_tile, tl.permute(c_tile, (0, 2, 1)), s, PRECISION)
+            s = _dot(qr_tile, tl.permute(k_tile, (0, 2, 1)), None)
+            s = _dot(q_tile, tl.permute(c_tile, (0, 2, 1)), s)
             w, alpha, m = _softmax_step(s, seen, m, scale_log2, 2)
             norm = norm * alpha + tl.sum(w, 2)
-            acc = _dot(w.to(c_tile.dtype), c_tile, acc * alpha[:, :, None], PRECISION)
+            acc = _dot(w.to(c_tile.dtype), c_tile, acc * alpha[:, :, None])
         return acc, m, norm
 
     @triton.jit(do_not_specialize=["B", "P", "whole"])
@@ -227,7 +210,6 @@ if triton is not None:
     ):  # fmt: skip
         """One share of the rows, for BM query rows of NL latents of one group; `whole` sequences go to `out`."""
         LANES: tl.constexpr = L // NL
-        PRECISION: tl.constexpr = "ieee" if latents.dtype.element_ty == tl.float32 else "tf32"
         M = T * H
         lanes = LANES * ((M + BM - 1) // BM)
         p = tl.program_id(0) // lanes
@@ -271,7 +253,7 @@ if triton is not None:
             if NL == 1:
                 acc, m, norm = _rows_segment(
                     q_base, qr_base, c_base, k_base, mask_row, table_row, lo, hi, limit, t, h, ok_m, scale_log2,
-                    q_t, q_h, qr_t, qr_h, c_s, k_s, R, E, RP, EP, BM, BN, HAS_MASK, PAGE, CAUSAL, PRECISION,
+                    q_t, q_h, qr_t, qr_h, c_s, k_s, R, E, RP, EP, BM, BN, HAS_MASK, PAGE, CAUSAL,
                 )  # fmt: skip
                 acc = acc[None]
                 m = m[None]
@@ -280,7 +262,7 @@ if triton is not None:
                 acc, m, norm = _latents_segment(
                     q_base, qr_base, c_base, k_base, mask_row, table_row, lo, hi, limit, t, h, ok_m, scale_log2,
                     q_t, q_l, q_h, qr_t, qr_h, c_s, c_l, k_s,
-                    R, E, RP, EP, NL, BM, BN, HAS_MASK, PAGE, CAUSAL, PRECISION,
+                    R, E, RP, EP, NL, BM, BN, HAS_MASK, PAGE, CAUSAL,
                 )  # fmt: skip
 
             z = acc * tl.where(norm > 0, 1.0 / norm, 0.0)[:, :, None]
@@ -362,19 +344,6 @@ if triton is not None:
             tl.store(o_base + (m0 // H) * o_t + (m0 % H) * o_h + offs_d, z.to(out.dtype.element_ty), mask=ok_d)
 
 
-def triton_missing(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why the Triton kernel cannot run on such tensors, or None if it can."""
-    if triton is None:
-        return "module triton is not installed"
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"it takes bfloat16, float16 or float32, not {dtype}; use 'torch'"
-    if device_type == "cpu" and not INTERPRETED:
-        return "Triton needs a GPU; on this CPU use 'torch' (or set TRITON_INTERPRET=1 to run Triton's interpreter)"
-    if device_type not in ("cpu", "cuda", "xpu"):
-        return f"Triton does not run on {device_type}; use 'torch'"
-    return None
-
-
 @dataclass
 class PartialResults:
     """What the decode kernel leaves of shares that do not cover a whole sequence, for a second kernel to reduce.
@@ -393,7 +362,7 @@ class PartialResults:
     deal: dict
 
 
-_fitting_plans: dict[tuple, int] = {}
+_fitting_plans: dict[tuple, int | Exception] = {}  # which of the plans for a kernel can be built, or why none
 
 
 def triton_latent_attention(q_latent, q_rope, latents, k_rope, kv_end, kv_start, *arguments, **tuning) -> torch.Tensor:
@@ -404,55 +373,76 @@ def triton_latent_attention(q_latent, q_rope, latents, k_rope, kv_end, kv_start,
     kv_start = None if kv_start is None else kv_start.to(torch.int32).contiguous()
     parts = partial_results(out, q_latent, q_rope, latents, k_rope, kv_end, kv_start, *arguments, **tuning)
     if parts.programs > 1:
-        rows, (_, early, _) = length * heads, device_facts(out.device)
+        rows, early = length * heads, device_facts(out.device).early
         reduction = reduction_plan(batch, num_latents, rows, parts.programs, triton.next_power_of_2(width))
         grid = (triton.cdiv(width, reduction["BD"]), num_latents * triton.cdiv(rows, reduction["ROWS"]), batch)
-        combine_kernel[grid](
+        launch(
+            out.device, combine_kernel, grid,
             out, parts.part, parts.lse, kv_end, kv_start, batch, length, parts.programs, *out.stride()[:4],
             L=num_latents, H=heads, R=width, PDL=early, **reduction, **parts.deal, **launch_options(early),
         )  # fmt: skip
     return out
 
 
-def partial_results(out, q_latent, q_rope, *arguments, **tuning) -> PartialResults:
-    """Run the decode kernel with the largest plan that fits; arguments as in `latent_attention`, lengths in int32.
+def partial_results(
+    out, q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling,
+    settled=False, **tuning,
+) -> PartialResults:  # fmt: skip
+    """Run the decode kernel with the best plan that fits; arguments as in `latent_attention`, lengths in int32.
 
     Args:
         out: like `q_latent`, takes the results of sequences that one share covers; None leaves these as a part too.
+
+    Raises:
+        Exception: of the last plan, if none can be built for the device (`cannot_be_built`); at once the next time.
     """
-    key = (q_latent.device, q_latent.dtype, q_latent.shape[1:], q_rope.shape[2:])
-    for index in range(_fitting_plans.get(key, 0), len(SMALLER_PLANS) - 1):
+    batch, length, num_latents, heads, width = q_latent.shape
+    groups, rope_width = q_rope.shape[2:5:2]
+    q_latent, q_rope = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_latent, q_rope))
+    latents, k_rope = (x if x.stride(-1) == 1 else x.contiguous() for x in (latents, k_rope))
+    facts = device_facts(q_latent.device)
+    hopper = facts.hopper and rows_kernel is not None and fits_hopper(latents, k_rope, block_table)
+    capacity = latents.shape[1] if block_table is None else block_table.shape[1] * page_size
+    plans = decode_plans(
+        length * heads, num_latents, groups, width, rope_width, latents.element_size(), batch * capacity, hopper, facts
+    )
+    if tuning:
+        plans = tuple(plan | tuning for plan in plans)
+    arguments = (
+        out, q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling,
+        capacity, settled,
+    )  # fmt: skip
+    given = (kv_start is None, key_mask is None, page_size, length > 1, settled)
+    key = (q_latent.device, latents.dtype, num_latents, groups, heads, width, rope_width, given, *plans[0].values())
+    index = _fitting_plans.get(key, 0)
+    while not isinstance(index, Exception):
         try:
-            result = _launch(out, q_latent, q_rope, *arguments, **(SMALLER_PLANS[index] | tuning))
-        except OutOfResources:
+            result = _launch(plans[index], *arguments)
+        except Exception as error:
+            if not cannot_be_built(error):
+                raise
+            index = index + 1 if index + 1 < len(plans) else error
             continue
         _fitting_plans[key] = index
         return result
-    return _launch(out, q_latent, q_rope, *arguments, **(SMALLER_PLANS[-1] | tuning))
+    _fitting_plans[key] = index
+    raise index
 
 
 def _launch(
-    out, q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling,
-    settled=False, **tuning,
+    plan, out, q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling,
+    capacity, settled,
 ):  # fmt: skip
     batch, length, num_latents, heads, width = q_latent.shape
     groups, rope_width = q_rope.shape[2:5:2]
-    device = q_latent.device
-    q_latent, q_rope = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_latent, q_rope))
-    latents, k_rope = (x if x.stride(-1) == 1 else x.contiguous() for x in (latents, k_rope))
+    device, rows = q_latent.device, length * heads
+    facts = device_facts(device)
     whole, out = int(out is not None), q_latent if out is None else out
-    rows = length * heads
-    multiprocessors, early, hopper = device_facts(device)
-    hopper = hopper and fits_hopper(latents, k_rope, block_table)
-    if block_table is None:
-        capacity, c_strides, k_strides = latents.shape[1], latents.stride(), k_rope.stride()
-    else:
-        capacity = block_table.shape[1] * page_size
-        c_strides, k_strides = (0, *latents.stride()), (0, *k_rope.stride())
-    cached = batch * capacity
-    plan = decode_plan(rows, num_latents, groups, width, rope_width, latents.element_size(), cached, hopper) | tuning
+    c_strides, k_strides = latents.stride(), k_rope.stride()
+    if block_table is not None:
+        c_strides, k_strides = (0, *c_strides), (0, *k_strides)
     lanes = (num_latents // plan["NL"]) * triton.cdiv(rows, plan["BM"])
-    programs = max(1, multiprocessors * plan["programs_per_sm"] // lanes)
+    programs = max(1, facts.multiprocessors * plan["programs_per_sm"] // lanes)
     programs = even_programs(programs, batch)
     most_units = batch * (triton.cdiv(capacity, plan["UNIT"]) + 1)
     programs = min(programs, triton.cdiv(most_units, plan["MIN_UNITS"]))
@@ -470,11 +460,12 @@ def _launch(
     scale_log2 = scaling * math.log2(math.e)
     constants = {
         "L": num_latents, "H": heads, "R": width, "GROUPS": groups, "E": rope_width,
-        "HAS_MASK": key_mask is not None, "CAUSAL": length > 1, "PDL": early,
+        "HAS_MASK": key_mask is not None, "CAUSAL": length > 1, "PDL": facts.early,
     }  # fmt: skip
-    constants |= {k: plan[k] for k in ("NL", "BM", "BN", "num_warps")} | deal | launch_options(early)
+    constants |= {k: plan[k] for k in ("NL", "BM", "BN", "num_warps")} | deal | launch_options(facts.early)
     if plan["kernel"] == "plain":
-        decode_kernel[(programs * lanes,)](
+        launch(
+            device, decode_kernel, (programs * lanes,),
             q_latent, q_rope, latents, k_rope, out, part, part_lse, kv_end, kv_start, key_mask, block_table,
             batch, length, programs, whole, scale_log2,
             *q_latent.stride()[:4], *q_rope.stride()[:4], *c_strides[:3], *k_strides[:2], *out.stride()[:4],
@@ -483,7 +474,8 @@ def _launch(
             num_stages=plan["num_stages"], **constants,
         )  # fmt: skip
     else:
-        rows_kernel[(programs * lanes,)](
+        launch(
+            device, rows_kernel, (programs * lanes,),
             _rows_descriptor(latents, plan["BN"], width), _rows_descriptor(k_rope, plan["BN"], rope_width),
             q_latent, q_rope, out, part, part_lse, kv_end, kv_start, key_mask,
             batch, length, programs, capacity, whole, scale_log2,

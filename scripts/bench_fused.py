@@ -34,7 +34,7 @@ if __name__ == "__main__":
 import torch
 import triton
 
-from modeling_mlra import MLRAForCausalLM, batch_linear_mlra, fused_mlra, hopper_linear_mlra
+from modeling_mlra import MLRACache, MLRAForCausalLM, batch_linear_mlra, fused_mlra, hopper_linear_mlra
 from scripts.bench_decode import read_ceiling
 from scripts.bench_generate import FilledCache, build, seconds
 from tests.fused_checks import compare
@@ -56,10 +56,10 @@ def counts(context: int, sequences: int) -> torch.Tensor:
     return torch.tensor([context, *[context] * sequences, *[context + 1] * sequences], dtype=torch.int32)
 
 
-def filled_step(model: MLRAForCausalLM, context: int, sequences: int) -> fused_mlra.FusedStep:
-    """A fused step for sequences behind `context` random cache rows each."""
+def filled_step(model: MLRAForCausalLM, context: int, sequences: int) -> tuple[MLRACache, fused_mlra.FusedStep]:
+    """A fused step for sequences behind `context` random cache rows each, and the cache, which it does not keep."""
     cache = FilledCache(model, sequences, context, room=128).rewind()
-    return fused_mlra.FusedStep(model, cache, counts(context, sequences).cuda())
+    return cache, fused_mlra.FusedStep(model, cache, counts(context, sequences).cuda())
 
 
 def rings(from_megabytes: int, **changed):
@@ -200,7 +200,7 @@ def benchmark(arguments: argparse.Namespace) -> int:
         return graph_seconds(lambda: step(tokens)) * 1e3
 
     for context in arguments.contexts:
-        step = filled_step(model, context, arguments.sequences)
+        cache, step = filled_step(model, context, arguments.sequences)
         times = report["step_ms"][str(context)] = {}
         for name, variant in variants(arguments.sequences).items():
             with variant:
@@ -216,7 +216,7 @@ def benchmark(arguments: argparse.Namespace) -> int:
                 report["kernels_us"][name] = {"us": taken * 1e6}
                 if weight_bytes:
                     report["kernels_us"][name]["weights_GB_s"] = weight_bytes / taken / 1e9
-        del step
+        del cache, step
     print(json.dumps({key: report[key] for key in ("read_ceiling_GB_s", "step_ms", "kernels_us")}, indent=1))
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)

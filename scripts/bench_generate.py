@@ -13,6 +13,7 @@ import argparse
 import json
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from datetime import date
@@ -38,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-sizes", nargs="+", type=positive_int, default=[1, 16])
     parser.add_argument("--prefill", nargs="*", type=positive_int, default=[8192, 32768], help="prompt lengths")
     parser.add_argument("--skip", nargs="*", default=[], help="model:batch:context cases to leave out")
+    parser.add_argument("--user-calls", action="store_true", help="time what everybody calls instead (user_calls.py)")
+    prompts = {"type": positive_int, "default": [128, 2048, 8192, 32768]}
+    parser.add_argument("--prompts", nargs="+", **prompts, help="prompt lengths of --user-calls")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json")
     args = parser.parse_args(argv)
     args.command_line = sys.argv[1:] if argv is None else argv
@@ -56,6 +60,8 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, L
 
 from modeling_mlra import MLRACache, MLRAConfig, MLRAForCausalLM
 from modeling_mlra.generation_mlra import captured_decodes
+from modeling_mlra.library_mlra import CACHE
+from scripts import user_calls
 from scripts.bench_decode import read_ceiling
 
 SHARED = {
@@ -178,7 +184,7 @@ def time_per_token(model, batch: int, context: int, do_sample: bool, repeats: in
         cache = filled.rewind()
         torch.cuda.synchronize()
         began = time.perf_counter()
-        model.generate(ids, cache=cache, max_new_tokens=new_tokens, do_sample=do_sample)
+        model.generate(ids, max_new_tokens=new_tokens, do_sample=do_sample, **{CACHE: cache})
         torch.cuda.synchronize()
         return time.perf_counter() - began
 
@@ -252,15 +258,29 @@ def benchmark(arguments: argparse.Namespace) -> None:
         "python": platform.python_version(),
         "date": date.today().isoformat(),
         "command": "python -m scripts.bench_generate " + " ".join(arguments.command_line),
+        "commit": commit(),
         "read_ceiling_GB_s": rate / 1e9,
         "matmul_rate_TFLOP_s": peak / 1e12,
-        "prefill_backends_TFLOP_s": {str(length): prefill_backends(length) for length in arguments.prefill},
-        "decode": [],
-        "prefill": [],
     }
+    if arguments.user_calls:
+        report["user_calls"] = []
+    else:
+        backends = {str(length): prefill_backends(length) for length in arguments.prefill}
+        report |= {"prefill_backends_TFLOP_s": backends, "decode": [], "prefill": []}
     print(f"read ceiling {rate / 1e9:.0f} GB/s, matrix products {peak / 1e12:.0f} TFLOP/s")
     for name in tqdm(arguments.models, desc="models", disable=None):
-        model = build(name, max(arguments.contexts) + 128)
+        model = build(name, max(*arguments.contexts, *arguments.prompts) + 128)
+        if arguments.user_calls:
+
+            def keep(case: dict, name: str = name) -> None:
+                report["user_calls"].append({"model": name, **case})
+                tqdm.write(json.dumps(report["user_calls"][-1]))
+                write(report, arguments.output)
+
+            user_calls.measure(model, model.config.vocab_size, arguments.prompts, keep)
+            del model
+            torch.cuda.empty_cache()
+            continue
         weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
         for batch in arguments.batch_sizes:
             for context in arguments.contexts:
@@ -287,6 +307,15 @@ def benchmark(arguments: argparse.Namespace) -> None:
         del model
         torch.cuda.empty_cache()
         write(report, arguments.output)
+
+
+def commit() -> str:
+    """Of the checkout, or "unknown" outside one."""
+    command = ["git", "-C", str(CONFIGURATION), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def write(report: dict, output: Path | None) -> None:

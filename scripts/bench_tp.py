@@ -68,7 +68,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.integrations.tensor_parallel import apply_tensor_parallelism
 
 from modeling_mlra import MLRACache, MLRAConfig, MLRAForCausalLM
-from modeling_mlra.fused_mlra import FusedStep
 from modeling_mlra.generation_mlra import DecodingStep, captured_decodes
 from modeling_mlra.kernels_mlra import latent_attention
 from modeling_mlra.tensor_parallel_mlra import (
@@ -222,8 +221,9 @@ def measure_decode(model: MLRAForCausalLM, batch: int, context: int, replays: in
     config, layers, mesh = model.config, model.model.layers, tensor_parallel_mesh(model)
     cache, taken = random_cache(model, batch, context, context + 2 * (replays + 8), device)
     token = torch.zeros(batch, dtype=torch.long, device=device)
-    step = DecodingStep(model, cache, torch.full((batch,), context, device=device))
-    fused = isinstance(step.run, FusedStep)
+    step = DecodingStep(model, cache, batch, masked=False)
+    step.start(context, torch.full((batch,), context, device=device), None)
+    fused = step.is_fused
 
     def decode():
         token.copy_(step(token).argmax(-1))

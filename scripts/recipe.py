@@ -18,6 +18,8 @@ from scripts.loading import check_config, load_config
 # Settings of `training` that change no loss, so that a resumed run may have others
 FREE_SETTINGS = ("output_dir", "report_to", "run_name", "logging_", "save_", "eval_", "dataloader_", "disable_tqdm")
 
+RECOMPUTE = (None, "attention_inputs")
+
 
 @dataclass
 class DataSettings:
@@ -71,12 +73,15 @@ class Recipe:
     training: dict
     export: ExportSettings | None = None
     attn_implementation: str = "sdpa"
+    recompute: str | None = None
+    float8: bool = False
 
     def settings(self) -> dict:
         """Everything that the losses depend on."""
         training = {name: value for name, value in self.training.items() if not name.startswith(FREE_SETTINGS)}
         data = {**vars(self.data), "heldout": None}
-        return {"model": self.model, "data": data, "blocks_per_step": self.blocks_per_step, "training": training}
+        settings = {"model": self.model, "data": data, "blocks_per_step": self.blocks_per_step, "training": training}
+        return settings | ({"float8": True} if self.float8 else {})
 
 
 def read_configuration(path: Path) -> dict:
@@ -149,6 +154,10 @@ def make_recipe(content: dict, source: object) -> Recipe:
     for name, value in (("blocks_per_step", recipe.blocks_per_step), ("data.block_size", recipe.data.block_size)):
         if not isinstance(value, int) or value < 1:
             raise UserError(f"{source}: {name} must be a positive whole number, not {value!r}")
+    if recipe.recompute not in RECOMPUTE:
+        raise UserError(f"{source}: recompute must be null or attention_inputs, not {recipe.recompute!r}")
+    if not isinstance(recipe.float8, bool):
+        raise UserError(f"{source}: float8 must be true or false, not {recipe.float8!r}")
     for name in ("train", "heldout"):
         names = getattr(recipe.data, name)
         if not isinstance(names, list) or not all(isinstance(entry, str) for entry in names):
@@ -178,6 +187,9 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         UserError: for unknown or unusable settings, and for devices that cannot share a step's blocks evenly.
     """
     given = {"report_to": "none", "disable_tqdm": not sys.stderr.isatty()}
+    # Every parameter has a gradient in every step, and a loss that is no number belongs in the log: looking for either
+    # makes the host wait for the device in each micro-batch
+    given |= {"ddp_find_unused_parameters": False, "logging_nan_inf_filter": False}
     given |= {"use_cpu": not torch.accelerator.is_available(), **recipe.training}
     for name in ("gradient_accumulation_steps", "num_train_epochs"):
         if name in given:

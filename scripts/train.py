@@ -65,6 +65,7 @@ from evals.common import environment, write_json
 from evals.corpora import Corpus, find_corpora, read_token_file
 from evals.perplexity import Blocks, total_loss
 from evals.prepare_tokens import load_tokenizer, write_token_file
+from scripts.causal_attention import causal_attention
 from scripts.export import export_folder, parameter_shapes, read_saved_tensors
 from scripts.loading import DTYPES, check_weights, load_generation_config, load_model
 from scripts.recipe import (
@@ -79,6 +80,11 @@ from scripts.recipe import (
 from tokenization.build import FOLDER as GPT2_TOKENIZER
 from tokenization.build import end_of_text_id
 
+try:
+    from torchao.float8 import convert_to_float8_training
+except ImportError:
+    convert_to_float8_training = None
+
 TRAINING_BYTES_PER_PARAMETER = 16  # float32: weight, gradient and Adam's two moments
 CHECKED_TOKENS = 2**26  # of each file before the start; every block is checked again when it is read
 STATE_FILE, CONFIG_FILE, RESULT_FILE = "trainer_state.json", "train_config.json", "train_result.json"
@@ -92,17 +98,59 @@ def is_checkpoint(model: str | dict) -> bool:
 
 def build_model(recipe: Recipe, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """The float32 model to train: the checkpoint's, or a new one whose output projections start at zero."""
+    attention = recipe.attn_implementation
+    if attention == "sdpa" and config.model_type != "mlra":
+        attention = causal_attention("auto")  # what MLRA has by itself: blocks are whole, and no mask is made
     if is_checkpoint(recipe.model):
-        return load_model(Path(recipe.model), published=True, attn_implementation=recipe.attn_implementation)
+        return load_model(Path(recipe.model), published=True, attn_implementation=attention)
     set_seed(seed)
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation=recipe.attn_implementation
-    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(ZERO_AT_START):
                 parameter.zero_()
     return model
+
+
+def set_recomputation(model: PreTrainedModel, recompute: str | None) -> None:
+    """What the backward pass makes again instead of keeping: "attention_inputs" (queries, keys, values) or nothing.
+
+    Raises:
+        UserError: for a model that has no such choice.
+    """
+    modules = [module for module in model.modules() if hasattr(module, "recompute_inputs")]
+    if recompute is not None and not modules:
+        raise UserError(
+            f"recompute {recompute!r} is for models of type mlra, not {model.config.model_type}: use "
+            "training.gradient_checkpointing"
+        )
+    for module in modules:
+        module.recompute_inputs = recompute is not None
+
+
+def use_float8(model: PreTrainedModel, device: torch.device) -> None:
+    """Let the products of the layers' linear maps run in float8; weights, names and all else stay as they are.
+
+    Raises:
+        UserError: without torchao, a GPU that can, or a map whose sizes are multiples of 16.
+    """
+    if convert_to_float8_training is None:
+        raise UserError("float8 needs torchao: pip install torchao")
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        raise UserError(f"float8 needs a GPU of compute capability 8.9 or newer, not {device}: leave float8 out")
+    left_out = set()
+
+    def is_converted(module: torch.nn.Module, name: str) -> bool:
+        if not name.startswith("model.layers."):
+            return False
+        if module.in_features % 16 or module.out_features % 16:
+            left_out.add(f"{name.rpartition('.')[2]} ({module.in_features} x {module.out_features})")
+            return False
+        return True
+
+    convert_to_float8_training(model, module_filter_fn=is_converted)
+    if left_out:
+        print(f"float8: no multiples of 16, so bfloat16: {', '.join(sorted(left_out))}", file=sys.stderr)
 
 
 def count_parameters(config: PreTrainedConfig) -> int:
@@ -283,11 +331,18 @@ class BlockTrainer(Trainer):
         self.tokens_per_step, self.flops_per_token, self.peak = tokens_per_step, flops_per_token, peak
         self.speed = SpeedCallback()
         super().__init__(*args, **kwargs)
+        self.skip_logits = self.model.config.model_type == "mlra"
         self.add_callback(self.speed)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """All of them: the paper decays norms and embeddings too."""
         return [name for name, _ in model.named_parameters()]
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        """Without the logits of all tokens at a time, where the model can."""
+        if self.skip_logits:
+            inputs = {**inputs, "skip_logits": True}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -361,9 +416,9 @@ def check_resume(recipe: Recipe, output: Path, resume: bool) -> Path | None:
     if checkpoint is not None:
         stored = read_json(output / CONFIG_FILE)
         now = json.loads(json.dumps(recipe.settings()))
-        for part in now:
-            if stored.get(part) != now[part]:
-                raise UserError(f"{output} was begun with {part} = {stored.get(part)}, now it is {now[part]}")
+        for part in stored | now:
+            if stored.get(part) != now.get(part):
+                raise UserError(f"{output} was begun with {part} = {stored.get(part)}, now it is {now.get(part)}")
         check_weights(checkpoint)
     return checkpoint
 
@@ -444,6 +499,9 @@ def train_locked(
         )
 
     model = build_model(recipe, config, args.seed)
+    set_recomputation(model, recipe.recompute)
+    if recipe.float8:
+        use_float8(model, args.device)
     if args.should_save:
         write_json(output / CONFIG_FILE, recipe.settings())
     trainer = BlockTrainer(
@@ -463,7 +521,7 @@ def train_locked(
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"out of memory with per_device_train_batch_size {args.per_device_train_batch_size}: use a smaller one, "
-            "or training.gradient_checkpointing"
+            "recompute attention_inputs, or training.gradient_checkpointing"
         ) from error
     state = trainer.state
     result = {
@@ -487,6 +545,10 @@ def train_locked(
         trained = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
         result["heldout"] = heldout_loss(trained, files["heldout"], recipe, args, published=args.bf16)
         if recipe.export is not None:
+            if recipe.float8:  # as it will be loaded
+                plain = AutoModelForCausalLM.from_config(config, attn_implementation=recipe.attn_implementation)
+                plain.load_state_dict(trained.state_dict())
+                trained = plain.to(args.device)
             trained = copy.deepcopy(trained).to(DTYPES[recipe.export.dtype])
             result["heldout_exported"] = heldout_loss(trained, files["heldout"], recipe, args, published=False)
     if args.should_save:

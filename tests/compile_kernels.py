@@ -1,32 +1,99 @@
-"""Compiles, without a GPU, the kernels that decoding launches on a Hopper GPU, from the launches themselves.
+"""Compiles, without a GPU, the kernels of decoding for every kind of GPU they are meant for, from the launches.
 
-    python -m tests.compile_kernels
+    python -m tests.compile_kernels --targets sm_90 gfx942
 
-The step and the decode attention run on tensors without data; instead of a launch, each kernel is compiled for compute
-capability 9.0 with the arguments of that launch, and a line says what it is made of.
+The step and the decode attention run on tensors without data; instead of a launch, each kernel is compiled for the
+target with the arguments of that launch, and refused where a launch would be: with an option that the target's
+compiler does not know, or with more shared memory than its programs can have. A line says what a kernel is made of.
 """
 
+import argparse
 import contextlib
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
+from triton.runtime.errors import OutOfResources
 
-from modeling_mlra import MLRAConfig, MLRAForCausalLM, batch_linear_mlra, fused_mlra, hopper_linear_mlra, triton_mlra
+from modeling_mlra import (
+    MLRAConfig,
+    MLRAForCausalLM,
+    batch_linear_mlra,
+    device_mlra,
+    fused_mlra,
+    hopper_linear_mlra,
+    triton_mlra,
+)
+from modeling_mlra.device_mlra import DeviceFacts
 
-TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
+META = torch.device("meta")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TYPES = {dtype: name for name, dtype in DTYPES.items()}
+TYPES |= {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
 PARTS = {"wgmma.mma_async": "matrix products", "cp.async.bulk.tensor": "bulk copies", "griddepcontrol.wait": "waits"}
-OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 KERNELS = (
     (triton_mlra, ("decode_kernel", "rows_kernel", "combine_kernel")),
     (fused_mlra, ("embed_kernel", "linear_kernel", "absorb_kernel", "value_kernel", "choose_kernel")),
     (batch_linear_mlra, ("batch_linear_kernel", "batch_value_kernel")),
     (hopper_linear_mlra, ("linear_kernel",)),
 )
+
+
+def _nvidia(capability: int, multiprocessors: int, shared: int, **facts) -> tuple[GPUTarget, DeviceFacts]:
+    memory = {"shared_bytes": shared, "shared_per_multiprocessor": shared + 1024}
+    return GPUTarget("cuda", capability, 32), DeviceFacts(multiprocessors, nvidia=True, **memory, **facts)
+
+
+def _amd(arch: str, multiprocessors: int, shared: int, warp_size: int) -> tuple[GPUTarget, DeviceFacts]:
+    memory = {"shared_bytes": shared, "shared_per_multiprocessor": shared, "warp_size": warp_size}
+    return GPUTarget("hip", arch, warp_size), DeviceFacts(multiprocessors, **memory)
+
+
+TARGETS = {
+    "sm_80": _nvidia(80, 108, 166_912),
+    "sm_86": _nvidia(86, 84, 101_376),
+    "sm_89": _nvidia(89, 128, 101_376),
+    "sm_90": _nvidia(90, 132, 232_448, early=True, hopper=True),
+    "sm_100": _nvidia(100, 148, 232_448, early=True),
+    "sm_120": _nvidia(120, 170, 101_376, early=True),
+    "gfx90a": _amd("gfx90a", 104, 65_536, 64),
+    "gfx942": _amd("gfx942", 304, 65_536, 64),
+    "gfx950": _amd("gfx950", 256, 163_840, 64),
+    "gfx1100": _amd("gfx1100", 96, 65_536, 32),
+    "gfx1201": _amd("gfx1201", 64, 65_536, 32),
+}
+"""Name -> what the compiler is told, and what torch would tell of such a GPU."""
+
+
+class Result(NamedTuple):
+    """What a kernel was compiled to: bytes of shared memory, registers and spilled bytes a thread, and its text."""
+
+    target: str
+    kernel: str
+    what: str
+    shared: int
+    registers: int
+    spilled: int
+    text: str
+
+    def __str__(self):
+        parts = ", ".join(f"{self.text.count(part)} {name}" for part, name in PARTS.items() if part in self.text)
+        return (
+            f"{self.target:8} {self.kernel:20} {self.what:44} {self.shared:7} bytes {self.registers:4} registers "
+            f"{self.spilled:5} spilled {parts}"
+        )
 
 
 def signature(parameter, value) -> tuple[str, list]:
@@ -44,64 +111,122 @@ def signature(parameter, value) -> tuple[str, list]:
     return ("constexpr", []) if value == 1 else ("i32", [["tt.divisibility", 16]] if value % 16 == 0 else [])
 
 
-class Compiled:
-    """Stands for a kernel: a launch compiles it."""
+def registers_and_spills(compiled) -> tuple[int, int]:
+    """Registers and spilled bytes of a thread."""
+    if "amdgcn" in compiled.asm:
+        numbers = {
+            name: int(re.search(rf"\.{name}:\s+(\d+)", compiled.asm["amdgcn"])[1])
+            for name in ("vgpr_count", "private_segment_fixed_size")
+        }
+        return numbers["vgpr_count"], numbers["private_segment_fixed_size"]
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    return int(registers), int(stack)
 
-    def __init__(self, kernel, seen: set[str]):
-        self.kernel, self.seen = kernel, seen
 
-    def __getitem__(self, grid):
-        return self.launch
+class Compiler:
+    """Compiles every launched kernel once for one target."""
 
-    def launch(self, *arguments, **keywords):
-        names = self.kernel.arg_names
+    def __init__(self, name: str):
+        self.name, (self.target, self.facts) = name, TARGETS[name]
+        self.what = ""
+        self.results: list[Result] = []
+        self.refused: list[str] = []  # launches that another plan then made up for
+        self.seen: dict[str, OutOfResources | None] = {}
+
+    def launch(self, kernel, *arguments, **keywords):
+        names = kernel.arg_names
         values = dict(zip(names, arguments, strict=False)) | {k: v for k, v in keywords.items() if k in names}
-        assert values.keys() == set(names), f"{self.kernel.__name__}: {set(names) ^ values.keys()}"
+        assert values.keys() == set(names), f"{kernel.__name__}: {set(names) ^ values.keys()}"
         types, constants, attributes = {}, {}, {}
-        for index, parameter in enumerate(self.kernel.params):
+        for index, parameter in enumerate(kernel.params):
             types[parameter.name], known = signature(parameter, values[parameter.name])
             if types[parameter.name] == "constexpr":
                 constants[(index,)] = values[parameter.name]
             if known:
                 attributes[(index,)] = known
-        key = f"{self.kernel.__name__} {types} {constants}"
-        if key in self.seen:
-            return
-        self.seen.add(key)
-        source = GluonASTSource if self.kernel.is_gluon() else ASTSource
-        compiled = triton.compile(
-            source(self.kernel, types, constants, attributes),
-            target=GPUTarget("cuda", 90, 32),
-            options={k: v for k, v in keywords.items() if k in OPTIONS},
-        )
-        parts = ", ".join(f"{compiled.asm['ptx'].count(part)} {name}" for part, name in PARTS.items())
-        print(f"{self.kernel.__name__}: {parts}, {compiled.metadata.shared} bytes of shared memory", flush=True)
+        options = {k: v for k, v in keywords.items() if k not in names or k == "num_warps"}
+        key = f"{kernel.__name__} {types} {constants} {options}"
+        if key not in self.seen:
+            self.seen[key] = self.compile(kernel, types, constants, attributes, options)
+        if self.seen[key] is not None:
+            raise self.seen[key]
+
+    def compile(self, kernel, types, constants, attributes, options) -> OutOfResources | None:
+        unknown = options.keys() - make_backend(self.target).parse_options(dict(options)).__dict__.keys()
+        if unknown:
+            raise KeyError(f"{kernel.__name__}: the compiler for {self.name} knows no option {sorted(unknown)}")
+        source = GluonASTSource if kernel.is_gluon() else ASTSource
+        compiled = triton.compile(source(kernel, types, constants, attributes), target=self.target, options=options)
+        shared, tensor_memory = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", None) or 0
+        if shared > self.facts.shared_bytes or tensor_memory > 512:
+            self.refused.append(f"{kernel.__name__}, {self.what}: {shared} bytes")
+            return OutOfResources(shared, self.facts.shared_bytes, "shared memory")
+        text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+        result = Result(self.name, kernel.__name__, self.what, shared, *registers_and_spills(compiled), text)
+        self.results.append(result)
+        print(result, flush=True)
+        return None
+
+    def faults(self) -> list[str]:
+        """Plans that should have fitted and did not, and kernels that spill too much."""
+        spilled = [
+            f"{self.name} {result.kernel}, {result.what}: {result.spilled} bytes of a thread are spilled"
+            for result in self.results
+            if result.spilled > SPILLED and (self.name, result.kernel) not in SPILLS_MORE
+        ]
+        return [f"{self.name} {refused}: does not fit" for refused in self.refused] + spilled
+
+    @contextlib.contextmanager
+    def in_place_of_launches(self):
+        class Compiled:
+            """Stands for a kernel: a launch compiles it."""
+
+            def __init__(stands, kernel):
+                stands.kernel = kernel
+
+            def __getitem__(stands, grid):
+                return lambda *arguments, **keywords: self.launch(stands.kernel, *arguments, **keywords)
+
+        with contextlib.ExitStack() as stack:
+            for module, names in KERNELS:
+                for name in names:
+                    stack.enter_context(patch.object(module, name, Compiled(getattr(module, name))))
+            stack.enter_context(patch.dict(device_mlra.known_devices, {META: self.facts}))
+            stack.enter_context(patch.dict(triton_mlra._fitting_plans, clear=True))
+            yield self
 
 
 def empty(*shape, dtype=torch.bfloat16):
-    return torch.empty(shape, dtype=dtype, device="meta")
+    return torch.empty(shape, dtype=dtype, device=META)
 
 
 def attend(
-    batch: int, length: int, latents: int, heads: int, masked=False, page_size=0, cached=4096, dtype=torch.bfloat16
-) -> None:
-    """Decode attention of up to 128 query rows over latents of width 128."""
+    batch: int, length: int, latents: int, heads: int, masked=False, page_size=0, cached=4096, dtype=torch.bfloat16,
+    groups=1, width=128, **tuning,
+) -> None:  # fmt: skip
+    """Decode attention of `length` queries of `heads` heads to a latent."""
     key_mask = empty(batch, cached, dtype=torch.bool) if masked else None
-    rows = empty(*(() if page_size else (batch,)), cached, latents * 128 + 64, dtype=dtype)
+    rows = empty(*(() if page_size else (batch,)), cached, latents * width + 64, dtype=dtype)
     triton_mlra.triton_latent_attention(
-        empty(batch, length, latents, heads, 128, dtype=dtype), empty(batch, length, 1, heads, 64, dtype=dtype),
-        rows[..., :-64].unflatten(-1, (latents, 128)), rows[..., -64:], empty(batch, dtype=torch.int32),
+        empty(batch, length, latents, heads, width, dtype=dtype), empty(batch, length, groups, heads, 64, dtype=dtype),
+        rows[..., :-64].unflatten(-1, (latents, width)), rows[..., -64:], empty(batch, dtype=torch.int32),
         empty(batch, dtype=torch.int32) if masked else None, key_mask,
-        empty(batch, 64, dtype=torch.int32) if page_size else None, page_size, 0.1,
+        empty(batch, 64, dtype=torch.int32) if page_size else None, page_size, 0.1, **tuning,
     )  # fmt: skip
 
 
-def step(num_sequences: int, **settings) -> None:
-    """One step of a layer of the released MLRA-4 shape, and the choice of a token."""
+def step(num_sequences: int, dtype=torch.bfloat16, **settings) -> None:
+    """One step of a layer of a released shape, and the choice of a token."""
     config = MLRAConfig(num_hidden_layers=1, **settings)
     with torch.device("meta"):
-        model = MLRAForCausalLM(config).to(torch.bfloat16)
-    cache = SimpleNamespace(layers=[SimpleNamespace(rows=empty(num_sequences, 1, 4096, config.kv_lora_rank + 64))])
+        model = MLRAForCausalLM(config).to(dtype)
+    rows = empty(num_sequences, 1, 4096, config.kv_lora_rank + 64, dtype=dtype)
+    cache = SimpleNamespace(layers=[SimpleNamespace(rows=rows)])
     run = fused_mlra.FusedStep(model, cache, empty(1 + 2 * num_sequences, dtype=torch.int32))
     tokens = empty(num_sequences, dtype=torch.long)
     choice = tokens, tokens, 0, empty(2, dtype=torch.long), empty(num_sequences, 9, dtype=torch.long), tokens
@@ -109,28 +234,108 @@ def step(num_sequences: int, **settings) -> None:
     run.choose(*choice, scores_of=torch.Tensor.float)
 
 
-def main() -> None:
-    seen: set[str] = set()
-    with contextlib.ExitStack() as stack:
-        for module, names in KERNELS:
-            for name in names:
-                stack.enter_context(patch.object(module, name, Compiled(getattr(module, name), seen)))
-        for module in (triton_mlra, fused_mlra):
-            stack.enter_context(patch.object(module, "device_facts", lambda _: (132, True, True)))
-        attend(batch=1, length=1, latents=1, heads=64)
-        attend(batch=3, length=4, latents=4, heads=24, masked=True)
-        attend(batch=1, length=1, latents=4, heads=24, cached=2**20)
-        attend(batch=3, length=4, latents=4, heads=8, masked=True, cached=2**20)
-        attend(batch=3, length=1, latents=4, heads=24, page_size=32)
-        attend(batch=3, length=4, latents=4, heads=24, page_size=7)
-        step(num_sequences=1)
-        step(num_sequences=2, attn_output_gate=True)
-        step(num_sequences=16, attn_output_gate=True)
-        stack.enter_context(patch.object(triton_mlra, "device_facts", lambda _: (108, False, False)))
-        attend(batch=1, length=1, latents=1, heads=64)
-        attend(batch=3, length=1, latents=4, heads=24, masked=True)
-        attend(batch=3, length=4, latents=4, heads=24, dtype=torch.float32)
+SHAPES = {
+    "mla": (1, 1, 24, 512),
+    "mla, double heads": (1, 1, 48, 512),
+    "gla_2": (2, 2, 12, 256),
+    "gla_2, double heads": (2, 2, 24, 256),
+    "gla_4": (4, 4, 6, 128),
+    "mlra_2": (4, 2, 12, 128),
+    "mlra_4": (4, 1, 24, 128),
+    "gla_2 on 2 ranks": (1, 1, 12, 256),
+    "mlra_2 on 2 ranks": (2, 1, 12, 128),
+    "mlra_4 on 2 ranks": (2, 1, 24, 128),
+    "mlra_4 on 4 ranks": (1, 1, 24, 128),
+}
+"""Name -> latents, groups, heads of a latent, latent width."""
+CALLS = {"bf16": ("1", "16, masked", "3, paged"), "fp16": ("1",), "fp32": ("1", "16, masked", "3, paged")}
+STEPS = {
+    "mlra_4": {},
+    "mlra_4, gated": {"attn_output_gate": True},
+    "mlra_2": {"num_branches": 2},
+    "gla_4": {"num_branches": 1},
+    "gla_2": {"num_branches": 1, "num_latent_heads": 2},
+    "mla": {"num_branches": 1, "num_latent_heads": 1, "q_lora_rank": 1536, "intermediate_size": 9448},
+}
+SPILLED = 1024
+"""Bytes that a thread may keep in memory for want of registers."""
+SPILLS_MORE = {("gfx1100", "decode_kernel"), ("gfx1201", "decode_kernel")}
+"""The factors of a product of 256 or 512 columns, or of float32, alone take more registers than these GPUs have."""
+
+
+def attend_released(compiler: Compiler, shape: str, call: str, dtype: str) -> None:
+    """Decode attention of a released shape; `call` is how many queries, and of what kind."""
+    latents, groups, heads, width = SHAPES[shape]
+    length, masked = int(call.partition(",")[0]), "masked" in call
+    batch, page_size = {1: 1, 3: 32, 16: 2}[length], 16 if "paged" in call else 0
+    compiler.what = f"{shape}, {call}, {dtype}"
+    options = {"masked": masked, "page_size": page_size, "dtype": DTYPES[dtype], "groups": groups, "width": width}
+    attend(batch, length, latents, heads, **options)
+
+
+def step_released(compiler: Compiler, shape: str, sequences: int, dtype: str = "bf16") -> None:
+    compiler.what = f"{shape}, {sequences} sequences, {dtype}"
+    step(sequences, DTYPES[dtype], **STEPS[shape])
+
+
+def compile_all(name: str) -> list[str]:
+    """Every kernel for one target; prints them, and returns what is wrong."""
+    with Compiler(name).in_place_of_launches() as compiler:
+        for dtype, calls in CALLS.items():
+            for call in calls:
+                for shape in SHAPES:
+                    attend_released(compiler, shape, call, dtype)
+        for sequences in (1, 2, 16):
+            for shape in STEPS:
+                step_released(compiler, shape, sequences)
+    return compiler.faults()
+
+
+def compile_sample(name: str) -> list[str]:
+    """A few for one target, those where targets differ; of Hopper's every kind."""
+    with Compiler(name).in_place_of_launches() as compiler:
+        if name == "sm_90":
+            compiler.what = "sample"
+            attend(batch=1, length=1, latents=1, heads=64)
+            attend(batch=3, length=4, latents=4, heads=24, masked=True)
+            attend(batch=1, length=1, latents=4, heads=24, cached=2**20)
+            attend(batch=3, length=4, latents=4, heads=8, masked=True, cached=2**20)
+            attend(batch=3, length=1, latents=4, heads=24, page_size=32)
+            for sequences in (1, 2, 16):
+                step_released(compiler, "mlra_4, gated", sequences)
+        for shape, call, dtype in SAMPLE.get(name, ()):
+            attend_released(compiler, shape, call, dtype)
+        if name == "gfx942":
+            step_released(compiler, "mlra_4", 1)
+    return compiler.faults()
+
+
+SAMPLE = {
+    "sm_80": [("mlra_4", "1", "fp32")],
+    "sm_86": [("mlra_4", "1", "bf16"), ("mla", "1", "bf16"), ("mlra_4", "1", "fp32")],
+    "sm_100": [("mla", "1", "bf16")],
+    "sm_120": [("gla_2", "16, masked", "bf16")],
+    "gfx942": [("mla", "1", "bf16"), ("gla_2", "1", "fp32")],
+    "gfx950": [("mla", "1", "bf16")],
+    "gfx1100": [("mlra_4", "1", "bf16")],
+    "gfx1201": [("mlra_4", "3, paged", "bf16")],
+}
+"""Target -> decode attention that is compiled in every run of the tests."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--sample", action="store_true", help="the few that every run of the tests compiles")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args(arguments)
+    run = compile_sample if options.sample else compile_all
+    with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=1) as pool:
+        faults = [fault for some in pool.imap_unordered(run, options.targets) for fault in some]
+    for fault in faults:
+        print(f"error: {fault}", file=sys.stderr)
+    return int(bool(faults))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

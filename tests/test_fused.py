@@ -5,10 +5,11 @@ import torch
 from torch import nn
 
 from modeling_mlra import MLRACache, batch_linear_mlra, fused_mlra, hopper_linear_mlra, plans_mlra, triton_mlra
+from modeling_mlra.device_mlra import DeviceFacts, device_facts
 from modeling_mlra.fused_mlra import obstacle
 from modeling_mlra.generation_mlra import captured_decodes
 from modeling_mlra.modeling_mlra import MLRARMSNorm
-from tests.fused_checks import compare
+from tests.fused_checks import compare, verify_together
 from tests.models import VARIANTS, random_ids, rms_ratio, tiny_model
 from tests.tolerances import FUSED_BFLOAT16_RATIO, FUSED_FLOAT32_RATIO, KERNEL_BF16_RATIO
 
@@ -16,6 +17,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []  # where there is one, all of them run on the GPU
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter cuts bfloat16 off, and does not round
 YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+YARN |= {"mscale": 1.0, "mscale_all_dim": 0.5}
 SETTINGS = {
     "plain": {},
     "gated, no scale, yarn": {
@@ -47,13 +49,23 @@ def test_more_sequences_than_few(variant, setting, batch):
     assert max(result["logits"], result["rows"]) < FUSED_FLOAT32_RATIO
 
 
+@pytest.mark.parametrize(
+    ("variant", "setting", "batch", "tokens_each"),
+    [("mlra_4", "plain", 1, 2), ("mlra_2", "plain", 3, 4), ("mla", "gated, no scale, yarn", 1, 5)],
+)
+def test_several_tokens_of_a_sequence(variant, setting, batch, tokens_each):
+    """Candidates verified together: each sees those in front of it, and every one's row is appended."""
+    result = verify_together(variant, DEVICE, batch, tokens_each, **SETTINGS[setting])
+    assert max(result.values()) < FUSED_FLOAT32_RATIO
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize(
     ("inner", "sizes", "vectors"), [(1000, (200, 20), 5), (392, (70,), 16), (40, (300, 64, 9), 9)]
 )
 def test_linear_of_many_vectors(inner, sizes, vectors, dtype, monkeypatch):
     """Against float64: tiles that end inside, sums of one program and of several, which count anew."""
-    multiprocessors, early, _ = plans_mlra.device_facts(torch.device(DEVICE))
+    multiprocessors, early, *_ = device_facts(torch.device(DEVICE))
     plan = batch_linear_mlra.batch_linear_plan
     generator = torch.Generator().manual_seed(0)
 
@@ -93,9 +105,9 @@ def test_rows_in_several_chunks(monkeypatch):
 @pytest.mark.parametrize("variant", ["mla", "mlra_4"])
 def test_many_partial_results_of_each_sequence(variant, monkeypatch):
     """Five shares a sequence, reduced two at a time: several turns, and a share that ends one and starts the next."""
-    plan = triton_mlra.decode_plan
+    plans = triton_mlra.decode_plans
     changed = {"UNIT": 2, "MIN_UNITS": 1, "programs_per_sm": 4}
-    monkeypatch.setattr(triton_mlra, "decode_plan", lambda *arguments: plan(*arguments) | changed)
+    monkeypatch.setattr(triton_mlra, "decode_plans", lambda *arguments: [plans(*arguments)[0] | changed])
     monkeypatch.setattr(fused_mlra, "value_plan", lambda *_: {"SPLITS": 2, "num_warps": 4})
     assert compare(variant, DEVICE)["logits"] < FUSED_FLOAT32_RATIO
 
@@ -103,8 +115,9 @@ def test_many_partial_results_of_each_sequence(variant, monkeypatch):
 @pytest.mark.parametrize("batch", [1, 3, 4])
 def test_few_shares_of_several_short_sequences(batch, monkeypatch):
     """One or two programs hold all sequences: each leaves a partial result of its own."""
-    plan = triton_mlra.decode_plan
-    monkeypatch.setattr(triton_mlra, "decode_plan", lambda *arguments: plan(*arguments) | {"MIN_UNITS": 3})
+    plans = triton_mlra.decode_plans
+    changed = {"MIN_UNITS": 3}
+    monkeypatch.setattr(triton_mlra, "decode_plans", lambda *arguments: [plans(*arguments)[0] | changed])
     result = compare("mlra_4", DEVICE, batch)
     assert result["counters"]
     assert max(result["logits"], result["rows"]) < FUSED_FLOAT32_RATIO
@@ -125,7 +138,8 @@ def test_choice_of_the_next_token(end_tokens, monkeypatch):
     """The first of equal maxima, as torch.argmax takes it; pads behind an end; appends, moves on and counts."""
     model = tiny_model("mlra_4").to(DEVICE)
     counters = torch.tensor([7, 3, 7, 7, 6, 8, 8, 8, 8], dtype=torch.int32, device=DEVICE)
-    step = fused_mlra.FusedStep(model, MLRACache(model.config, max_cache_len=20), counters.clone())
+    cache = MLRACache(model.config, max_cache_len=20)
+    step = fused_mlra.FusedStep(model, cache, counters.clone())
     logits = torch.randn(4, 40_000, generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
     logits[0, [5, 17_000, 39_999]] = 50.0
     logits[1] = -torch.inf
@@ -162,7 +176,7 @@ def test_what_streams_through_rings(monkeypatch):
 @pytest.mark.parametrize(("inner", "rows"), [(1000, 20), (1024, 8 * 132 * 2), (3072, 9880), (9880, 3072)])
 def test_gpu_linear_through_rings(inner, rows, vectors, dtype, monkeypatch):
     """Against float64; rows and columns that end inside a tile, one and many turns of the rings."""
-    multiprocessors, early, _ = plans_mlra.device_facts(torch.device("cuda", 0))
+    multiprocessors, early, *_ = device_facts(torch.device("cuda", 0))
     generator = torch.Generator("cuda").manual_seed(0)
 
     def normal(*shape):
@@ -236,14 +250,21 @@ def test_captured_sampling_draws_as_the_library_does(penalty):
 
 
 def test_obstacles_name_what_is_in_the_way(monkeypatch):
-    assert "float32" in obstacle(tiny_model(dtype=torch.float32), 1)
-    model = tiny_model(dtype=torch.bfloat16)
+    assert "float32" in obstacle(tiny_model(dtype=torch.float32).to(DEVICE), 1)
+    model = tiny_model(dtype=torch.bfloat16).to(DEVICE)
     assert obstacle(model, 1) is None
     assert "sequences, not 99" in obstacle(model, 99)
     assert obstacle(model, 32) is None
-    monkeypatch.setattr(fused_mlra, "shared_bytes", lambda device: 65536)
+    monkeypatch.setattr(fused_mlra, "device_facts", lambda device: DeviceFacts(shared_bytes=48 * 2**10))
     assert obstacle(model, 2) is None
     assert "shared memory" in obstacle(model, 3)
+    monkeypatch.setattr(fused_mlra, "device_facts", lambda device: DeviceFacts(tested=False))
+    assert "never compiled" in obstacle(model, 1)
+    monkeypatch.setattr(fused_mlra, "device_facts", device_facts)
+    monkeypatch.setenv("MLRA_DECODE", "torch")
+    assert obstacle(model, 1) == "decode implementation 'torch' was asked for"
+    monkeypatch.setenv("MLRA_DECODE", "triton")
+    assert obstacle(model, 1) is None
     handle = model.model.layers[0].register_forward_hook(lambda *_: None)
     assert "hooks" in obstacle(model, 1)
     handle.remove()

@@ -11,12 +11,13 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from modeling_mlra import kernels_mlra, plans_mlra, triton_mlra
+from modeling_mlra import device_mlra, kernels_mlra, plans_mlra, triton_mlra
+from modeling_mlra.device_mlra import DeviceFacts
 from modeling_mlra.kernels_mlra import decode_calls, latent_attention
 from tests import tolerances
 from tests.paths import REPOSITORY
 
-triton = pytest.importorskip("triton")
+errors = pytest.importorskip("triton.runtime.errors")
 
 STRUCTURES = {"mla": (1, 1), "gla_2": (2, 1), "gla_4": (4, 1), "mlra_2": (4, 2), "mlra_4": (4, 4)}
 FP32_RATIO = 1e-5
@@ -111,6 +112,8 @@ def test_padding_and_holes(implementation, poisoned):
     arguments, kv_end = inputs(3, 2, 4, 1, 3, 16, 16, 50, ends=[50, 41, 20])
     kv_start = torch.tensor([0, 17, 20], dtype=torch.int32)  # the last sees nothing at all
     key_mask = torch.rand(3, 50, generator=torch.Generator().manual_seed(1)) > 0.3
+    for rows in arguments[2:]:
+        rows[~key_mask] = float("nan")
     expected = oracle(*arguments, kv_end, kv_start, key_mask, scaling=0.2)
     result = run(arguments, kv_end, implementation, kv_start=kv_start, key_mask=key_mask, scaling=0.2)
     assert ratio(result, expected) < FP32_RATIO
@@ -173,7 +176,7 @@ def test_every_split_of_the_work(plan, programs_per_sm, poisoned):
 
 def test_sequences_stay_whole_where_that_idles_few_programs(monkeypatch):
     """15 equal sequences on 16 programs' worth of multiprocessors: nothing is left for the second kernel to reduce."""
-    monkeypatch.setattr(triton_mlra, "device_facts", lambda device: (16, False, False))
+    monkeypatch.setattr(triton_mlra, "device_facts", lambda device: DeviceFacts(multiprocessors=16))
     monkeypatch.setattr(triton_mlra, "combine_kernel", MagicMock())
     arguments, kv_end = inputs(15, 1, 1, 1, 3, 16, 16, 64)
     result = run(arguments, kv_end, "triton", scaling=0.2)
@@ -260,11 +263,13 @@ def test_impossible_requests_say_why(monkeypatch):
     monkeypatch.setattr(kernels_mlra, "flash_attn_interface", None)
     with pytest.raises(ImportError, match="flash_attn_interface.*not installed.*triton"):
         attend(implementation="flash_attention_3")
-    monkeypatch.setattr(triton_mlra, "INTERPRETED", False)
+    monkeypatch.setattr(device_mlra, "INTERPRETED", False)
+    monkeypatch.setattr(device_mlra, "known_devices", {})
     if DEVICE == "cpu":
         with pytest.raises(ValueError, match="needs a GPU.*'torch'"):
             attend(implementation="triton")
-    monkeypatch.setattr(triton_mlra, "triton", None)
+    monkeypatch.setattr(device_mlra, "triton", None)
+    monkeypatch.setattr(device_mlra, "triton_trouble", "module triton is not installed")
     with pytest.raises(ImportError, match="triton is not installed"):
         attend(implementation="triton")
     monkeypatch.setattr(kernels_mlra, "hub_kernels", None)
@@ -370,8 +375,8 @@ def test_kernel_without_the_function_says_so(monkeypatch):
     ("version", "fits"), [("3.5.1", False), ("3.6.0", True), ("3.9.0+git1", True), ("3.10.0", False)]
 )
 def test_hopper_kernels_run_with_versions_of_triton_they_are_written_for(version, fits, monkeypatch, caplog):
-    monkeypatch.setattr(plans_mlra.triton, "__version__", version)
-    assert plans_mlra.gluon_fits() == fits
+    monkeypatch.setattr(device_mlra.triton, "__version__", version)
+    assert device_mlra.gluon_fits() == fits
     assert fits or f"triton {version} is not one of 3.6 to 3.9" in caplog.text
 
 
@@ -407,31 +412,89 @@ def test_shares_of_sequences_of_one_length(programs, batch, expected):
     assert plans_mlra.even_programs(programs, batch) == expected
 
 
+class SmallGPU:
+    """Refuses the first launches of the decode kernel, as a GPU does where shared memory lacks."""
+
+    def __init__(self, refusals):
+        self.refusals, self.tried, self.launch = refusals, [], triton_mlra._launch
+
+    def __call__(self, plan, *arguments):
+        self.tried.append(plan)
+        if len(self.tried) <= self.refusals:
+            raise errors.OutOfResources(300_000, 200_000, "shared memory")
+        return self.launch(plan, *arguments)
+
+
 def test_a_plan_that_does_not_fit_gives_way_to_a_smaller_one(monkeypatch):
-    """Shared memory differs between GPUs and dtypes: plans are tried from the largest on, and the choice is kept."""
+    """Plans are tried from the best on, and the choice is kept: for what decides on a kernel, and for nothing else."""
     arguments, kv_end = inputs(1, 1, 2, 1, 3, 16, 16, 9)
     expected = oracle(*arguments, kv_end, scaling=0.2)
-    tried = []
-    launch = triton_mlra._launch
-
-    def small_gpu(*args, **tuning):
-        tried.append(tuning)
-        if len(tried) < 3:
-            raise triton_mlra.OutOfResources(300_000, 200_000, "shared memory")
-        return launch(*args, **tuning)
-
-    monkeypatch.setattr(triton_mlra, "_launch", small_gpu)
+    small = SmallGPU(refusals=2)
+    monkeypatch.setattr(triton_mlra, "_launch", small)
     monkeypatch.setattr(triton_mlra, "_fitting_plans", {})
     for _ in range(2):
         assert ratio(run(arguments, kv_end, "triton", scaling=0.2), expected) < FP32_RATIO
-    assert tried == [*triton_mlra.SMALLER_PLANS[:3], triton_mlra.SMALLER_PLANS[2]]
+    best, second, third, again = small.tried
+    assert again == third and best != second != third
+    paged = [x[0] if i > 1 else x for i, x in enumerate(arguments)]
+    table = torch.zeros(1, 1, dtype=torch.int32)
+    for options in ({"key_mask": torch.ones(1, 9, dtype=torch.bool)}, {"block_table": table, "page_size": 9}):
+        run(paged if "page_size" in options else arguments, kv_end, "triton", scaling=0.2, **options)
+        assert small.tried[-1] == best, "another kernel, which may fit"
 
-    def tiny_gpu(*args, **tuning):
-        raise triton_mlra.OutOfResources(300_000, 1, "shared memory")
 
-    monkeypatch.setattr(triton_mlra, "_launch", tiny_gpu)
-    with pytest.raises(triton_mlra.OutOfResources, match="shared memory"):
+def test_where_no_plan_fits_the_automatic_choice_is_torch_and_says_so_once(monkeypatch, caplog):
+    arguments, kv_end = inputs(1, 1, 2, 1, 3, 16, 16, 9)
+    small = SmallGPU(refusals=10**9)
+    monkeypatch.setattr(triton_mlra, "_launch", small)
+    monkeypatch.setattr(triton_mlra, "_fitting_plans", {})
+    monkeypatch.setattr(kernels_mlra, "_said", set())
+    moved = [x.to(DEVICE) for x in (*arguments, kv_end)]
+    tries = []
+    for _ in range(2):
+        before = dict(decode_calls)
+        result = torch.ops.mlra.latent_attention_auto(*moved, None, None, None, 0, 0.2)
+        assert ratio(result, oracle(*arguments, kv_end, scaling=0.2)) < FP32_RATIO
+        assert decode_calls["torch"] == before.get("torch", 0) + 1
+        assert decode_calls["triton"] == before.get("triton", 0)
+        tries.append(len(small.tried))
+    assert tries[0] == tries[1] > 2, "each plan is tried once"
+    assert [record.message.count("'triton' cannot run because out of resource") for record in caplog.records] == [1]
+    with pytest.raises(errors.OutOfResources, match="shared memory"):
         run(arguments, kv_end, "triton", scaling=0.2)
+
+    def broken(*arguments):
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(triton_mlra, "_fitting_plans", {})
+    monkeypatch.setattr(triton_mlra, "_launch", broken)
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.ops.mlra.latent_attention_auto(*moved, None, None, None, 0, 0.2)
+
+
+CARDS = {
+    "H100": DeviceFacts(132, True, True, 232_448, 233_472, nvidia=True),
+    "A100": DeviceFacts(108, shared_bytes=166_912, shared_per_multiprocessor=167_936, nvidia=True),
+    "4090": DeviceFacts(128, shared_bytes=101_376, shared_per_multiprocessor=102_400, nvidia=True),
+    "MI300X": DeviceFacts(304, shared_bytes=65_536, shared_per_multiprocessor=65_536, warp_size=64),
+}
+
+
+@pytest.mark.parametrize(
+    ("card", "latents", "width", "itemsize", "expected"),
+    [
+        ("H100", 4, 128, 2, {"NL": 4, "BM": 32, "BN": 16, "num_stages": 4, "num_warps": 4, "programs_per_sm": 2}),
+        ("H100", 1, 512, 2, {"NL": 1, "BM": 64, "BN": 32, "num_stages": 3, "num_warps": 8, "programs_per_sm": 1}),
+        ("A100", 4, 128, 2, {"NL": 4, "BM": 32, "BN": 16, "num_stages": 4, "num_warps": 4, "programs_per_sm": 1}),
+        ("4090", 4, 128, 2, {"NL": 4, "BM": 32, "BN": 16, "num_stages": 3, "num_warps": 4, "programs_per_sm": 1}),
+        ("4090", 4, 128, 4, {"NL": 1, "BM": 32, "BN": 16, "num_stages": 3, "num_warps": 8, "programs_per_sm": 1}),
+        ("4090", 1, 512, 2, {"NL": 1, "BM": 32, "BN": 32, "num_stages": 2, "num_warps": 8, "programs_per_sm": 1}),
+        ("MI300X", 1, 512, 2, {"NL": 1, "BM": 32, "BN": 16, "num_stages": 3, "num_warps": 8, "programs_per_sm": 1}),
+    ],
+)
+def test_first_plans_of_the_plain_kernel(card, latents, width, itemsize, expected):
+    plan = plans_mlra.decode_plans(24, latents, 1, width, 64, itemsize, 4096, False, CARDS[card])[0]
+    assert plan["kernel"] == "plain" and {name: plan[name] for name in expected} == expected
 
 
 @pytest.mark.gpu
@@ -440,12 +503,16 @@ def test_a_plan_that_does_not_fit_gives_way_to_a_smaller_one(monkeypatch):
 def test_gpu_shapes(num_latents, heads, length):
     arguments, kv_end = inputs(3, length, num_latents, 1, heads, 128, 64, 700, torch.bfloat16, ends=[700, 65, 16])
     mask = torch.rand(3, 700, generator=torch.Generator().manual_seed(1)) > 0.2
+    holes = [x.clone() for x in arguments]
+    for rows in holes[2:]:
+        rows[~mask] = float("nan")
     for options in ({}, {"key_mask": mask, "kv_start": torch.tensor([3, 0, 0], dtype=torch.int32)}):
-        exact = [x.double() for x in arguments]
+        used = holes if options else arguments
+        exact = [x.double() for x in used]
         expected = kernels_mlra.reference_latent_attention(
             *exact, kv_end, options.get("kv_start"), options.get("key_mask"), scaling=0.07
         )
-        result = run(arguments, kv_end, "triton", scaling=0.07, **options)
+        result = run(used, kv_end, "triton", scaling=0.07, **options)
         assert ratio(result, expected) < tolerances.KERNEL_BF16_RATIO
 
 
@@ -457,15 +524,19 @@ def test_gpu_two_latents_in_one_program(batch, num_latents, groups, heads, lengt
     ends = [700 - 7 * b for b in range(batch)]
     arguments, kv_end = inputs(batch, length, num_latents, groups, heads, 128, 64, 700, torch.bfloat16, ends=ends)
     mask = torch.rand(batch, 700, generator=torch.Generator().manual_seed(1)) > 0.2
+    holes = [x.clone() for x in arguments]
+    for rows in holes[2:]:
+        rows[~mask] = float("nan")
     for options in ({}, {"key_mask": mask, "kv_start": torch.arange(batch, dtype=torch.int32)}):
-        expected = run([x.double() for x in arguments], kv_end, "torch", scaling=0.07, **options)
-        result = run(arguments, kv_end, "triton", scaling=0.07, **options)
+        used = holes if options else arguments
+        expected = run([x.double() for x in used], kv_end, "torch", scaling=0.07, **options)
+        result = run(used, kv_end, "triton", scaling=0.07, **options)
         assert ratio(result, expected) < tolerances.KERNEL_BF16_RATIO
 
 
 def test_latents_share_programs_where_the_rotary_keys_are_read_often():
     def latents_of_a_program(cached, rows=24, latents=4, groups=1):
-        return plans_mlra.decode_plan(rows, latents, groups, 128, 64, 2, cached, hopper=True)["NL"]
+        return plans_mlra.decode_plans(rows, latents, groups, 128, 64, 2, cached, True, CARDS["H100"])[0]["NL"]
 
     assert latents_of_a_program(2**20) == latents_of_a_program(2**20, rows=32, groups=2) == 2
     assert latents_of_a_program(2**17) == latents_of_a_program(2**20, rows=33) == 1

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from modeling_mlra import (
     MLRAModel,
 )
 from modeling_mlra.library_mlra import cache_of, is_paged
-from tests.models import random_ids, tiny_model
+from tests.models import VOCAB_SIZE, random_ids, tiny_model
 from tests.paths import REPOSITORY
 
 HEADS = [
@@ -68,6 +69,25 @@ def test_generate_takes_the_cache_by_either_name(name):
     tokens = model.generate(ids, max_new_tokens=4, do_sample=False, **{name: cache})
     assert torch.equal(tokens, model.generate(ids, max_new_tokens=4, do_sample=False, use_cache=False))
     assert cache.get_seq_length() == 9
+
+
+@pytest.mark.parametrize("model_class", HEADS)
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_old_name_warns_where_llama_does(model_class, name):
+    llama = transformers.LlamaModel(
+        transformers.LlamaConfig(
+            vocab_size=VOCAB_SIZE, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1
+        )
+    )
+    warned = []
+    for model in (llama, tiny_model(model_class=model_class)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model(random_ids(1, 3), **{name: transformers.DynamicCache(config=model.config)})
+        caught = [warning for warning in caught if "`past_key_values` is deprecated" in str(warning.message)]
+        assert all(warning.category is FutureWarning for warning in caught)
+        warned.append(bool(caught))
+    assert warned[1] == warned[0]
 
 
 def test_two_caches_are_refused():

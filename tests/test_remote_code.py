@@ -176,7 +176,8 @@ def test_law_2_optional_packages_are_guarded(name):
                 continue
             assert ancestors and isinstance(ancestors[0], ast.Try), f"{root}: not in a module-level try"
             assert not any(isinstance(a, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) for a in ancestors)
-            handled = {getattr(handler.type, "id", None) for handler in ancestors[0].handlers}
+            types = (handler.type for handler in ancestors[0].handlers)
+            handled = {getattr(kind, "id", None) for types_ in types for kind in getattr(types_, "elts", [types_])}
             assert "ImportError" in handled, f"{root}: its absence is not handled"
 
 

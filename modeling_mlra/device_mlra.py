@@ -1,0 +1,178 @@
+"""What the kernels run on: the installed triton, the facts of a device, and the one way to launch a kernel on it."""
+
+import logging
+import math
+import os
+from typing import Any, NamedTuple
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+triton_trouble: str | None = None  # why triton cannot be used
+try:
+    import triton
+    import triton.language as tl
+
+    # What is looked up where a kernel is defined; the names inside of one only when it is compiled
+    triton.jit(do_not_specialize=["x"])
+    _ = tl.constexpr, triton.cdiv, triton.next_power_of_2, triton.__version__
+except ImportError as error:
+    triton = tl = None
+    triton_trouble = "module triton is not installed"
+    if not (isinstance(error, ModuleNotFoundError) and error.name == "triton"):
+        triton_trouble = f"module triton cannot be used ({error})"
+except (AttributeError, TypeError) as error:
+    triton = tl = None
+    triton_trouble = f"module triton cannot be used ({error})"
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+# First and last version of triton whose experimental API the Hopper kernels compile with (tests/compile_kernels.py)
+GLUON_VERSIONS = (3, 6), (3, 9)
+FIRST_CAPABILITY = (8, 0)  # of NVIDIA's GPUs
+AMD_TARGETS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")  # that all kernels are compiled for in the tests
+
+
+class DeviceFacts(NamedTuple):
+    """What a launch has to know about a device.
+
+    Attributes:
+        multiprocessors: how many there are.
+        early: whether kernels can be launched before the one in front has ended (programmatic dependent launch).
+        hopper: whether the Hopper kernels run.
+        shared_bytes: shared memory that one program can have.
+        shared_per_multiprocessor: what programs on the same multiprocessor share.
+        warp_size: threads that run in step.
+        nvidia: whether NVIDIA's compiler, with its own launch options, builds the kernels.
+        tested: whether the tests compile all kernels for such a device.
+        obstacle: why the kernels do not run on it, or None.
+    """
+
+    multiprocessors: int = 4
+    early: bool = False
+    hopper: bool = False
+    shared_bytes: float = math.inf
+    shared_per_multiprocessor: float = math.inf
+    warp_size: int = 32
+    nvidia: bool = False
+    tested: bool = True
+    obstacle: str | None = None
+
+
+known_devices: dict[torch.device, DeviceFacts] = {}
+
+
+def device_facts(device: torch.device) -> DeviceFacts:
+    """The facts of a device, looked up once."""
+    if device not in known_devices:
+        look_up = {"cpu": _cpu_facts, "cuda": _cuda_facts, "xpu": _xpu_facts}.get(device.type)
+        unknown = DeviceFacts(tested=False, obstacle=f"Triton does not run on {device.type}; use 'torch'")
+        known_devices[device] = unknown if look_up is None else look_up(device)
+    return known_devices[device]
+
+
+def _cpu_facts(device: torch.device) -> DeviceFacts:
+    if INTERPRETED:
+        return DeviceFacts(nvidia=True)
+    return DeviceFacts(
+        tested=False,
+        obstacle="Triton needs a GPU; on this CPU use 'torch' (or set TRITON_INTERPRET=1 to run Triton's interpreter)",
+    )
+
+
+def _cuda_facts(device: torch.device) -> DeviceFacts:
+    """Of GPUs by NVIDIA and by AMD, which torch calls "cuda" as well."""
+    properties = torch.cuda.get_device_properties(device)
+    nvidia = torch.version.hip is None
+    shared = _first(properties, "shared_memory_per_block_optin", "shared_memory_per_block") or (
+        48 * 2**10 if nvidia else 64 * 2**10
+    )
+    facts = DeviceFacts(
+        multiprocessors=properties.multi_processor_count,
+        shared_bytes=shared,
+        shared_per_multiprocessor=_first(properties, "shared_memory_per_multiprocessor") or shared,
+        warp_size=getattr(properties, "warp_size", 32 if nvidia else 64),
+        nvidia=nvidia,
+    )
+    if not nvidia:
+        return facts._replace(tested=properties.gcnArchName.split(":")[0] in AMD_TARGETS)
+    capability = properties.major, properties.minor
+    if capability < FIRST_CAPABILITY:
+        named, first = (".".join(map(str, pair)) for pair in (capability, FIRST_CAPABILITY))
+        return facts._replace(
+            tested=False, obstacle=f"{properties.name} has compute capability {named}, its kernels need {first}"
+        )
+    early = properties.major >= 9 and hasattr(tl.extra.cuda, "gdc_wait") if triton is not None else False
+    return facts._replace(early=early, hopper=properties.major == 9 and gluon_fits())
+
+
+def _xpu_facts(device: torch.device) -> DeviceFacts:
+    properties = torch.xpu.get_device_properties(device)
+    shared = _first(properties, "local_mem_size") or 64 * 2**10
+    return DeviceFacts(
+        multiprocessors=_first(properties, "gpu_subslice_count", "max_compute_units") or 4,
+        shared_bytes=shared,
+        shared_per_multiprocessor=shared,
+        tested=False,
+    )
+
+
+def _first(properties, *names: str):
+    """The first of these properties that there is: they differ between versions of torch and makers of GPUs."""
+    return next((value for name in names if (value := getattr(properties, name, None))), None)
+
+
+def gluon_fits() -> bool:
+    """Whether the installed triton compiles the Hopper kernels; says so if only its version is in the way."""
+    if triton is None:
+        return False
+    first, last = GLUON_VERSIONS
+    if first <= tuple(int(number) for number in triton.__version__.split(".")[:2]) <= last:
+        return True
+    logger.warning(
+        f"triton {triton.__version__} is not one of {first[0]}.{first[1]} to {last[0]}.{last[1]}, for which the "
+        "Hopper kernels are written: the portable ones run, which are slower"
+    )
+    return False
+
+
+def triton_missing(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot run on tensors of this dtype on this device, or None if they can."""
+    if triton is None:
+        return triton_trouble
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"it takes bfloat16, float16 or float32, not {dtype}; use 'torch'"
+    return device_facts(device).obstacle
+
+
+def cannot_be_built(error: Exception) -> bool:
+    """Whether a launch failed because its kernel does not compile for the device, or does not fit it.
+
+    Nothing has run then. Errors of the device itself, and of its memory, are of other classes.
+    """
+    of_triton = type(error).__module__.partition(".")[0] == "triton"
+    return of_triton or (type(error) is RuntimeError and not str(error).startswith("Triton Error ["))
+
+
+def on_device(device: torch.device) -> torch.accelerator.device_index:
+    """Context in which `device` is the current one: a kernel is launched on the current device and its stream,
+    wherever its tensors are. On a CPU, or where it already is current, this does nothing."""
+    return torch.accelerator.device_index(device.index if device.type in ("cuda", "xpu") else None)
+
+
+def launch(device: torch.device, kernel, grid: tuple, *arguments, **constants: Any) -> None:
+    """Start a kernel of `grid` programs on `device`, where its tensors are, on that device's current stream.
+
+    Args:
+        constants: those of the kernel, and the launch options of its plan, of which those that a device's compiler
+            does not know are left out.
+    """
+    if "maxnreg" in constants and not device_facts(device).nvidia:
+        del constants["maxnreg"]
+    with on_device(device):
+        kernel[grid](*arguments, **constants)
+
+
+def launch_options(early: bool) -> dict[str, bool]:
+    """Of a kernel that waits on the device for the one in front of it, and may be launched before that has ended."""
+    return {"launch_pdl": True} if early else {}
