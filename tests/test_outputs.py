@@ -1,4 +1,4 @@
-"""What commands leave behind: nothing after a signal or a failure, and never less than another command has finished."""
+"""What commands leave behind: nothing after a signal or a failure, and all that another command has finished."""
 
 import argparse
 import json
