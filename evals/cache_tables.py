@@ -51,6 +51,7 @@ from transformers.cache_utils import Cache
 
 from evals.common import CONFIGURATIONS, PUBLISHED, environment, markdown_table, publish_table, write_json
 from modeling_mlra import MLRACache, MLRAConfig, MLRAForCausalLM
+from modeling_mlra.library_mlra import CACHE
 from modeling_mlra.tensor_parallel_mlra import tensor_parallel_layout
 
 TABLE = PUBLISHED["cache"]
@@ -131,9 +132,9 @@ def measured_share(config: PretrainedConfig) -> Share:
 
     def decode(length: int) -> tuple[int, Cache]:
         cache = MLRACache(config) if is_latent else DynamicCache(config=config)
-        model(torch.zeros(1, length - 1, dtype=torch.long), cache=cache)
+        model(torch.zeros(1, length - 1, dtype=torch.long), **{CACHE: cache})
         with FlopCounterMode(display=False) as counter:
-            model(torch.zeros(1, 1, dtype=torch.long), cache=cache)
+            model(torch.zeros(1, 1, dtype=torch.long), **{CACHE: cache})
         return counter.get_total_flops(), cache
 
     def flops_per_cached_token(model: PreTrainedModel, attention: str) -> int:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import NoReturn
 
 EXIT_ERROR = 2  # argparse uses the same code for wrong flags
-EXIT_INTERRUPTED = 128 + signal.SIGINT
 ENDING = (signal.SIGTERM, signal.SIGHUP)  # unwind as Ctrl-C does
 TRACEBACK = "MLRA_TRACEBACK"  # environment variable: set, an error also shows where it came from
 DTYPES = ("float32", "bfloat16", "float16")
@@ -260,17 +259,33 @@ def locked(output: Path) -> Iterator[None]:
 # Running
 
 
-def _unwind(signum: int, frame: object) -> NoReturn:
-    for number in ENDING:  # a second one must not cut the cleaning up short
-        if signal.getsignal(number) is _unwind:
-            signal.signal(number, signal.SIG_IGN)
-    sys.exit(128 + signum)
+class Signals:
+    """Turns Ctrl-C and the signals of `ENDING` into exceptions that unwind, and remembers them.
+
+    An exception is dropped where it comes inside a callback that cannot raise, and others may come of it.
+    """
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self.importing = False
+
+    def __call__(self, signum: int, frame: object) -> NoReturn:
+        self.received.append(signum)
+        if self.importing:  # half an import raises other things later, and there is nothing to clean up
+            print("interrupted", file=sys.stderr, flush=True)
+            os._exit(128 + signum)
+        for number in ENDING:  # a second one must not cut the cleaning up short
+            if signal.getsignal(number) is self:
+                signal.signal(number, signal.SIG_IGN)
+        if signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + signum)
 
 
 def _default_in_child() -> None:
     """A worker waiting for work may never come to run an inherited handler, and whoever ends it would hang."""
     for number in ENDING:
-        if signal.getsignal(number) is _unwind:
+        if isinstance(signal.getsignal(number), Signals):
             signal.signal(number, signal.SIG_DFL)
 
 
@@ -292,48 +307,49 @@ def run(
     """Run `check(args)`, then `body(args)`, and return the exit code.
 
     That is what the body returns or 0, or 2 after one line on stderr for a fault of the user's, or 130 after Ctrl-C,
-    143 after SIGTERM and 129 after SIGHUP. SIGTERM and SIGHUP unwind like Ctrl-C does, so that temporary folders are
-    removed. A Ctrl-C that Python drops, because it came inside a callback that cannot raise, still shows.
+    143 after SIGTERM and 129 after SIGHUP, which unwind alike (`Signals`), so that temporary folders are removed.
 
     Args:
         body: the function, or its name, "package.module:function", whose module is imported after `check`.
         check: what can be refused without the libraries.
         outputs: what the body writes, locked (`locked`) while it runs; None stands for nothing.
     """
-    interrupts = []
-
-    def interrupt(signum: int, frame: object) -> NoReturn:
-        interrupts.append(signum)
-        raise KeyboardInterrupt
-
+    signals = Signals()
     # Not where a signal is to be ignored, as under nohup
     previous = {
-        number: signal.signal(number, _unwind) for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN
+        number: signal.signal(number, signals) for number in ENDING if signal.getsignal(number) != signal.SIG_IGN
     }
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        previous[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
+        previous[signal.SIGINT] = signal.signal(signal.SIGINT, signals)
     try:
         if check is not None:
             check(args)
+        if isinstance(body, str):
+            signals.importing = True
+            body = find(body)
+            signals.importing = False
         with ExitStack() as locks:
             for output in outputs if is_first_process() else ():
                 if output is not None:
                     locks.enter_context(locked(output))
-            code = (find(body) if isinstance(body, str) else body)(args)
+            code = body(args)
         sys.stdout.flush()
-        if interrupts:
-            raise KeyboardInterrupt
+        if not signals.received:
+            return code or 0
     except BrokenPipeError:  # whoever read our output is gone; nor must Python's own flush at exit complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except (UserError, *LIBRARY_ERRORS) as error:
-        if os.environ.get(TRACEBACK):
-            traceback.print_exc()
-        return fail(error if isinstance(error, (UserError, OSError)) else first_line(error))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        signals.received.append(signal.SIGINT)
+    except Exception as error:
+        if not signals.received:
+            if not isinstance(error, (UserError, *LIBRARY_ERRORS)):
+                raise
+            if os.environ.get(TRACEBACK):
+                traceback.print_exc()
+            return fail(error if isinstance(error, (UserError, OSError)) else first_line(error))
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    return code or 0
+    print("interrupted", file=sys.stderr)
+    return 128 + signals.received[0]

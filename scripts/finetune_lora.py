@@ -26,8 +26,12 @@ def check(args: argparse.Namespace) -> None:
     for folder in folders:
         if folder.exists():
             raise UserError(f"{folder} already exists: remove it or choose another folder")
-    if args.merge is not None and args.merge.resolve() == args.output.resolve():
-        raise UserError(f"--merge {args.merge} is --output too: choose another folder")
+    if args.merge is not None:
+        one, other = args.output.resolve(), args.merge.resolve()
+        if one.is_relative_to(other) or other.is_relative_to(one):
+            raise UserError(
+                f"--merge {args.merge} and --output {args.output} lie in each other: choose another folder"
+            )
     args.lines = read_examples(args.data)  # once: it may be a pipe
 
 
