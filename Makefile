@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check kernels format evals clean help
+.PHONY: demo test check kernels format compat evals clean help
 
 help:
 	@echo "make demo    let a small trained model continue a sentence"
@@ -13,6 +13,7 @@ help:
 	@echo "make check   linters and types only"
 	@echo "make kernels compile every kernel for every kind of GPU (no GPU needed; an hour on two cores)"
 	@echo "make format  apply the formatter"
+	@echo "make compat  test five versions of transformers, each in its own environment (an hour)"
 	@echo "make evals   run every evaluation on the demo checkpoint and refresh evals/results/"
 
 $(VENV)/run.stamp: pyproject.toml constraints.txt
@@ -44,6 +45,9 @@ kernels: $(VENV)/dev.stamp
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+compat:
+	$(PYTHON) -m scripts.compat
 
 evals: $(VENV)/dev.stamp
 	@rm -rf build/evals && mkdir -p build

@@ -25,6 +25,25 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from scripts import cli
+from scripts.cli import UserError
+
+
+def check(args: argparse.Namespace) -> None:
+    if args.output is not None and args.output.suffix != ".json":
+        raise UserError(f"--output {args.output} must end in .json (the table is written beside it, as .md)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.Parser("evals.cache_tables", __doc__)
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write results here, and tables beside it")
+    args = parser.parse_args(argv)
+    return cli.run("evals.cache_tables:evaluate", args, check, outputs=[args.output])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
@@ -32,8 +51,8 @@ from transformers.cache_utils import Cache
 
 from evals.common import CONFIGURATIONS, PUBLISHED, environment, markdown_table, publish_table, write_json
 from modeling_mlra import MLRACache, MLRAConfig, MLRAForCausalLM
+from modeling_mlra.library_mlra import CACHE
 from modeling_mlra.tensor_parallel_mlra import tensor_parallel_layout
-from scripts.cli import UserError, run
 
 TABLE = PUBLISHED["cache"]
 DEVICES = TABLE["columns"]
@@ -113,9 +132,9 @@ def measured_share(config: PretrainedConfig) -> Share:
 
     def decode(length: int) -> tuple[int, Cache]:
         cache = MLRACache(config) if is_latent else DynamicCache(config=config)
-        model(torch.zeros(1, length - 1, dtype=torch.long), past_key_values=cache)
+        model(torch.zeros(1, length - 1, dtype=torch.long), **{CACHE: cache})
         with FlopCounterMode(display=False) as counter:
-            model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
+            model(torch.zeros(1, 1, dtype=torch.long), **{CACHE: cache})
         return counter.get_total_flops(), cache
 
     def flops_per_cached_token(model: PreTrainedModel, attention: str) -> int:
@@ -209,13 +228,3 @@ def evaluate(args: argparse.Namespace) -> None:
         f"Computed from the released configurations and confirmed on real layers, caches and counted operations. "
         f"Paper: {PUBLISHED['source']}.",
     )
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m evals.cache_tables", description=__doc__.partition("\n")[0])
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write results here, and tables beside it")
-    return run(evaluate, parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

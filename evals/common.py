@@ -1,19 +1,17 @@
-"""What the evaluations share: the paper's numbers, loading a model, results files that can be resumed, and tables."""
+"""What the evaluations share: the paper's numbers, results files that can be resumed, and tables."""
 
 import hashlib
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig
 
 import modeling_mlra  # noqa: F401  registers the model with the Auto classes, so that no remote code has to be trusted
-from scripts.cli import UserError
+from scripts.cli import UserError, read_json
 
 FOLDER = Path(__file__).resolve().parent
 CONFIGURATIONS = FOLDER.parent / "configuration"
@@ -36,43 +34,6 @@ ARCHITECTURE_FIELDS = (
 )
 PUBLISHED_NUMERICS = "float32 weights, bfloat16 autocast"
 SAMPLE_BYTES = 2**20
-
-
-def load_config(folder: Path) -> PreTrainedConfig:
-    """The configuration of a model folder.
-
-    Raises:
-        UserError: when there is no such folder, or it holds no model that can be loaded.
-    """
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}: give one that scripts.convert_checkpoint or save_pretrained wrote")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} has no config.json: give a folder that scripts.convert_checkpoint wrote")
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be used: {first_line(error)}") from error
-
-
-def load_model(folder: Path, published: bool, **kwargs: Any) -> PreTrainedModel:
-    """The model of `folder`, ready to evaluate: in float32 for the published numerics, else as it is stored.
-
-    Raises:
-        UserError: as `load_config`, and for weights that do not fit.
-    """
-    load_config(folder)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32 if published else "auto", trust_remote_code=False, **kwargs
-        )
-    except (ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder} cannot be loaded: {first_line(error)}") from error
-    return model.eval()
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def paper_row(config: PreTrainedConfig, choice: str, rows: Iterable[str]) -> str | None:
@@ -163,9 +124,9 @@ class Results:
         if overwrite or not path.exists():
             return
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            self.entries, found = stored["results"], stored["settings"]
-        except (ValueError, KeyError, TypeError) as error:
+            stored = read_json(path)
+            self.entries, found = dict(stored["results"]), dict(stored["settings"])
+        except (UserError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is no results file of this command: choose another --output") from error
         for name in settings | found:
             if settings.get(name) != found.get(name):

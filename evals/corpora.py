@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from evals.common import fingerprint, first_line
-from scripts.cli import UserError
+from evals.common import fingerprint
+from scripts.cli import UserError, first_line, read_text
 
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4
@@ -121,11 +121,7 @@ class Corpus:
                 f"no file {path}: give a .bin token file, a text file, dataset:PATH, or one of the paper's corpora "
                 f"({', '.join(PAPER_CORPORA)})"
             )
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text (byte {error.start}); token files end in .bin") from error
-        if text:
+        if text := read_text(path):
             yield text
 
     def _dataset_rows(self, shuffle_buffer: int, seed: int) -> Iterator[str]:

@@ -16,12 +16,47 @@ in the type it is stored in.
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
+from scripts import cli
+from scripts.cli import UserError, blame, check_model_folder, positive_int
+
+
+def batch_size(text: str) -> int | str:
+    return text if text == "auto" else positive_int(text)
+
+
+def check(args: argparse.Namespace) -> None:
+    check_model_folder(args.model)
+    if args.limit is not None and not 0 < args.limit < float("inf"):
+        raise UserError(f"--limit {args.limit:g} must be positive")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.Parser("evals.downstream", __doc__)
+    parser.add_argument("--model", type=Path, required=True, help="model folder")
+    parser.add_argument("--tasks", nargs="+", help="tasks or groups of the harness (default: the paper's seven)")
+    parser.add_argument("--include-path", type=Path, metavar="DIR", help="folder with more tasks")
+    parser.add_argument("--limit", type=float, help="so many samples per task; below 1, that share of them")
+    parser.add_argument(
+        "--published", action="store_true", help="numerics of the paper: float32 weights, bfloat16 autocast"
+    )
+    parser.add_argument("--batch-size", type=batch_size, default="auto", help="sequences at a time, or auto")
+    parser.add_argument("--tensor-parallel", action="store_true", help="split the model over torchrun's processes")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write results here; a rerun goes on from it")
+    parser.add_argument("--overwrite", action="store_true", help="start over instead of going on from --output")
+    parser.add_argument("--paper-row", default="auto", help="row of the paper to print beside, or auto or none")
+    args = parser.parse_args(argv)
+    return cli.run("evals.downstream:evaluate", args, check, outputs=[args.output])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
 import torch
 import yaml
-from transformers import AutoTokenizer
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from evals.common import (
@@ -29,16 +64,12 @@ from evals.common import (
     PUBLISHED,
     PUBLISHED_NUMERICS,
     Results,
-    first_line,
-    load_config,
-    load_model,
     markdown_table,
     model_fingerprint,
     paper_row,
     publish_table,
 )
-from scripts.cli import UserError, run
-from scripts.generate import positive_int
+from scripts.loading import check_weights, load_config, load_model, load_tokenizer
 
 try:
     from lm_eval import simple_evaluate
@@ -50,6 +81,8 @@ except ImportError:
 TABLE = PUBLISHED["zero_shot"]
 TASK_FOLDER = FOLDER / "tasks"
 GROUP_FILE = TASK_FOLDER / "mlra_zero_shot.yaml"
+# Metrics that are shares between 0 and 1, shown in percent; the others, such as perplexities, have units of their own
+SHARE = re.compile(r"(^|_)(acc|em|f1|exact_match|pass(@|_at_)\d+)(_|$)")
 
 
 def find_tasks(names: list[str], include_path: Path | None) -> "TaskManager":
@@ -75,6 +108,7 @@ def find_tasks(names: list[str], include_path: Path | None) -> "TaskManager":
 def load_harness_model(args: argparse.Namespace) -> "HFLM":
     """The harness's `hf` model of a folder, on every device that the launcher gave us."""
     options = {"backend": "causal", "batch_size": args.batch_size}
+    tokenizer = load_tokenizer(args.model, load_config(args.model).vocab_size)
     if args.published:
         options["mixed_precision_dtype"] = "bfloat16"
     if args.tensor_parallel:
@@ -86,17 +120,15 @@ def load_harness_model(args: argparse.Namespace) -> "HFLM":
         model = load_model(
             args.model, args.published, distributed_config=DistributedConfig(tp_size=world, tp_plan="auto")
         )
-        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
         return HFLM(pretrained=model, tokenizer=tokenizer, **options)
-    try:
+    check_weights(args.model)  # the harness loads whatever there is
+    with blame(f"{args.model} cannot be loaded"):
         return HFLM(
             pretrained=str(args.model),
             dtype="float32" if args.published else "auto",
             device="cuda" if torch.cuda.is_available() else "cpu",
             **options,
         )
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"{args.model} cannot be loaded: {first_line(error)}") from error
 
 
 def evaluate_task(harness: "HFLM", manager: "TaskManager", name: str, limit: float | None) -> dict[str, dict] | None:
@@ -105,10 +137,8 @@ def evaluate_task(harness: "HFLM", manager: "TaskManager", name: str, limit: flo
     Raises:
         UserError: when the task's data cannot be had.
     """
-    try:
+    with blame(f"task {name} cannot be run"):
         outcome = simple_evaluate(model=harness, tasks=[name], task_manager=manager, limit=limit, log_samples=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"task {name} cannot be run: {first_line(error)}") from error
     if outcome is None:
         return None
     tasks = {}
@@ -136,8 +166,6 @@ def evaluate(args: argparse.Namespace) -> None:
         raise UserError("lm-evaluation-harness is not installed: pip install 'mlra[eval]'")
     config = load_config(args.model)
     row = paper_row(config, args.paper_row, TABLE["rows"])
-    if args.limit is not None and args.limit <= 0:
-        raise UserError(f"--limit {args.limit:g} must be positive")
     names = list(dict.fromkeys(args.tasks or yaml.safe_load(GROUP_FILE.read_text(encoding="utf-8"))["task"]))
     settings = {
         "model": args.model.resolve().name,
@@ -169,20 +197,24 @@ def print_table(args: argparse.Namespace, settings: dict, results: Results, name
     """One line per task, with the paper's number where it has one; averages where all seven tasks are there."""
     published = dict(zip(TABLE["columns"], TABLE["rows"][row], strict=True)) if row is not None else {}
     lines, values = [], {}
+    shown = {task: headline(task, entry["metrics"]) for name in names for task, entry in results.entries[name].items()}
+    all_percent = all(SHARE.search(metric) for metric in shown.values())
     for name in names:
         for task, entry in results.entries[name].items():
-            metric = headline(task, entry["metrics"])
-            measured = entry["metrics"][metric]
-            percent = [100 * x if isinstance(x, (int, float)) else None for x in measured.values()]
-            values[task] = percent[0]
-            cells = [f"{x:.2f}" if x is not None else "" for x in percent]
+            metric = shown[task]
+            scale, unit = (100, ", %") if SHARE.search(metric) else (1, "")
+            measured = [scale * x if isinstance(x, (int, float)) else None for x in entry["metrics"][metric].values()]
+            values[task] = measured[0]
+            cells = [f"{x:.2f}" if x is not None else "" for x in measured]
             known = published.get(TABLE["tasks"].get(task, {}).get("column"))
-            lines.append([task, metric, entry["samples"], *cells, f"{known:.2f}" if known is not None else ""])
+            label = metric if all_percent else metric + unit
+            lines.append([task, label, entry["samples"], *cells, f"{known:.2f}" if known is not None else ""])
     if set(TABLE["tasks"]) <= set(values):
         mean = sum(values[task] for task in TABLE["tasks"]) / len(TABLE["tasks"])
         known = f"{TABLE['average'][row]:.2f}" if row is not None else ""
         lines.append(["average of the seven", "", "", f"{mean:.2f}", "", known])
-    header = ["task", "metric", "samples", f"{settings['model']}, %", "stderr", f"paper, {row}" if row else "paper"]
+    model = settings["model"] + ", %" * all_percent
+    header = ["task", "metric", "samples", model, "stderr", f"paper, {row}" if row else "paper"]
     if row is None:
         header, lines = header[:-1], [line[:-1] for line in lines]
     notes = f"Zero-shot with lm-evaluation-harness; numerics: {settings['numerics']}."
@@ -191,26 +223,3 @@ def print_table(args: argparse.Namespace, settings: dict, results: Results, name
     if row is not None:
         notes += f" Paper: {PUBLISHED['source']}."
     publish_table(args.output, "Zero-shot accuracy", markdown_table(header, lines), notes)
-
-
-def batch_size(text: str) -> int | str:
-    return text if text == "auto" else positive_int(text)
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m evals.downstream", description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", type=Path, required=True, help="model folder")
-    parser.add_argument("--tasks", nargs="+", help="tasks or groups of the harness (default: the paper's seven)")
-    parser.add_argument("--include-path", type=Path, metavar="DIR", help="folder with more tasks")
-    parser.add_argument("--limit", type=float, help="so many samples per task; below 1, that share of them")
-    parser.add_argument("--published", action="store_true", help=f"numerics of the paper: {PUBLISHED_NUMERICS}")
-    parser.add_argument("--batch-size", type=batch_size, default="auto", help="sequences at a time, or auto")
-    parser.add_argument("--tensor-parallel", action="store_true", help="split the model over torchrun's processes")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write results here; a rerun goes on from it")
-    parser.add_argument("--overwrite", action="store_true", help="start over instead of going on from --output")
-    parser.add_argument("--paper-row", default="auto", help="row of the paper to print beside, or auto or none")
-    return run(evaluate, parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

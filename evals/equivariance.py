@@ -24,6 +24,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from scripts import cli
+from scripts.cli import UserError, check_model_folder
+
+DTYPES = ("float64", "float32")
+
+
+def check(args: argparse.Namespace) -> None:
+    for folder in args.model or ():
+        check_model_folder(folder)
+    if args.output is not None and args.output.suffix != ".json":
+        raise UserError(f"--output {args.output} must end in .json (the table is written beside it, as .md)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.Parser("evals.equivariance", __doc__)
+    parser.add_argument(
+        "--model", type=Path, nargs="+", help="model folders (default: the five architectures, reduced)"
+    )
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="types to measure in")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write results here, and a table beside it")
+    args = parser.parse_args(argv)
+    return cli.run("evals.equivariance:evaluate", args, check, outputs=[args.output])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
 import torch
 from transformers import AutoConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -33,13 +60,12 @@ from evals.common import (
     CONFIGURATIONS,
     PUBLISHED,
     environment,
-    load_model,
     markdown_table,
     publish_table,
     write_json,
 )
 from modeling_mlra import MLRACache, MLRAForCausalLM
-from scripts.cli import UserError, run
+from scripts.loading import load_model
 
 ARCHITECTURES = {name: file for name, file in PUBLISHED["architectures"].items() if "gated" not in name}
 REDUCED = {
@@ -56,7 +82,6 @@ REDUCED = {
 LENGTH, DECODED = 32, 4  # tokens of the sequence, and how many of them are decoded one by one
 MOVES = {"shift": (1, 17, 1000), "padding": (1, 17, 100)}
 PROBE = "mlra_score_probe"
-DTYPES = {"float64": torch.float64, "float32": torch.float32}
 MEASURES = ("scores", "logits", "decode")
 
 
@@ -115,7 +140,7 @@ def observe(
             inputs_embeds=embeddings[:, start:end],
             position_ids=positions[None, start:end],
             attention_mask=None if mask is None else mask[:, :end],
-            past_key_values=cache,
+            cache=cache,
             use_cache=cache is not None,
         ).logits[0]
 
@@ -169,8 +194,6 @@ def random_model(file: str) -> MLRAForCausalLM:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    if args.output is not None and args.output.suffix != ".json":
-        raise UserError(f"--output {args.output} must end in .json (the table is written beside it, as .md)")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results = {}
     for name in args.model or ARCHITECTURES:
@@ -181,7 +204,7 @@ def evaluate(args: argparse.Namespace) -> None:
         results[label] = {
             "L": model.config.num_latent_heads,
             "B": model.config.num_branches,
-            "changes": {dtype: measure(model.to(device, DTYPES[dtype])) for dtype in args.dtype},
+            "changes": {dtype: measure(model.to(device, getattr(torch, dtype))) for dtype in args.dtype},
         }
     if args.output is not None:
         write_json(args.output, {"moves": MOVES, "environment": environment(), "results": results})
@@ -205,17 +228,3 @@ def evaluate(args: argparse.Namespace) -> None:
         "the embeddings. `scores` and `logits` are those of the expanded form, `decode` are logits of the absorbed "
         "form on the cache.",
     )
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m evals.equivariance", description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--model", type=Path, nargs="+", help="model folders (default: the five architectures, reduced)"
-    )
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="types to measure in")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write results here, and a table beside it")
-    return run(evaluate, parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

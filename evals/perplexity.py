@@ -23,27 +23,52 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from scripts import cli
+from scripts.cli import UserError, check_model_folder, positive_int
+
+
+def check(args: argparse.Namespace) -> None:
+    check_model_folder(args.model)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.Parser("evals.perplexity", __doc__)
+    parser.add_argument("--model", type=Path, required=True, help="model folder")
+    parser.add_argument("--data", nargs="+", required=True, help="token files, text files, dataset:PATH[,name=…]")
+    parser.add_argument(
+        "--published", action="store_true", help="numerics of the paper: float32 weights, bfloat16 autocast"
+    )
+    parser.add_argument("--batch-size", type=positive_int, default=6, help="blocks at a time on each device")
+    parser.add_argument("--block-size", type=positive_int, help="tokens per block (default: the context, up to 2048)")
+    parser.add_argument("--max-tokens", type=positive_int, default=10**8, help="predict at most so many per corpus")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write results here; a rerun goes on from it")
+    parser.add_argument("--overwrite", action="store_true", help="start over instead of going on from --output")
+    parser.add_argument("--paper-row", default="auto", help="row of the paper to print beside, or auto or none")
+    args = parser.parse_args(argv)
+    return cli.run("evals.perplexity:evaluate", args, check, outputs=[args.output])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, reduce
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from evals.common import (
     PUBLISHED,
     PUBLISHED_NUMERICS,
     Results,
-    load_config,
-    load_model,
     markdown_table,
     model_fingerprint,
     paper_row,
     publish_table,
 )
 from evals.corpora import Corpus, encode_up_to, find_corpora, read_token_file
-from scripts.cli import UserError, run
-from scripts.generate import positive_int
+from scripts.loading import load_config, load_model, load_tokenizer
 
 TABLE = PUBLISHED["perplexity"]
 LARGEST_LOSS = 700  # nats: the exponential of more is no float64
@@ -88,10 +113,7 @@ def read_blocks(corpus: Corpus, args: argparse.Namespace, config: PreTrainedConf
     if corpus.is_token_file:
         tokens = read_token_file(Path(corpus.source))
     else:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{args.model} has no tokenizer to encode {corpus.source} with") from error
+        tokenizer = load_tokenizer(args.model, config.vocab_size)
         tokens = encode_up_to(tokenizer, corpus.documents(), args.max_tokens + 1)
     blocks = Blocks(tokens, args.block_size, args.max_tokens)
     if len(blocks) == 0:
@@ -219,21 +241,3 @@ def print_table(args: argparse.Namespace, settings: dict, results: Results, name
         f"Blocks of {args.block_size} tokens; numerics: {settings['numerics']}. Predicted tokens: {tokens}."
         + (f" Paper: {PUBLISHED['source']}." if len(rows) > 1 else ""),
     )
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m evals.perplexity", description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", type=Path, required=True, help="model folder")
-    parser.add_argument("--data", nargs="+", required=True, help="token files, text files, dataset:PATH[,name=…]")
-    parser.add_argument("--published", action="store_true", help=f"numerics of the paper: {PUBLISHED_NUMERICS}")
-    parser.add_argument("--batch-size", type=positive_int, default=6, help="blocks at a time on each device")
-    parser.add_argument("--block-size", type=positive_int, help="tokens per block (default: the context, up to 2048)")
-    parser.add_argument("--max-tokens", type=positive_int, default=10**8, help="predict at most so many per corpus")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write results here; a rerun goes on from it")
-    parser.add_argument("--overwrite", action="store_true", help="start over instead of going on from --output")
-    parser.add_argument("--paper-row", default="auto", help="row of the paper to print beside, or auto or none")
-    return run(evaluate, parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

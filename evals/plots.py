@@ -5,12 +5,29 @@ python -m evals.plots --perplexity results.json [more.json …]      # writes re
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
+from scripts import cli
+from scripts.cli import UserError, read_json
+
+
+def check(args: argparse.Namespace) -> None:
+    if args.cache is None and not args.perplexity:
+        raise UserError("nothing to plot: give --cache or --perplexity")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.Parser("evals.plots", __doc__)
+    parser.add_argument("--cache", type=Path, metavar="FILE.json", help="results of evals.cache_tables")
+    parser.add_argument("--perplexity", type=Path, nargs="+", metavar="FILE.json", help="results of evals.perplexity")
+    return cli.run("evals.plots:evaluate", parser.parse_args(argv), check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
 from evals.common import PUBLISHED
-from scripts.cli import UserError, run
 
 try:
     import matplotlib
@@ -30,10 +47,11 @@ def read_results(path: Path) -> dict:
         UserError: when it is missing or something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        content["results"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no results file of these evaluations") from error
+        content = read_json(path)
+    except UserError as error:
+        raise UserError(f"{path} is no results file of these evaluations: {error}") from error
+    if not isinstance(content.get("results"), dict):
+        raise UserError(f"{path} is no results file of these evaluations")
     return content
 
 
@@ -123,20 +141,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if plt is None:
         raise UserError("matplotlib is not installed: pip install 'mlra[eval]'")
     matplotlib.use("Agg")
-    if args.cache is None and not args.perplexity:
-        raise UserError("nothing to plot: give --cache or --perplexity")
     if args.cache is not None:
         print(plot_cache(args.cache))
     if args.perplexity:
         print(plot_perplexity(args.perplexity))
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m evals.plots", description=__doc__.partition("\n")[0])
-    parser.add_argument("--cache", type=Path, metavar="FILE.json", help="results of evals.cache_tables")
-    parser.add_argument("--perplexity", type=Path, nargs="+", metavar="FILE.json", help="results of evals.perplexity")
-    return run(evaluate, parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,19 +13,53 @@ same command goes on after the last document in it.
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
 
+from scripts import cli
+from scripts.cli import UserError, locked, positive_int, read_json
+
+
+def check(args: argparse.Namespace) -> None:
+    if not args.tokenizer.is_dir():
+        raise UserError(f"no folder {args.tokenizer}: give a model folder or one with a tokenizer")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.Parser("evals.prepare_tokens", __doc__)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for NAME.bin")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        help="text files, dataset:PATH[,name=CONFIG][,split=train][,column=text], or the paper's corpora by name, "
+        "such as FineWeb (default: all seven)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        default=Path(__file__).parent.parent / "tokenization",
+        help="folder of a tokenizer (default: GPT-2)",
+    )
+    parser.add_argument("--max-tokens", type=positive_int, default=10**8, help="tokens per corpus")
+    parser.add_argument(
+        "--shuffle-buffer", type=cli.count, default=10_000, help="documents to shuffle among; 0 to keep order"
+    )
+    parser.add_argument("--seed", type=cli.seed, default=42, help="of the shuffle")
+    parser.add_argument("--overwrite", action="store_true", help="write again what is already there")
+    return cli.run("evals.prepare_tokens:prepare", parser.parse_args(argv), check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
 import numpy as np
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from evals.common import FOLDER, fingerprint, write_json
+from evals.common import fingerprint, write_json
 from evals.corpora import HEADER_BYTES, MAX_TOKENS, PAPER_CORPORA, Corpus, encode, find_corpora, token_file_header
-from scripts.cli import UserError, run
-from scripts.generate import positive_int
+from scripts import loading
 
 SAVE_EVERY = 2**20  # tokens
 
@@ -39,7 +73,7 @@ def load_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerBase, str]:
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise UserError(f"{folder} has no tokenizer.json: give a model folder or one with a tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = loading.load_tokenizer(folder)
     if len(tokenizer) > 2**16:
         raise UserError(f"{folder}: a vocabulary of {len(tokenizer)} tokens does not fit the format's 16 bits")
     return tokenizer, fingerprint([file])
@@ -56,10 +90,10 @@ def write_token_file(
     partial, progress_file = path.with_name(path.name + ".partial"), path.with_name(path.name + ".partial.json")
     done = {"documents": 0, "tokens": 0}
     if partial.exists() and progress_file.exists() and not args.overwrite:
-        stored = json.loads(progress_file.read_text(encoding="utf-8"))
-        if stored["settings"] != settings:
+        stored = read_json(progress_file)
+        if stored.get("settings") != settings or "done" not in stored:
             raise UserError(
-                f"{partial} was begun with other settings ({stored['settings']}): --overwrite to start over"
+                f"{partial} was begun with other settings ({stored.get('settings')}): --overwrite to start over"
             )
         done = stored["done"]
         print(f"{path.name}: going on after {done['tokens']:,} tokens", file=sys.stderr)
@@ -102,7 +136,7 @@ def write_token_file(
 def prepare(args: argparse.Namespace) -> None:
     if args.max_tokens > MAX_TOKENS:
         raise UserError(f"--max-tokens {args.max_tokens}: the format holds at most {MAX_TOKENS}")
-    corpora = find_corpora(args.data)
+    corpora = find_corpora(args.data or PAPER_CORPORA)
     for corpus in corpora:
         if corpus.is_token_file:
             raise UserError(f"{corpus.source} is a token file already")
@@ -124,31 +158,6 @@ def prepare(args: argparse.Namespace) -> None:
             "shuffle_buffer": args.shuffle_buffer,
             "seed": args.seed,
         }
-        count = write_token_file(path, corpus, tokenizer, settings, args)
+        with locked(path):
+            count = write_token_file(path, corpus, tokenizer, settings, args)
         print(f"{path}: {count:,} tokens")
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m evals.prepare_tokens", description=__doc__.partition("\n")[0])
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for NAME.bin")
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        default=list(PAPER_CORPORA),
-        help=f"text files, dataset:PATH[,name=CONFIG][,split=train][,column=text], or {', '.join(PAPER_CORPORA)} "
-        "(default: these seven)",
-    )
-    parser.add_argument(
-        "--tokenizer", type=Path, default=FOLDER.parent / "tokenization", help="folder of a tokenizer (default: GPT-2)"
-    )
-    parser.add_argument("--max-tokens", type=positive_int, default=10**8, help="tokens per corpus")
-    parser.add_argument(
-        "--shuffle-buffer", type=int, default=10_000, help="documents to shuffle among; 0 to keep order"
-    )
-    parser.add_argument("--seed", type=int, default=42, help="of the shuffle")
-    parser.add_argument("--overwrite", action="store_true", help="write again what is already there")
-    return run(prepare, parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

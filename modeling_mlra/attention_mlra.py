@@ -11,12 +11,14 @@ For latent l and a head i that it serves (paper, eqs. 5-8):
 with k_nope_{l,i} = W_uk[l,i] c_l and v_{l,i} = W_uv[l,i] c_l.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from .kernels_mlra import latent_attention
 from .masks_mlra import CacheRows
@@ -25,8 +27,18 @@ from .masks_mlra import CacheRows
 # absorbing costs T*S*(2R - N - V) more in the scores: at R=512, N=V=128 the two are equal at T=170.
 MAX_ABSORBED_QUERIES = 64
 
-# Keys and values of the prefix expanded at one time in inference; a longer prompt runs a few heads after another.
+# Keys and values of the prefix expanded at one time in inference. Few of them, as those of a short prompt, take one
+# attention call for all latents: what it copies costs less than more launches. Many run a few heads after another.
+MAX_FOLDED_BYTES = 64 * 2**20
 MAX_EXPANDED_BYTES = 2 * 2**30
+
+# What scaled_dot_product_attention runs; of the plain mathematics nothing need be kept.
+FUSED_ATTENTION = [
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
 
 
 def fastest_sdpa(query: torch.Tensor, attention_mask: torch.Tensor | None) -> AbstractContextManager:
@@ -54,6 +66,19 @@ def branch_sum(head_outputs: torch.Tensor, num_groups: int, alpha: float) -> tor
     return summed.reshape(batch, queries, num_groups * heads, v_dim) * alpha
 
 
+def sum_scaled(terms: Sequence[torch.Tensor], alpha: float) -> torch.Tensor:
+    """The sum of the branches of one group, scaled by alpha_attn (paper, eq. 8), added up in float32 or wider."""
+    total = terms[0].to(torch.promote_types(terms[0].dtype, torch.float32))
+    for term in terms[1:]:
+        total = total + term
+    return (total * alpha).to(terms[0].dtype)
+
+
+def join(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    """`torch.cat`, which would copy a single tensor."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
+
+
 def expanded_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -63,6 +88,7 @@ def expanded_attention(
     attention_mask: torch.Tensor | None,
     attention_interface: Callable,
     *,
+    gives_weights: bool,
     nope_dim: int,
     v_dim: int,
     scaling: float,
@@ -70,7 +96,12 @@ def expanded_attention(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention over materialised keys and values, the branches folded into the head axis of one attention call.
+    """Attention over materialised keys and values.
+
+    Each latent is one attention call, which reads its group's queries and its values where they lie: no branch has a
+    copy of the queries, and nothing beside keys and values is kept for the backward pass. A short prompt runs all
+    latents in one call instead, and so does training with an interface that gives weights: gradients reach the
+    weights of a call, not a joined copy of them.
 
     Args:
         query: `[B, T, G*H, N + E]`, RoPE applied.
@@ -78,6 +109,7 @@ def expanded_attention(
         k_rope: `[B, S, E]`, RoPE applied.
         kv_b_weight: `[L*H*(N+V), R]`.
         attention_mask: whatever `attention_interface` takes.
+        gives_weights: whether `attention_interface` gives attention weights.
 
     Returns:
         Head outputs `[B, T, G*H, V]` and, where the interface gives them, attention weights `[B, L*H, T, S]`.
@@ -86,51 +118,63 @@ def expanded_attention(
     num_keys, num_latents, rank = latents.shape[1:]
     heads = kv_b_weight.shape[0] // (num_latents * (nope_dim + v_dim))
     num_groups = query.shape[2] // heads
-    weight = kv_b_weight.view(num_latents, heads, nope_dim + v_dim, rank)
-    # Every branch of a group sees the same queries: [B, T, G*H, D] -> [B, G, C, H, T, D] -> [B, L, H, T, D]
-    query = query.view(batch, queries, num_groups, 1, heads, -1).permute(0, 2, 3, 4, 1, 5)
-    query = query.expand(-1, -1, num_latents // num_groups, -1, -1, -1).flatten(1, 2)
+    branches = num_latents // num_groups
 
-    def attend(some_latents: slice, some_heads: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
-        part = weight[some_latents, some_heads]  # [l, h, N + V, R]
-        # One batched product over latents: [l, B*S, R] x [l, R, h*(N+V)]
-        c = latents[:, :, some_latents].flatten(0, 1).transpose(0, 1)
-        expanded = torch.bmm(c, part.flatten(1, 2).transpose(1, 2))
-        expanded = expanded.view(part.shape[0], batch, num_keys, *part.shape[1:3]).permute(1, 0, 3, 2, 4)
-        k_nope, value = expanded.split([nope_dim, v_dim], dim=-1)  # [B, l, h, S, N], [B, l, h, S, V]
-        key = torch.cat([k_nope, k_rope[:, None, None].expand(*k_nope.shape[:-1], -1)], dim=-1)
+    def expand(c, part):
+        """`[B, S, R]` by `[h, N or V, R]`: `[B, S, h, N or V]`."""
+        return nn.functional.linear(c, part.flatten(0, 1)).unflatten(-1, part.shape[:2])
+
+    def attend(query, k_nope, value):
+        """Of `[B, T, h, D]`, `[B, S, h, N]` and `[B, S, h, V]`: `[B, T, h, V]`, `[B, h, T, S]`."""
+        key = torch.cat([k_nope, k_rope.unsqueeze(2).expand(*k_nope.shape[:3], -1)], dim=-1)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         return attention_interface(
-            module,
-            query[:, some_latents, some_heads].flatten(1, 2),
-            key.flatten(1, 2),
-            value.flatten(1, 2),
-            attention_mask,
-            scaling=scaling,
-            dropout=dropout,
-            **kwargs,
-        )  # [B, T, l*h, V], [B, l*h, T, S]
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
 
+    bytes_per_head = batch * num_keys * (query.shape[-1] + v_dim) * query.element_size()
+    is_inference = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
     with fastest_sdpa(query, attention_mask):
-        bytes_per_head = batch * num_keys * (query.shape[-1] + v_dim) * query.element_size()
-        at_once = MAX_EXPANDED_BYTES // bytes_per_head
-        if at_once >= num_latents * heads or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            output, weights = attend(slice(None), slice(None))
-        else:
-            step = min(max(at_once, 1), heads)
-            slices = [
-                (slice(latent, latent + 1), slice(head, head + step))
-                for latent in range(num_latents)
-                for head in range(0, heads, step)
+        is_short = num_latents * heads * bytes_per_head <= min(MAX_FOLDED_BYTES, MAX_EXPANDED_BYTES)
+        if is_short if is_inference else gives_weights:
+            weight = kv_b_weight.view(num_latents, heads * (nope_dim + v_dim), rank)
+            # One batched product over latents: [L, B*S, R] x [L, R, H*(N+V)]
+            expanded = torch.bmm(latents.flatten(0, 1).transpose(0, 1), weight.transpose(1, 2))
+            expanded = expanded.view(num_latents, batch, num_keys, heads, -1).permute(1, 2, 0, 3, 4).flatten(2, 3)
+            query = query.view(batch, queries, num_groups, 1, heads, -1).expand(-1, -1, -1, branches, -1, -1)
+            output, weights = attend(query.flatten(2, 4), *expanded.split([nope_dim, v_dim], dim=-1))
+            return branch_sum(output.view(batch, queries, num_latents, heads, v_dim), num_groups, alpha), weights
+
+        step = min(max(MAX_EXPANDED_BYTES // bytes_per_head, 1), heads) if is_inference else heads
+        # Unbound and split rather than indexed: the gradients of the parts then come together without sums of zeros
+        grouped = query.view(batch, queries, num_groups, heads, -1).unbind(2)
+        w_uk, w_uv = (part.unbind(0) for part in up_projections(kv_b_weight, num_latents, nope_dim, v_dim))
+        outputs, weights = [], []
+        for latent, c in enumerate(latents.unbind(2)):
+            of_group = grouped[latent // branches].split(step, dim=2)
+            pieces = [
+                attend(q, expand(c, uk), expand(c, uv))
+                for q, uk, uv in zip(of_group, w_uk[latent].split(step), w_uv[latent].split(step), strict=True)
             ]
-            parts = [attend(*part) for part in slices]
-            output = torch.cat([part[0] for part in parts], dim=2)
-            weights = None if parts[0][1] is None else torch.cat([part[1] for part in parts], dim=1)
-    return branch_sum(output.view(batch, queries, num_latents, heads, v_dim), num_groups, alpha), weights
+            outputs.append(join([piece[0] for piece in pieces], dim=2))  # [B, T, H, V]
+            weights += [piece[1] for piece in pieces]
+    sums = [sum_scaled(outputs[first : first + branches], alpha) for first in range(0, num_latents, branches)]
+    return join(sums, dim=2), None if weights[0] is None else join(weights, dim=1)
+
+
+def recompute_inputs(attention: Callable, *args) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`attention(*args)`, whose queries, keys and values are made again in the backward pass instead of kept.
+
+    The attention kernel itself does not run again: its output stays. Kernels that are not torch's own do.
+    """
+    contexts = partial(create_selective_checkpoint_contexts, FUSED_ATTENTION)
+    return checkpoint(attention, *args, use_reentrant=False, context_fn=contexts)
 
 
 def absorbed_attention(
     module: nn.Module,
-    query: torch.Tensor,
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
     latents: torch.Tensor,
     k_rope: torch.Tensor,
     kv_b_weight: torch.Tensor,
@@ -148,7 +192,8 @@ def absorbed_attention(
     W_uk moves to the query side and W_uv behind the weighted sum of latents (specification, "absorbed decode").
 
     Args:
-        query: `[B, T, G*H, N + E]`, RoPE applied.
+        q_nope: `[B, T, G*H, N]`.
+        q_rope: `[B, T, G*H, E]`, RoPE applied.
         latents: `[B, S, L, R]`; may hold more rows than are in use. `[S, L, R]` with a row table.
         k_rope: `[B, S, E]`, RoPE applied. `[S, E]` with a row table.
         kv_b_weight: `[L*H*(N+V), R]`.
@@ -157,14 +202,13 @@ def absorbed_attention(
     Returns:
         Head outputs `[B, T, G*H, V]` and, with an additive mask, attention weights `[B, L*H, T, S]`.
     """
-    batch, queries = query.shape[:2]
+    batch, queries = q_nope.shape[:2]
     num_latents, rank = latents.shape[-2:]
     heads = kv_b_weight.shape[0] // (num_latents * (nope_dim + v_dim))
-    num_groups = query.shape[2] // heads
+    num_groups = q_nope.shape[2] // heads
     branches = num_latents // num_groups
     w_uk, w_uv = up_projections(kv_b_weight, num_latents, nope_dim, v_dim)
-    grouped = query.view(batch, queries, num_groups, heads, -1)
-    q_nope, q_rope = grouped.split([nope_dim, grouped.shape[-1] - nope_dim], dim=-1)
+    q_nope, q_rope = (part.view(batch, queries, num_groups, heads, -1) for part in (q_nope, q_rope))
 
     # q_latent[l, i] = W_uk[l, i]^T q_nope[i], batched over (l, i): [L*H, B*T, N] x [L*H, N, R]
     q_nope = q_nope.unsqueeze(3).expand(-1, -1, -1, branches, -1, -1)

@@ -14,9 +14,11 @@ Latents are kept group-major: latent s serves the query heads of group s // B an
 checkpoint numbers the same latent (s % B) * G + s // B; conversion reorders it.
 """
 
+import math
+
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 
 @strict
@@ -46,7 +48,9 @@ class MLRAConfig(PreTrainedConfig):
         rms_norm_eps (`float`): epsilon of every RMSNorm.
         use_cache (`bool`): whether the model returns its latent cache.
         tie_word_embeddings (`bool`): whether the output embedding is the input embedding.
-        rope_parameters (`dict`, *optional*): rotary embedding parameters as in Llama; theta 10000 by default.
+        rope_parameters (`dict`, *optional*): rotary embedding parameters as in Llama, `rope_scaling` and `rope_theta`
+            of older configurations included; theta 10000 by default. `mscale_all_dim` also scales the scores, as in
+            DeepSeek-V3.
         attention_dropout (`float`): dropout of attention weights in training.
         decode_implementation (`str`): kernel for the absorbed form (see `kernels_mlra`): "auto", "torch", "triton",
             "flash_attention_3", or a kernel repository or folder.
@@ -57,7 +61,7 @@ class MLRAConfig(PreTrainedConfig):
     """
 
     model_type = "mlra"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     base_model_tp_plan = {
         "embed_tokens": "embedding_rowwise",
         "layers.*.self_attn": "mlra_attention",  # latents, their cache rows and heads (`tensor_parallel_mlra`)
@@ -99,8 +103,9 @@ class MLRAConfig(PreTrainedConfig):
     pad_token_id: int | None = 50256
 
     def __post_init__(self, **kwargs):
-        if self.rope_parameters is None:
-            self.rope_parameters = {"rope_type": "default", "rope_theta": kwargs.pop("rope_theta", 10000.0)}
+        # The library writes it where a model's code is loaded from a folder, and trainers (TRL) read it of every model
+        # that the library itself does not name.
+        self.auto_map = kwargs.pop("auto_map", None) or {}
         super().__post_init__(**kwargs)
         self.validate_architecture()  # `strict` runs it again, but wraps the error in a type that is no ValueError
 
@@ -116,8 +121,34 @@ class MLRAConfig(PreTrainedConfig):
 
     @property
     def qk_head_dim(self) -> int:
-        """n + e: width of a head's query and key; its square root scales the scores."""
+        """n + e: width of a head's query and key."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def score_scaling(self) -> float:
+        """1 / sqrt(n + e), the factor of the scores; times the square of YaRN's mscale where `mscale_all_dim` is set.
+
+        Then the rotary tables have the factor mscale / mscale_all_dim only, as the library computes it.
+        """
+        rope: dict = self.rope_parameters  # type: ignore[assignment]
+        mscale = 1.0
+        if rope["rope_type"] != "default" and rope.get("mscale_all_dim"):
+            factor = rope.get("factor") or self.max_position_embeddings / rope["original_max_position_embeddings"]
+            mscale = 0.1 * rope["mscale_all_dim"] * math.log(max(factor, 1.0)) + 1.0
+        return self.qk_head_dim**-0.5 * mscale**2
+
+    @property
+    def rotary_config(self) -> PreTrainedConfig:
+        """What the library's RoPE functions take: they rotate all of `head_dim`, here the rotary part of a head."""
+        config = PreTrainedConfig(
+            head_dim=self.qk_rope_head_dim,
+            max_position_embeddings=self.max_position_embeddings,
+            hidden_size=self.hidden_size,
+            num_attention_heads=self.num_attention_heads,
+        )
+        config.rope_parameters = self.rope_parameters
+        config.ignore_keys_at_rope_validation = self.ignore_keys_at_rope_validation
+        return config
 
     @property
     def cache_row_dim(self) -> int:
@@ -136,6 +167,17 @@ class MLRAConfig(PreTrainedConfig):
     def head_dim(self) -> int:
         """A head's share of half a cache row, rounded up to the even number that the library's check of RoPE wants."""
         return 2 * -(-self.cache_row_dim // (4 * self.num_key_value_heads))
+
+    def validate_rope(self):
+        """The library's check, of the width that is rotated."""
+        self.rotary_config.validate_rope()
+
+    def to_dict(self):
+        """As everywhere, without an `auto_map` that names nothing."""
+        output = super().to_dict()
+        if not output.get("auto_map"):
+            output.pop("auto_map", None)
+        return output
 
     def validate_architecture(self):
         """Reject sizes that cannot be combined."""
@@ -173,12 +215,34 @@ class MLRAConfig(PreTrainedConfig):
             )
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim} must be even: RoPE rotates pairs")
+        self._validate_rotation()
         if not self.rms_norm_eps > 0:
             raise ValueError(f"rms_norm_eps={self.rms_norm_eps} must be positive")
         if not 0.0 <= self.attention_dropout < 1.0:
             raise ValueError(f"attention_dropout={self.attention_dropout} must lie in [0, 1)")
         if self.initializer_range < 0:
             raise ValueError(f"initializer_range={self.initializer_range} must not be negative")
+
+    def _validate_rotation(self):
+        """Reject rotary parameters that the model could not be built with."""
+        rope = self.rope_parameters
+        kind, theta, partial = rope["rope_type"], rope["rope_theta"], rope.get("partial_rotary_factor")
+        if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+            known = ", ".join(["default", *ROPE_INIT_FUNCTIONS])
+            raise ValueError(f"rope_type={kind!r} is unknown; give one of {known}")
+        if not isinstance(theta, int | float) or not theta > 0:
+            raise ValueError(f"rope_theta={theta!r} must be a positive number")
+        if partial not in (None, 1) and kind != "proportional":
+            raise ValueError(
+                f"partial_rotary_factor={partial} cannot be combined with rope_type={kind!r}: qk_rope_head_dim="
+                f"{self.qk_rope_head_dim} itself is the part of a head that is rotated"
+            )
+        for name in ("short_factor", "long_factor"):
+            if (factors := rope.get(name)) is not None and len(factors) != self.qk_rope_head_dim // 2:
+                raise ValueError(
+                    f"{name} has {len(factors)} numbers; qk_rope_head_dim={self.qk_rope_head_dim} needs "
+                    f"{self.qk_rope_head_dim // 2}"
+                )
 
 
 __all__ = ["MLRAConfig"]

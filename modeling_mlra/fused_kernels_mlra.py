@@ -127,16 +127,16 @@ if triton is not None:
     def absorb_kernel(
         q, a, a_stride, kv_first, kv_b, latent_gamma, inv_freq, counters, q_latent, q_rope, cache, cache_b, cache_s,
         alpha_kv, eps, rope_scale,
-        M: tl.constexpr, MP: tl.constexpr, L: tl.constexpr, C: tl.constexpr, H: tl.constexpr, R: tl.constexpr,
-        DN: tl.constexpr, E: tl.constexpr, V: tl.constexpr, DNP: tl.constexpr, RP: tl.constexpr, RB: tl.constexpr,
-        EP: tl.constexpr, PDL: tl.constexpr,
+        M: tl.constexpr, T: tl.constexpr, MP: tl.constexpr, L: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
+        R: tl.constexpr, DN: tl.constexpr, E: tl.constexpr, V: tl.constexpr, DNP: tl.constexpr, RP: tl.constexpr,
+        RB: tl.constexpr, EP: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        """q_latent[m, l, h] = W_uk[l, h]^T q_nope[m], RB columns to a program, sequence after sequence or (MP > 0) as
-        one matrix product. The last M programs of each latent and head rotate instead, one sequence each: queries, and
-        for the first head this token's cache row, which they normalise.
+        """q_latent[m, l, h] = W_uk[l, h]^T q_nope[m], RB columns to a program, token after token or (MP > 0) as one
+        matrix product. The last M programs of each latent and head rotate instead, one token each: queries, and for
+        the first head this token's cache row, which they normalise. T tokens in a row are of one sequence.
 
-        `counters` holds [row, position of each sequence, ...], and is read before the wait: no kernel of the step
-        writes it but the last. `a` holds the outputs of kernel 1.
+        `counters` holds [row of each sequence's first token, position of each token, ...], and is read before the
+        wait: no kernel of the step writes it but the last. `a` holds the outputs of kernel 1.
         """
         latent, head = tl.program_id(0) // H, tl.program_id(0) % H
         query_head = (latent // C) * H + head
@@ -164,7 +164,8 @@ if triton is not None:
             index, half = tl.arange(0, RP), tl.arange(0, EP)
             gamma = tl.load(latent_gamma + latent * R + index, mask=index < R, other=0.0).to(tl.float32)
             frequency = tl.load(inv_freq + half, mask=half < E // 2, other=0.0)
-            row = cache + rotated.to(tl.int64) * cache_b + tl.load(counters).to(tl.int64) * cache_s
+            place = (tl.load(counters) + rotated % T).to(tl.int64)
+            row = cache + (rotated // T).to(tl.int64) * cache_b + place * cache_s
             angle = tl.load(counters + 1 + rotated).to(tl.float32) * frequency
             cos, sin = tl.cos(angle) * rope_scale, tl.sin(angle) * rope_scale
             rotates_query = half < tl.where(latent % C == 0, E // 2, 0)

@@ -19,6 +19,8 @@ Legend: M sequences, K and N widths of a linear map, G groups, C branches, L = G
 R latent, D_N / E / V positionless key, RoPE and value widths.
 """
 
+import weakref
+
 import torch
 from torch import nn
 
@@ -88,22 +90,27 @@ def obstacle(model: nn.Module, num_sequences: int) -> str | None:
 
 
 class FusedStep:
-    """The kernels of one decoding step, bound to a model, a static cache and buffers for `num_sequences` sequences.
+    """The kernels of one decoding step, bound to a model, a cache and buffers for M tokens, T of each sequence.
+
+    More than one token of a sequence are candidates to be verified together: each sees those in front of it.
 
     Args:
         model: an `MLRAForCausalLM` that has no `obstacle`; of a tensor-parallel one every rank makes its step.
-        cache: a static `MLRACache` that holds the prompt.
-        counters: int32 `[1 + 2 * M]`: the cache row to write, then each sequence's RoPE position, then each one's
-            number of rows in use, this token's included.
+        cache: an `MLRACache` that holds the prompt, with rows allocated for what is to come. Neither it nor the model
+            is kept alive by its step.
+        counters: int32 `[1 + M + M / T]`: the first cache row to write, then each token's RoPE position, then each
+            sequence's number of rows in use, those of its T tokens included.
         kv_start, key_mask: as in `latent_attention`.
+        tokens_each: T.
     """
 
-    def __init__(self, model: nn.Module, cache, counters: torch.Tensor, kv_start=None, key_mask=None):
+    def __init__(self, model: nn.Module, cache, counters: torch.Tensor, kv_start=None, key_mask=None, tokens_each=1):
         config = model.config
-        self.model, self.cache, self.counters = model, cache, counters
+        self._model, self._cache, self.counters = weakref.ref(model), weakref.ref(cache), counters
         self.kv_start, self.key_mask = kv_start, key_mask
-        self.num_sequences = (counters.numel() - 1) // 2
-        self.few = self.num_sequences <= FEW_SEQUENCES
+        self.tokens_each = tokens_each
+        self.num_tokens = (counters.numel() - 1) * tokens_each // (tokens_each + 1)
+        self.few = self.num_tokens <= FEW_SEQUENCES
         self.mesh = tensor_parallel_mesh(model)
         self.residual_share = 1.0 if self.mesh is None else 1 / self.mesh.size()
         self.local_sizes = local_sizes(model.model.layers[0].self_attn)
@@ -114,7 +121,7 @@ class FusedStep:
             self.widths_a.append(heads * config.v_head_dim)
 
         def buffer(width):
-            return torch.empty(self.num_sequences, width, dtype=model.dtype, device=counters.device)
+            return torch.empty(self.num_tokens, width, dtype=model.dtype, device=counters.device)
 
         self.hidden, self.a = buffer(config.hidden_size), buffer(sum(self.widths_a))
         self.q, self.q_rope = buffer(heads * config.qk_head_dim), buffer(heads * config.qk_rope_head_dim)
@@ -127,10 +134,18 @@ class FusedStep:
         self.multiprocessors, self.early, self.hopper = facts.multiprocessors, facts.early, facts.hopper
         self.arrived = torch.zeros(4 * self.multiprocessors, dtype=torch.int32, device=counters.device)
 
+    @property
+    def model(self) -> nn.Module:
+        return self._model()
+
+    @property
+    def cache(self):
+        return self._cache()
+
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Logits `[M, vocab_size]` after `token_ids` `[M]`; appends their rows to the cache and counts them."""
         logits = self._logits_after(token_ids)
-        self.counters.add_(1)
+        self.counters.add_(self.tokens_each)
         return logits
 
     def choose(self, token_ids, unfinished, pad: int, end_tokens, sequences, column, scores_of=None) -> None:
@@ -148,7 +163,7 @@ class FusedStep:
             logits = scores_of(logits)
         block = min(16384, triton.next_power_of_2(logits.shape[1]))
         launch(
-            self.device, choose_kernel, (self.num_sequences,),
+            self.device, choose_kernel, (self.num_tokens,),
             logits, logits.shape[1], unfinished, pad, end_tokens, end_tokens.numel(), token_ids,
             sequences, sequences.stride(0), column, self.counters,
             COUNTERS=self.counters.numel(), COUNTERS_P=triton.next_power_of_2(self.counters.numel()),
@@ -173,7 +188,7 @@ class FusedStep:
         if self.mesh is None:
             width, block = weight.shape[1], 256
             launch(
-                self.device, embed_kernel, (self.num_sequences, triton.cdiv(width, block)),
+                self.device, embed_kernel, (self.num_tokens, triton.cdiv(width, block)),
                 token_ids, token_ids.stride(0), weight, self.hidden,
                 WIDTH=width, BLOCK=block, PDL=self.early, num_warps=1,
             )  # fmt: skip
@@ -192,7 +207,7 @@ class FusedStep:
     def _linear(self, x, layers, out, norm=None, scale=1.0, swiglu=False, residual=None):
         weights = [local_tensor(layer.weight) for layer in layers]
         one_map = len(weights) == 1 or swiglu
-        if self.few and self.hopper and one_map and streams(weights, self.num_sequences):
+        if self.few and self.hopper and one_map and streams(weights, self.num_tokens):
             stream_linear(
                 x, weights, out, norm, scale, residual, self.residual_share, self.multiprocessors, self.early
             )
@@ -204,19 +219,19 @@ class FusedStep:
             )  # fmt: skip
             return
         inner = weights[0].shape[1]
-        plan = linear_plan(inner, swiglu, residual is not None, self.num_sequences)
+        plan = linear_plan(inner, swiglu, residual is not None, self.num_tokens)
         blocks, stack = stacked(weights, plan["ROWS"], swiglu)
         launch(
             self.device, linear_kernel, (blocks,),
             x, x.stride(0), x if norm is None else norm.weight, scale, 0.0 if norm is None else norm.variance_epsilon,
             out if residual is None else residual, self.residual_share, out, out.stride(0), *stack,
-            K=inner, M=self.num_sequences, NORM=norm is not None, SWIGLU=swiglu,
+            K=inner, M=self.num_tokens, NORM=norm is not None, SWIGLU=swiglu,
             RESIDUAL=residual is not None, PDL=self.early, **plan, **launch_options(self.early),
         )  # fmt: skip
 
     def _attention(self, layer, rows):
         attention = layer.self_attn
-        config, batch = attention.config, self.num_sequences
+        config, batch = attention.config, self.num_tokens
         latents, heads, groups = self.local_sizes
         branches, rank, rope = latents // groups, config.latent_head_dim, config.qk_rope_head_dim
         kv_b, latent_gamma = (local_tensor(m.weight) for m in (attention.kv_b_proj, attention.kv_a_layernorm))
@@ -237,15 +252,16 @@ class FusedStep:
             self.q, self.a, self.a.stride(0), config.q_lora_rank, kv_b, latent_gamma, rotary.inv_freq,
             self.counters, self.q_latent, self.q_rope,
             rows, rows.stride(0), rows.stride(2), attention.alpha_kv, attention.kv_a_layernorm.variance_epsilon,
-            rotary.attention_scaling, M=batch, MP=0 if self.few else padded(batch), L=latents, C=branches, H=heads,
-            R=rank, DN=nope, E=rope, V=value, DNP=padded_nope, RP=padded_rank, RB=columns,
-            EP=triton.next_power_of_2(rope // 2), PDL=self.early, num_warps=4, **launch_options(self.early),
+            rotary.attention_scaling, M=batch, T=self.tokens_each, MP=0 if self.few else padded(batch),
+            L=latents, C=branches, H=heads, R=rank, DN=nope, E=rope, V=value, DNP=padded_nope, RP=padded_rank,
+            RB=columns, EP=triton.next_power_of_2(rope // 2), PDL=self.early, num_warps=4,
+            **launch_options(self.early),
         )  # fmt: skip
         gate = self.a[:, sum(self.widths_a[:3]) :]
         shape = {"M": batch, "L": latents, "C": branches, "H": heads, "R": rank, "DN": nope, "V": value}
         shape |= {"RP": padded_rank, "GATE": config.attn_output_gate, "PDL": self.early}
         z = self._latent_attention(attention, rows)
-        if not self.few:
+        if not self._reduces_parts():
             batch_value(z, kv_b, gate, self.heads, attention.alpha_attn, shape)
             return
         padded_branches = triton.next_power_of_2(branches)
@@ -257,8 +273,12 @@ class FusedStep:
             **launch_options(self.early),
         )  # fmt: skip
 
+    def _reduces_parts(self) -> bool:
+        """Whether kernel 5 itself reduces the partial results of kernel 4."""
+        return self.few and self.tokens_each == 1
+
     def _lengths(self):
-        return self.counters[1 + self.num_sequences :], self.kv_start
+        return self.counters[1 + self.num_tokens :], self.kv_start
 
     def _latent_attention(self, attention, rows):
         """Kernel 4: the partial results of a few sequences, which kernel 5 reduces, or the results of more.
@@ -267,14 +287,14 @@ class FusedStep:
         token's rows only, and no step begins before the one before has ended (`embed_kernel` is launched in the
         ordinary way).
         """
-        config, batch = attention.config, self.num_sequences
+        config, shape = attention.config, (-1, self.tokens_each)
         latents, heads, groups = self.local_sizes
         split, cached = latents * config.latent_head_dim, rows.squeeze(1)
         arguments = (
-            self.q_latent.view(batch, 1, latents, heads, -1),
-            self.q_rope.view(batch, 1, groups, heads, -1),
+            self.q_latent.view(*shape, latents, heads, config.latent_head_dim),
+            self.q_rope.view(*shape, groups, heads, config.qk_rope_head_dim),
             cached[..., :split].unflatten(-1, (latents, -1)),
             cached[..., split:],
             *self._lengths(), self.key_mask, None, 0, attention.scaling, True,
         )  # fmt: skip
-        return partial_results(None, *arguments) if self.few else triton_latent_attention(*arguments)
+        return partial_results(None, *arguments) if self._reduces_parts() else triton_latent_attention(*arguments)

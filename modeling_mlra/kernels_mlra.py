@@ -57,8 +57,7 @@ def reference_latent_attention(
     if kv_start is not None:
         used = used & (positions >= kv_start[:, None])
     if key_mask is not None:
-        key_mask = key_mask[:, : used.shape[1]].bool()
-        used = used & torch.nn.functional.pad(key_mask, (0, used.shape[1] - key_mask.shape[1]))
+        used = used & key_mask[:, : used.shape[1]].bool()
     query = torch.arange(length, device=q_latent.device)
     seen = used[:, None] & (positions <= (kv_end[:, None] - length + query)[..., None])  # [B, T, S]
 
@@ -270,7 +269,7 @@ def latent_attention(
         k_rope: `[B, S, E]`, or `[pages * page_size, E]`.
         kv_end: int32 `[B]`, rows in use, the T query rows included. Read on the device only.
         kv_start: int32 `[B]`, first row seen (left padding), or None for 0.
-        key_mask: bool `[B, at least max(kv_end)]`, or None.
+        key_mask: bool `[B, any number of rows]`, rows that it lacks are not seen; or None.
         scaling: factor of the scores (explicit: the widths here are not those it derives from).
         implementation: "auto", "triton", "flash_attention_3", "torch", "org/repo" or a local kernel folder.
         block_table: int32 `[B, max_blocks]`: row j lies at row block_table[b, j // page_size] * page_size
@@ -285,6 +284,9 @@ def latent_attention(
         ImportError, ValueError: see `choose_implementation`; ValueError also for shapes that do not fit.
     """
     _check_shapes(q_latent, q_rope, latents, k_rope, kv_end, block_table, page_size)
+    num_rows = latents.shape[1] if block_table is None else block_table.shape[1] * page_size
+    if key_mask is not None and key_mask.shape[1] < num_rows:  # no implementation looks for the end of the mask
+        key_mask = torch.nn.functional.pad(key_mask, (0, num_rows - key_mask.shape[1]))
     given = q_latent.dtype
     q_latent, q_rope, k_rope = (x.to(latents.dtype) for x in (q_latent, q_rope, k_rope))
     name = choose_implementation(implementation, q_latent, q_rope, latents, k_rope, kv_start, key_mask)

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
+
+from .library_mlra import causal_mask
 
 
 class CacheRows(NamedTuple):
@@ -16,7 +17,7 @@ class CacheRows(NamedTuple):
     Args:
         kv_end: `[B]` int32, rows in use, those of the T queries included.
         kv_start: `[B]` int32, first row that is no padding, or None for 0.
-        key_mask: `[B, >= kv_end]` bool, rows that may be attended to, or None for all.
+        key_mask: `[B, any number of rows]` bool, rows that may be attended to, or None for all; others may not.
         row_table: `[B, >= kv_end]` int32, where each row lies if the sequences share one pool of rows, else None.
     """
 
@@ -29,7 +30,7 @@ class CacheRows(NamedTuple):
 def cache_rows(
     attention_mask: torch.Tensor | None, kv_end: torch.Tensor | int, batch: int, device: torch.device
 ) -> CacheRows:
-    """The cache rows that a batch may read: up to `kv_end`, less what a `[B, >= kv_end]` mask leaves out."""
+    """The cache rows that a batch may read: up to `kv_end`, less what a mask of any width leaves out or lacks."""
     if isinstance(kv_end, torch.Tensor):
         kv_end = kv_end.to(torch.int32).expand(batch)
     else:
@@ -44,26 +45,26 @@ def dense_mask(
     config,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
-    position_ids: torch.Tensor,
+    cache: Cache | None,
+    position_ids: torch.Tensor | None,
     past_length: torch.Tensor | int,
 ):
     """The mask that the attention interface takes, no wider than the keys it covers.
 
     Without a prefix, attention runs over the new tokens alone, whatever length a static cache has.
+
+    Args:
+        position_ids: the caller's, or None where positions just count on: only given ones can separate documents.
     """
     length = inputs_embeds.shape[1]
-    is_static = past_key_values is not None and past_key_values.is_compileable
-    if is_static and not isinstance(past_length, torch.Tensor):
-        past_key_values = DynamicCache()
+    has_prefix = isinstance(past_length, torch.Tensor) or past_length > 0
+    if config._attn_implementation == "sdpa" and attention_mask is None and position_ids is None and not has_prefix:
+        return None  # causal by the kernel's own flag; the library, while compiling, would make a [T, T] mask instead
+    is_static = cache is not None and cache.is_compileable
+    if is_static and not has_prefix:
+        cache = DynamicCache()
         attention_mask = None if attention_mask is None else attention_mask[..., :length]
-    mask = create_causal_mask(
-        config=config,
-        inputs_embeds=inputs_embeds,
-        attention_mask=attention_mask,
-        past_key_values=past_key_values,
-        position_ids=position_ids,
-    )
+    mask = causal_mask(config, inputs_embeds, attention_mask, cache, position_ids)
     if is_static and isinstance(mask, torch.Tensor) and not torch.compiler.is_compiling():
         mask = mask[..., : int(past_length) + length]
     return mask

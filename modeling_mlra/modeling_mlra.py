@@ -4,9 +4,8 @@ Prefill and training run the expanded form through the library's attention inter
 on the latent cache (`attention_mlra`). Both use the same parameters.
 """
 
-from functools import partial
-
 import torch
+import transformers
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -26,29 +25,36 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_mlra import MAX_ABSORBED_QUERIES, absorbed_attention, expanded_attention
-from .cache_mlra import MLRACache
+from .attention_mlra import MAX_ABSORBED_QUERIES, absorbed_attention, expanded_attention, recompute_inputs
+from .cache_mlra import MLRACache, check_prefix
+from .capture_mlra import free_spares
 from .configuration_mlra import MLRAConfig
+from .forwards_mlra import captured_forwards, captured_logits
 from .generation_mlra import can_capture, captured_decode
+from .library_mlra import (
+    CACHE,
+    CACHE_NAMES,
+    cache_of,
+    is_paged,
+    slice_logits_to_keep,
+    take_cache,
+    takes_cache_by_any_name,
+)
+from .loss_mlra import chunked_causal_loss, has_plain_weight
 from .masks_mlra import CacheRows, additive, cache_rows, dense_mask
 from .paged_mlra import update_paged
 from .rotary_mlra import MLRARotaryEmbedding, apply_rotary_pos_emb, at_least_float32
 from .tensor_parallel_mlra import register_parallel_styles
 
 register_parallel_styles()
-
-try:
-    from transformers.modeling_utils import slice_logits_to_keep
-except ImportError:  # transformers < 5.20
-
-    def slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-        indices = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        return hidden_states[:, indices, :]
+# For smoothed losses the library's Trainer shifts the labels of the classes in this table alone, and compares every
+# other model's logits with the token they were computed from. Its server knows a language model by it too.
+transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("mlra", "MLRAForCausalLM")
 
 
 @use_kernel_forward_from_hub("RMSNorm")
 class MLRARMSNorm(nn.Module):
-    """Root-mean-square norm, computed in float32 and multiplied by the weight after the cast back."""
+    """Root-mean-square norm in float32; where input and weight have one dtype, in one kernel, the weight included."""
 
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -56,7 +62,9 @@ class MLRARMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.weight * rms_normalize(hidden_states, self.variance_epsilon)
+        if hidden_states.dtype == self.weight.dtype:
+            return rms_norm(hidden_states, self.variance_epsilon, self.weight)
+        return self.weight * rms_norm(hidden_states, self.variance_epsilon)  # mixed precision
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
@@ -72,17 +80,19 @@ class MLRALatentRMSNorm(nn.Module):
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         split = latents.unflatten(-1, self.weight.shape)
-        return (self.weight * rms_normalize(split, self.variance_epsilon)).flatten(-2)
+        return (self.weight * rms_norm(split, self.variance_epsilon)).flatten(-2)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
-def rms_normalize(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last dimension, in float32 or wider, returned in the dtype of x."""
-    hidden_float = hidden_states.to(at_least_float32(hidden_states))
-    variance = hidden_float.pow(2).mean(-1, keepdim=True)
-    return (hidden_float * torch.rsqrt(variance + eps)).to(hidden_states.dtype)
+def rms_norm(hidden_states: torch.Tensor, eps: float, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last dimension, times weight: in float32 or wider, returned in x's dtype."""
+    width = hidden_states.shape[-1:]
+    if torch.is_autocast_enabled(hidden_states.device.type):  # would return float32
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return nn.functional.rms_norm(hidden_states, width, weight, eps)
+    return nn.functional.rms_norm(hidden_states, width, weight, eps)
 
 
 class MLRAMLP(nn.Module):
@@ -152,8 +162,9 @@ class MLRAAttention(nn.Module):
         self.layer_idx = layer_idx
         self.is_causal = True
         self.num_key_value_groups = 1
+        self.recompute_inputs = False  # in training: keep no queries, keys and values for the backward pass
         self.qk_head_dim = config.qk_head_dim
-        self.scaling = config.qk_head_dim**-0.5
+        self.scaling = config.score_scaling
         self.alpha_q = self.alpha_kv = self.alpha_attn = 1.0
         if config.latent_scaling:
             self.alpha_q = (config.hidden_size / config.q_lora_rank) ** 0.5
@@ -173,12 +184,19 @@ class MLRAAttention(nn.Module):
         self.o_proj = nn.Linear(heads * config.v_head_dim, config.hidden_size, bias=False)
         self.o_proj.starts_at_zero = True
 
+    def project_query(self, q_latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries `[B, T, G*H, N]` of `[B, T, q_lora_rank]`; their rotary part `[B, T, G*H, E]`, not yet rotated."""
+        query = self.q_b_proj(q_latent).unflatten(-1, (-1, self.qk_head_dim))
+        q_nope, q_rope = query.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], dim=-1)
+        return q_nope, q_rope
+
+    @takes_cache_by_any_name
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: "torch.Tensor | CacheRows | None" = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         absorbed: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -186,41 +204,47 @@ class MLRAAttention(nn.Module):
         batch, length = hidden_states.shape[:2]
         cos, sin = position_embeddings
 
-        query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)) * self.alpha_q)
-        q_nope, q_rope = query.view(batch, length, -1, self.qk_head_dim).split(
-            [config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1
-        )
-        query = torch.cat([q_nope, apply_rotary_pos_emb(q_rope, cos, sin)], dim=-1)  # [B, T, G*H, N + E]
+        q_latent = self.q_a_layernorm(self.q_a_proj(hidden_states)) * self.alpha_q
         latents = self.kv_a_layernorm(self.kv_a_proj(hidden_states)) * self.alpha_kv  # [B, T, L*R]
-        latents = latents.to(query.dtype)  # under autocast too, a row is of one dtype: that of every product with it
-        k_rope = apply_rotary_pos_emb(self.k_rope_proj(hidden_states).unsqueeze(2), cos, sin).squeeze(2)  # [B, T, E]
+        k_rope = self.k_rope_proj(hidden_states).unsqueeze(2)  # [B, T, 1, E]
+        is_recomputed = self.recompute_inputs and torch.is_grad_enabled() and not (absorbed or is_paged(cache))
+        if is_recomputed:
+            query, k_rope = None, apply_rotary_pos_emb(k_rope, cos, sin)
+        else:
+            q_nope, q_rope = self.project_query(q_latent)
+            rotated = apply_rotary_pos_emb(torch.cat([q_rope, k_rope], dim=2), cos, sin)
+            q_rope, k_rope = rotated.split([q_rope.shape[2], 1], dim=2)
+            query = q_nope, q_rope
+        k_rope = k_rope.squeeze(2)  # [B, T, E]
+        latents = latents.to(k_rope.dtype)  # under autocast too, a row is of one dtype: that of every product with it
 
-        if past_key_values is not None:
-            has_prefix = not isinstance(past := past_key_values.get_seq_length(self.layer_idx), int) or past > 0
-            cached = past_key_values.update(latents.unsqueeze(1), k_rope.unsqueeze(1), self.layer_idx)
+        if cache is not None and not is_paged(cache):
+            has_prefix = not isinstance(past := cache.get_seq_length(self.layer_idx), int) or past > 0
+            cached = cache.update(latents.unsqueeze(1), k_rope.unsqueeze(1), self.layer_idx)
             if has_prefix:
                 latents, k_rope = cached[0].squeeze(1), cached[1].squeeze(1)  # [B, S, L*R], [B, S, E]
                 if isinstance(attention_mask, torch.Tensor) and attention_mask.shape[-1] < latents.shape[1]:
                     latents, k_rope = latents[:, : attention_mask.shape[-1]], k_rope[:, : attention_mask.shape[-1]]
-        paged_cache = kwargs.pop("cache", None)  # continuous batching
-        if paged_cache is not None:
-            latents, k_rope, rows = update_paged(paged_cache, latents, k_rope, self.layer_idx, config, kwargs)
+        if is_paged(cache):  # continuous batching
+            latents, k_rope, rows = update_paged(cache, latents, k_rope, self.layer_idx, config, kwargs)
             if rows is not None:  # every request has one new token: [1, T, ...] becomes [T, 1, ...]
-                absorbed, attention_mask, query = True, rows, query.transpose(0, 1)
+                absorbed, attention_mask = True, rows
+                query = q_nope.transpose(0, 1), q_rope.transpose(0, 1)
                 if rows.row_table is not None:
                     latents, k_rope = latents[0], k_rope[0]
         latents = latents.unflatten(-1, (-1, config.latent_head_dim))  # [B, S, L, R]
 
-        sizes = {
+        sizes: dict = {
             "nope_dim": config.qk_nope_head_dim,
             "v_dim": config.v_head_dim,
             "scaling": self.scaling,
             "alpha": self.alpha_attn,
         }
         if absorbed:
+            assert query is not None
             output, weights = absorbed_attention(
                 self,
-                query,
+                *query,
                 latents,
                 k_rope,
                 self.kv_b_proj(),
@@ -230,21 +254,27 @@ class MLRAAttention(nn.Module):
                 **sizes,
             )
         else:
-            attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
-                (config._attn_implementation or "eager").removeprefix("paged|"), eager_attention_forward
-            )
-            output, weights = expanded_attention(
-                self,
-                query,
-                latents,
-                k_rope,
-                self.kv_b_proj(),
-                attention_mask,
-                attention_interface,
-                dropout=config.attention_dropout if self.training else 0.0,
-                **sizes,
-                **kwargs,
-            )
+            implementation = (config._attn_implementation or "eager").removeprefix("paged|")
+            attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+
+            def attend(query, q_latent, *keys_and_values):
+                if query is None:
+                    q_nope, q_rope = self.project_query(q_latent)
+                    query = q_nope, apply_rotary_pos_emb(q_rope, cos, sin)
+                return expanded_attention(
+                    self,
+                    torch.cat(query, dim=-1),
+                    *keys_and_values,
+                    attention_mask,
+                    attention_interface,
+                    gives_weights=implementation == "eager",
+                    dropout=config.attention_dropout if self.training else 0.0,
+                    **sizes,
+                    **kwargs,
+                )
+
+            inputs = query, q_latent, latents, k_rope, self.kv_b_proj()
+            output, weights = recompute_inputs(attend, *inputs) if is_recomputed else attend(*inputs)
 
         output = output.reshape(batch, length, -1)  # [B, T, G*H*V]
         if config.attn_output_gate:
@@ -275,7 +305,7 @@ class MLRAPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MLRADecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -307,6 +337,7 @@ class MLRAModel(MLRAPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @takes_cache_by_any_name
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -314,7 +345,7 @@ class MLRAModel(MLRAPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -322,11 +353,11 @@ class MLRAModel(MLRAPreTrainedModel):
         """Hidden states of `input_ids` `[B, T]` or `inputs_embeds` `[B, T, d]`.
 
         Args:
-            attention_mask: `[B, S + T]`, 1 for tokens to attend to, over cached and new tokens; or a 4D mask of the
-                library. Left and right padding give every real token what it gets alone.
+            attention_mask: `[B, S + T]`, 1 for tokens to attend to, over cached and new tokens; missing columns are
+                padding. Or a 4D mask of the library. Left and right padding give every real token what it gets alone.
             position_ids: `[B, T]`; by default they count on from the cache. Positions that restart at 0 (packed
                 documents, no mask, no cache) keep documents apart where the attention backend supports it.
-            past_key_values: an `MLRACache`, or any of the library's caches.
+            cache: an `MLRACache`, or any of the library's caches; `past_key_values` is its older name.
 
         Raises:
             ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given.
@@ -337,15 +368,21 @@ class MLRAModel(MLRAPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         batch, length = inputs_embeds.shape[:2]
 
-        if use_cache and past_key_values is None:
-            past_key_values = MLRACache(self.config)
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if position_ids is None:
-            position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
+        if use_cache and cache is None:
+            cache = MLRACache(self.config)
+        paged = is_paged(cache)
+        past_length = 0 if cache is None or paged else cache.get_seq_length()
+        # Positions that count on from the cache stay None for masks and attention: no documents to look for in them
+        positions = position_ids
+        if positions is None:
+            positions = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
 
         has_prefix = isinstance(past_length, torch.Tensor) or past_length > 0
-        absorbed = has_prefix and length <= MAX_ABSORBED_QUERIES
-        if kwargs.get("cache") is not None:
+        if has_prefix:
+            check_prefix(cache)
+        drops = self.training and self.config.attention_dropout > 0  # the absorbed form drops no weights
+        absorbed = has_prefix and length <= MAX_ABSORBED_QUERIES and not drops
+        if paged:
             mask = attention_mask  # continuous batching makes the mask that its attention implementation takes
         elif (
             absorbed
@@ -354,22 +391,23 @@ class MLRAModel(MLRAPreTrainedModel):
         ):
             mask = cache_rows(attention_mask, past_length + length, batch, inputs_embeds.device)
         else:
-            mask = dense_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids, past_length)
+            mask = dense_mask(self.config, inputs_embeds, attention_mask, cache, position_ids, past_length)
             mask = additive(mask, inputs_embeds.dtype) if absorbed else mask
 
         hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=positions)
         for decoder_layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = decoder_layer(
                 hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 absorbed=absorbed,
+                **{CACHE: cache},
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        returned = None if paged else cache
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: returned})
 
 
 class MLRAForCausalLM(MLRAPreTrainedModel, GenerationMixin):
@@ -386,76 +424,105 @@ class MLRAForCausalLM(MLRAPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_cache_by_any_name
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Logits `[B, T, vocab_size]`, and with `labels` `[B, T]` (-100 = ignore) the mean next-token loss in nats.
 
         Args:
             logits_to_keep: compute logits for the last so many positions only (0 = all), or for the given positions.
-                The other arguments are those of [`MLRAModel.forward`].
+            skip_logits: with `labels`, return the loss alone, which then never holds the logits of all tokens. The
+                other arguments are those of [`MLRAModel.forward`].
         """
+        captured = captured_logits(self, input_ids, attention_mask, position_ids, cache, inputs_embeds, labels, kwargs)
+        if captured is not None:
+            return CausalLMOutputWithPast(logits=slice_logits_to_keep(captured, logits_to_keep), **{CACHE: cache})
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = loss = None
+        if skip_logits and labels is not None and has_plain_weight(self.lm_head, hidden_states):
+            loss = chunked_causal_loss(hidden_states, self.lm_head.weight, labels, **kwargs)
+        else:
+            logits = self.lm_head(hidden_states)
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: cache_of(outputs)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Where the library would create its dynamic or static cache, create the latent one of the same kind."""
-        given = model_kwargs.get("past_key_values")
+        given = take_cache(model_kwargs)
+        if given is not None:
+            model_kwargs[CACHE] = given
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        chosen = model_kwargs.get("past_key_values")
+        chosen = model_kwargs.get(CACHE)
         if given is None and type(chosen) in (DynamicCache, StaticCache):
-            model_kwargs["past_key_values"] = MLRACache(
+            model_kwargs[CACHE] = MLRACache(
                 self.config,
                 max_cache_len=chosen.layers[0].max_cache_len if isinstance(chosen, StaticCache) else None,
                 offloading=chosen.offloading,
             )
+            model_kwargs[CACHE].made_for_call = True
         return result
 
     def _sample(self, input_ids, *args, generation_config, synced_gpus=False, **kwargs):
         """Greedy decoding and sampling: the captured loop where it can run, else the library's."""
-        decode = super()._sample
-        if can_capture(self, generation_config, kwargs, synced_gpus):
-            decode = partial(captured_decode, self)
-        return decode(input_ids, *args, generation_config=generation_config, synced_gpus=synced_gpus, **kwargs)
+        settings = {"generation_config": generation_config, "synced_gpus": synced_gpus}
+        if can_capture(self, input_ids, generation_config, kwargs, synced_gpus):
+            return captured_decode(self, input_ids, *args, **settings, **kwargs)
+        with captured_forwards(self, kwargs.get(CACHE), generation_config):
+            return super()._sample(input_ids, *args, **settings, **kwargs)
+
+    def _beam_search(self, *args, generation_config, **kwargs):
+        """The library's beam search, its forwards captured where they can be."""
+        with captured_forwards(self, kwargs.get(CACHE), generation_config):
+            return super()._beam_search(*args, generation_config=generation_config, **kwargs)
+
+    def _assisted_decoding(self, *args, generation_config, **kwargs):
+        """The library's prompt lookup and assisted generation, candidates verified by captured forwards."""
+        with captured_forwards(self, kwargs.get(CACHE), generation_config):
+            return super()._assisted_decoding(*args, generation_config=generation_config, **kwargs)
+
+    def free_graphs(self) -> None:
+        """Free what `generate()` keeps on a GPU for its next call: caches of up to 1/32 of its memory, and graphs."""
+        free_spares(self)
 
     @staticmethod
-    def create_masks_for_generate(attention_mask: torch.Tensor | None, past_key_values: Cache, **kwargs):
+    @takes_cache_by_any_name
+    def create_masks_for_generate(attention_mask: torch.Tensor | None, cache: Cache, **kwargs):
         """The padding mask as wide as a compileable cache, so that its shape stays fixed from token to token.
 
         `MLRAModel.forward` makes of it what each form of attention needs.
         """
         if attention_mask is None:
             return None
-        missing = past_key_values.get_max_length() - attention_mask.shape[-1]
-        return nn.functional.pad(attention_mask, (0, max(missing, 0)), value=1)
+        missing = cache.get_max_length() - attention_mask.shape[-1]
+        return nn.functional.pad(attention_mask, (0, max(missing, 0)))
 
 
 class MLRAForSequenceClassification(GenericForSequenceClassification, MLRAPreTrainedModel):

@@ -7,11 +7,10 @@ Shapes: the batch is one packed sequence of T new tokens of N requests; S rows a
 L latents, R latent width, E RoPE width, W half of a row = heads * head_dim.
 """
 
-import inspect
-
 import torch
 from torch import nn
 
+from .library_mlra import update_pages
 from .masks_mlra import CacheRows
 
 
@@ -32,28 +31,14 @@ def update_paged(
         request (else None). With a block table the rows come apart by request: `[N, S, L*R]` and `[N, S, E]`.
 
     Raises:
-        ValueError: for a block table with a version of the library whose cache does not hand out its pages.
+        ValueError: see `update_pages`.
     """
     heads, half = config.num_key_value_heads, config.num_key_value_heads * config.head_dim
     widths = [latents.shape[-1], k_rope.shape[-1]]
     row = torch.cat([latents, k_rope], dim=-1)
     row = nn.functional.pad(row, (0, 2 * half - sum(widths)))
     new_keys, new_values = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in row.split(half, dim=-1))
-    if "kwargs" in inspect.signature(cache.update).parameters:
-        keys, values = cache.update(new_keys, new_values, layer_idx, kwargs)  # [1, heads, S, head_dim]
-        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-    else:  # transformers < 5.19
-        if kwargs.get("block_table") is not None:
-            raise ValueError(
-                "max_blocks_per_request > 0 (decoding by block table) needs transformers 5.19 or newer; set it to 0 "
-                "in the continuous batching configuration"
-            )
-        keys, values = cache.update(new_keys, new_values, layer_idx, kwargs["read_index"], kwargs["write_index"])
-        # [S, heads, head_dim]
-        kwargs["max_length_q"], kwargs["max_length_k"] = kwargs.pop("max_seqlen_q"), kwargs.pop("max_seqlen_k")
-        for name in ("cu_seq_lens_k", "max_length_k"):
-            if isinstance(kwargs[name], dict):
-                kwargs[name] = kwargs[name]["full_attention"]
+    keys, values = update_pages(cache, new_keys, new_values, layer_idx, kwargs)
     block_table, _, _ = (kwargs.pop(name, None) for name in ("block_table", "read_index", "write_index"))
     lengths = kwargs["cu_seq_lens_k"].diff().to(torch.int32)  # [N]
 

@@ -22,14 +22,7 @@ class MLRARotaryEmbedding(nn.Module):
         super().__init__()
         self.max_seq_len_cached = config.max_position_embeddings
         self.original_max_seq_len = config.max_position_embeddings
-        # The library's RoPE functions rotate all of `head_dim`; here that is the rotary part of a head.
-        self.config = PreTrainedConfig(
-            head_dim=config.qk_rope_head_dim,
-            max_position_embeddings=config.max_position_embeddings,
-            hidden_size=config.hidden_size,
-            num_attention_heads=config.num_attention_heads,
-        )
-        self.config.rope_parameters = config.rope_parameters
+        self.config = config.rotary_config
         self.rope_type: str = self.config.rope_parameters["rope_type"]
         rope_init_fn: Callable = self.compute_default_rope_parameters
         if self.rope_type != "default":
@@ -64,4 +57,4 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
 def apply_rotary_pos_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate `x` `[B, T, heads, E]` by the tables `[B, T, E]`, in the dtype of `x`."""
     cos, sin = cos.unsqueeze(2).to(x.dtype), sin.unsqueeze(2).to(x.dtype)
-    return x * cos + rotate_half(x) * sin
+    return torch.addcmul(x * cos, rotate_half(x), sin)

@@ -21,10 +21,27 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from scripts import cli
+from scripts.cli import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.Parser("scripts.bench_decode", __doc__)
+    parser.add_argument("--output", type=Path, help="folder for decode_results.json and decode_latency.png")
+    parser.add_argument(
+        "--only", nargs="+", choices=("figure", "shapes", "throughput"), help="parts to run; default all"
+    )
+    parser.add_argument("--libraries", nargs="*", help="operator libraries to load for the peers")
+    args = parser.parse_args(argv)
+    return cli.run("scripts.bench_decode:benchmark", args, outputs=[args.output])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
 import torch
 
 from modeling_mlra.kernels_mlra import latent_attention, reference_latent_attention
-from scripts.cli import UserError, run
 
 try:
     import triton
@@ -375,16 +392,6 @@ def plot(rows: list[dict], path: Path, title: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m scripts.bench_decode", description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, help="folder for decode_results.json and decode_latency.png")
-    parser.add_argument(
-        "--only", nargs="+", choices=("figure", "shapes", "throughput"), help="parts to run; default all"
-    )
-    parser.add_argument("--libraries", nargs="*", help="operator libraries to load for the peers")
-    return parser.parse_args(arguments)
-
-
 def load_libraries(paths: list[str] | None = None) -> None:
     """Load operator libraries of the peers; without paths, those of the environment variable."""
     from_environment = [x for x in os.environ.get("MLRA_BENCH_LIBRARIES", "").split(":") if x]
@@ -432,11 +439,3 @@ def benchmark(args: argparse.Namespace) -> None:
             args.output / "decode_latency.png",
             f"One device's share, batch 1, {torch.cuda.get_device_name()}",
         )
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return run(benchmark, parse(arguments))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -14,10 +14,27 @@ from datetime import date
 from pathlib import Path
 from unittest.mock import patch
 
+from scripts import cli
+from scripts.cli import UserError, positive_int
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.Parser("scripts.bench_fused", __doc__)
+    parser.add_argument("--contexts", nargs="+", type=positive_int, default=[2048, 131072])
+    parser.add_argument("--sequences", type=positive_int, default=1, help="of the fused step (default: 1)")
+    parser.add_argument("--output", type=Path, help="write OUTPUT.json")
+    args = parser.parse_args(argv)
+    args.command_line = sys.argv[1:] if argv is None else argv
+    return cli.run("scripts.bench_fused:benchmark", args, outputs=[args.output])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
 import torch
 import triton
 
-from modeling_mlra import MLRAForCausalLM, batch_linear_mlra, fused_mlra, hopper_linear_mlra
+from modeling_mlra import MLRACache, MLRAForCausalLM, batch_linear_mlra, fused_mlra, hopper_linear_mlra
 from scripts.bench_decode import read_ceiling
 from scripts.bench_generate import FilledCache, build, seconds
 from tests.fused_checks import compare
@@ -39,10 +56,10 @@ def counts(context: int, sequences: int) -> torch.Tensor:
     return torch.tensor([context, *[context] * sequences, *[context + 1] * sequences], dtype=torch.int32)
 
 
-def filled_step(model: MLRAForCausalLM, context: int, sequences: int) -> fused_mlra.FusedStep:
-    """A fused step for sequences behind `context` random cache rows each."""
+def filled_step(model: MLRAForCausalLM, context: int, sequences: int) -> tuple[MLRACache, fused_mlra.FusedStep]:
+    """A fused step for sequences behind `context` random cache rows each, and the cache, which it does not keep."""
     cache = FilledCache(model, sequences, context, room=128).rewind()
-    return fused_mlra.FusedStep(model, cache, counts(context, sequences).cuda())
+    return cache, fused_mlra.FusedStep(model, cache, counts(context, sequences).cuda())
 
 
 def rings(from_megabytes: int, **changed):
@@ -147,18 +164,12 @@ def kernels(step: fused_mlra.FusedStep) -> dict:
 
 
 @torch.no_grad()
-def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; 2 without a CUDA device, 1 if the step is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.bench_fused", description=__doc__.splitlines()[0])
-    parser.add_argument("--contexts", nargs="+", type=int, default=[2048, 131072])
-    parser.add_argument("--sequences", type=int, default=1, help=f"1 to {fused_mlra.MAX_SEQUENCES} (default: 1)")
-    parser.add_argument("--output", type=Path, help="write OUTPUT.json")
-    arguments = parser.parse_args(argv)
+def benchmark(arguments: argparse.Namespace) -> int:
+    """Run the benchmark; 1 if the step is wrong."""
     if not 1 <= arguments.sequences <= fused_mlra.MAX_SEQUENCES:
-        parser.error(f"--sequences {arguments.sequences}: the fused step takes 1 to {fused_mlra.MAX_SEQUENCES}")
+        raise UserError(f"--sequences {arguments.sequences}: the fused step takes 1 to {fused_mlra.MAX_SEQUENCES}")
     if not torch.cuda.is_available():
-        print("error: this benchmark needs a CUDA device and found none", file=sys.stderr)
-        return 2
+        raise UserError("this benchmark needs a CUDA device and found none")
     ways = {"registers": rings(2**20), "rings": rings(0)}
     if arguments.sequences > fused_mlra.FEW_SEQUENCES:
         ways = {"tensor cores": contextlib.nullcontext()}
@@ -176,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         "triton": triton.__version__,
         "date": date.today().isoformat(),
         "sequences": arguments.sequences,
-        "command": "python -m scripts.bench_fused " + " ".join(argv if argv is not None else sys.argv[1:]),
+        "command": "python -m scripts.bench_fused " + " ".join(arguments.command_line),
         "check": checks,
         "read_ceiling_GB_s": read_ceiling(),
         "step_ms": {},
@@ -189,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
         return graph_seconds(lambda: step(tokens)) * 1e3
 
     for context in arguments.contexts:
-        step = filled_step(model, context, arguments.sequences)
+        cache, step = filled_step(model, context, arguments.sequences)
         times = report["step_ms"][str(context)] = {}
         for name, variant in variants(arguments.sequences).items():
             with variant:
@@ -205,13 +216,9 @@ def main(argv: list[str] | None = None) -> int:
                 report["kernels_us"][name] = {"us": taken * 1e6}
                 if weight_bytes:
                     report["kernels_us"][name]["weights_GB_s"] = weight_bytes / taken / 1e9
-        del step
+        del cache, step
     print(json.dumps({key: report[key] for key in ("read_ceiling_GB_s", "step_ms", "kernels_us")}, indent=1))
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

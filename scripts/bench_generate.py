@@ -13,10 +13,43 @@ import argparse
 import json
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from datetime import date
 from pathlib import Path
+
+from scripts import cli
+from scripts.cli import UserError, count, positive_int
+
+CONFIGURATION = Path(__file__).parents[1] / "configuration"
+
+
+def check(args: argparse.Namespace) -> None:
+    known = [*sorted(path.stem for path in CONFIGURATION.glob("*.json")), "llama_gqa", "deepseek_mla"]
+    for name in args.models:
+        if name not in known:
+            raise UserError(f"unknown model {name!r}: choose from {', '.join(known)}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.Parser("scripts.bench_generate", __doc__)
+    parser.add_argument("--models", nargs="+", default=["mlra_4", "mla", "llama_gqa", "deepseek_mla"])
+    parser.add_argument("--contexts", nargs="+", type=count, default=[2048, 32768, 131072])
+    parser.add_argument("--batch-sizes", nargs="+", type=positive_int, default=[1, 16])
+    parser.add_argument("--prefill", nargs="*", type=positive_int, default=[8192, 32768], help="prompt lengths")
+    parser.add_argument("--skip", nargs="*", default=[], help="model:batch:context cases to leave out")
+    parser.add_argument("--user-calls", action="store_true", help="time what everybody calls instead (user_calls.py)")
+    prompts = {"type": positive_int, "default": [128, 2048, 8192, 32768]}
+    parser.add_argument("--prompts", nargs="+", **prompts, help="prompt lengths of --user-calls")
+    parser.add_argument("--output", type=Path, help="write OUTPUT.json")
+    args = parser.parse_args(argv)
+    args.command_line = sys.argv[1:] if argv is None else argv
+    return cli.run("scripts.bench_generate:benchmark", args, check, outputs=[args.output])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
 
 import torch
 import transformers
@@ -27,9 +60,10 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, L
 
 from modeling_mlra import MLRACache, MLRAConfig, MLRAForCausalLM
 from modeling_mlra.generation_mlra import captured_decodes
+from modeling_mlra.library_mlra import CACHE
+from scripts import user_calls
 from scripts.bench_decode import read_ceiling
 
-CONFIGURATION = Path(__file__).parents[1] / "configuration"
 SHARED = {
     "vocab_size": 50304,
     "hidden_size": 3072,
@@ -150,7 +184,7 @@ def time_per_token(model, batch: int, context: int, do_sample: bool, repeats: in
         cache = filled.rewind()
         torch.cuda.synchronize()
         began = time.perf_counter()
-        model.generate(ids, past_key_values=cache, max_new_tokens=new_tokens, do_sample=do_sample)
+        model.generate(ids, max_new_tokens=new_tokens, do_sample=do_sample, **{CACHE: cache})
         torch.cuda.synchronize()
         return time.perf_counter() - began
 
@@ -213,25 +247,9 @@ def prefill_backends(length: int, heads: int = 96) -> dict[str, float | str]:
     return results
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; 2 on bad input."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.bench_generate", description=__doc__.splitlines()[0])
-    released = sorted(path.stem for path in CONFIGURATION.glob("*.json"))
-    parser.add_argument("--models", nargs="+", default=["mlra_4", "mla", "llama_gqa", "deepseek_mla"])
-    parser.add_argument("--contexts", nargs="+", type=int, default=[2048, 32768, 131072])
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 16])
-    parser.add_argument("--prefill", nargs="*", type=int, default=[8192, 32768], help="prompt lengths")
-    parser.add_argument("--skip", nargs="*", default=[], help="model:batch:context cases to leave out")
-    parser.add_argument("--output", type=Path, help="write OUTPUT.json")
-    arguments = parser.parse_args(argv)
-    unknown = set(arguments.models) - {*released, "llama_gqa", "deepseek_mla"}
-    if unknown:
-        print(f"error: unknown model {sorted(unknown)[0]!r}: choose from {', '.join(released)}", file=sys.stderr)
-        return 2
+def benchmark(arguments: argparse.Namespace) -> None:
     if not torch.cuda.is_available():
-        print("error: this benchmark needs a CUDA device and found none", file=sys.stderr)
-        return 2
-
+        raise UserError("this benchmark needs a CUDA device and found none")
     rate, peak = read_ceiling() * 1e9, matmul_rate()
     report = {
         "gpu": torch.cuda.get_device_name(),
@@ -239,16 +257,30 @@ def main(argv: list[str] | None = None) -> int:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "date": date.today().isoformat(),
-        "command": "python -m scripts.bench_generate " + " ".join(argv if argv is not None else sys.argv[1:]),
+        "command": "python -m scripts.bench_generate " + " ".join(arguments.command_line),
+        "commit": commit(),
         "read_ceiling_GB_s": rate / 1e9,
         "matmul_rate_TFLOP_s": peak / 1e12,
-        "prefill_backends_TFLOP_s": {str(length): prefill_backends(length) for length in arguments.prefill},
-        "decode": [],
-        "prefill": [],
     }
+    if arguments.user_calls:
+        report["user_calls"] = []
+    else:
+        backends = {str(length): prefill_backends(length) for length in arguments.prefill}
+        report |= {"prefill_backends_TFLOP_s": backends, "decode": [], "prefill": []}
     print(f"read ceiling {rate / 1e9:.0f} GB/s, matrix products {peak / 1e12:.0f} TFLOP/s")
     for name in tqdm(arguments.models, desc="models", disable=None):
-        model = build(name, max(arguments.contexts) + 128)
+        model = build(name, max(*arguments.contexts, *arguments.prompts) + 128)
+        if arguments.user_calls:
+
+            def keep(case: dict, name: str = name) -> None:
+                report["user_calls"].append({"model": name, **case})
+                tqdm.write(json.dumps(report["user_calls"][-1]))
+                write(report, arguments.output)
+
+            user_calls.measure(model, model.config.vocab_size, arguments.prompts, keep)
+            del model
+            torch.cuda.empty_cache()
+            continue
         weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
         for batch in arguments.batch_sizes:
             for context in arguments.contexts:
@@ -275,7 +307,15 @@ def main(argv: list[str] | None = None) -> int:
         del model
         torch.cuda.empty_cache()
         write(report, arguments.output)
-    return 0
+
+
+def commit() -> str:
+    """Of the checkout, or "unknown" outside one."""
+    command = ["git", "-C", str(CONFIGURATION), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def write(report: dict, output: Path | None) -> None:
@@ -283,7 +323,3 @@ def write(report: dict, output: Path | None) -> None:
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

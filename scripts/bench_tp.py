@@ -29,6 +29,37 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from scripts import cli
+from scripts.cli import UserError, positive_int, read_json
+
+PARTS = ("tokens", "projections", "decode", "compiled")
+
+
+def check(args: argparse.Namespace) -> None:
+    if "WORLD_SIZE" not in os.environ:
+        raise UserError("start this with torchrun --nproc-per-node N -m scripts.bench_tp …")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.Parser("scripts.bench_tp", __doc__)
+    parser.add_argument("--output", type=Path, required=True, help="JSON file of the results; a plot goes beside it")
+    parser.add_argument("--models", nargs="+", default=["mlra_4", "mla"], help="names in configuration/, or wide_NAME")
+    parser.add_argument("--contexts", nargs="+", type=positive_int, default=[131072, 524288], help="cached tokens")
+    parser.add_argument("--sizes", nargs="+", type=positive_int, help="ranks per model (default: 1, 2, 4, 8 as fit)")
+    parser.add_argument("--sequences", type=positive_int, help="in all (default: one for each group of ranks)")
+    parser.add_argument("--layers", type=positive_int, help="decoder layers to time (default: the architecture's)")
+    parser.add_argument("--replays", type=positive_int, default=20, help="timed decode steps")
+    parser.add_argument("--token-models", nargs="+", help="models whose tokens to compare (default: --models)")
+    parser.add_argument("--token-layers", type=positive_int, help="decoder layers of those (default: all)")
+    parser.add_argument("--new-tokens", type=positive_int, default=32, help="tokens to compare")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:3], help="default: all but compiled")
+    args = parser.parse_args(argv)
+    return cli.run("scripts.bench_tp:measure", args, check, outputs=[args.output])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
 import torch
 import transformers
 from torch import distributed, nn
@@ -37,7 +68,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.integrations.tensor_parallel import apply_tensor_parallelism
 
 from modeling_mlra import MLRACache, MLRAConfig, MLRAForCausalLM
-from modeling_mlra.fused_mlra import FusedStep
 from modeling_mlra.generation_mlra import DecodingStep, captured_decodes
 from modeling_mlra.kernels_mlra import latent_attention
 from modeling_mlra.tensor_parallel_mlra import (
@@ -48,7 +78,6 @@ from modeling_mlra.tensor_parallel_mlra import (
 )
 from scripts.bench_decode import Case, load_libraries
 from scripts.bench_decode import measure as measure_kernels
-from scripts.cli import UserError, run
 
 try:
     import matplotlib
@@ -59,7 +88,6 @@ except ImportError:
 CONFIGURATION = Path(__file__).parent.parent / "configuration"
 WIDE = {"hidden_size": 8192, "intermediate_size": 24576, "num_hidden_layers": 4, "num_attention_heads": 64}
 TIMEOUT = datetime.timedelta(minutes=5)  # a rank that stops answering ends the others after this
-PARTS = ("tokens", "projections", "decode", "compiled")
 HEAD_WIDTH = 128  # d_h of the released models, the unit of the paper's table of cache sizes
 
 
@@ -193,8 +221,9 @@ def measure_decode(model: MLRAForCausalLM, batch: int, context: int, replays: in
     config, layers, mesh = model.config, model.model.layers, tensor_parallel_mesh(model)
     cache, taken = random_cache(model, batch, context, context + 2 * (replays + 8), device)
     token = torch.zeros(batch, dtype=torch.long, device=device)
-    step = DecodingStep(model, cache, torch.full((batch,), context, device=device))
-    fused = isinstance(step.run, FusedStep)
+    step = DecodingStep(model, cache, batch, masked=False)
+    step.start(context, torch.full((batch,), context, device=device), None)
+    fused = step.is_fused
 
     def decode():
         token.copy_(step(token).argmax(-1))
@@ -365,8 +394,6 @@ def measure_projection_forms(config: MLRAConfig, mesh, dtype: torch.dtype, repla
 
 
 def measure(args: argparse.Namespace) -> None:
-    if "WORLD_SIZE" not in os.environ:
-        raise UserError("start this with torchrun --nproc-per-node N -m scripts.bench_tp …")
     world, local_rank = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -417,7 +444,7 @@ def measure_all(
         "against_mla": {},
     }
     if args.output.exists():
-        results |= json.loads(args.output.read_text(encoding="utf-8"))
+        results |= read_json(args.output)
     results["runs"].append(
         {
             "gpu": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
@@ -524,23 +551,3 @@ def plot(results: dict, file: Path) -> Path:
     figure.suptitle(f"{last['processes']} x {last['gpu']}, {last['dtype']}, {last['date'][:10]}", fontsize=9)
     figure.savefig(file, dpi=120)
     return file
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="scripts.bench_tp", description=__doc__.partition("\n")[0])
-    parser.add_argument("--output", type=Path, required=True, help="JSON file of the results; a plot goes beside it")
-    parser.add_argument("--models", nargs="+", default=["mlra_4", "mla"], help="names in configuration/, or wide_NAME")
-    parser.add_argument("--contexts", nargs="+", type=int, default=[131072, 524288], help="cached tokens")
-    parser.add_argument("--sizes", nargs="+", type=int, help="ranks per model (default: 1, 2, 4, 8 as they fit)")
-    parser.add_argument("--sequences", type=int, help="sequences in all (default: one for each group of ranks)")
-    parser.add_argument("--layers", type=int, help="decoder layers to time (default: the architecture's)")
-    parser.add_argument("--replays", type=int, default=20, help="timed decode steps")
-    parser.add_argument("--token-models", nargs="+", help="models whose tokens to compare (default: --models)")
-    parser.add_argument("--token-layers", type=int, help="decoder layers of those (default: the architecture's)")
-    parser.add_argument("--new-tokens", type=int, default=32, help="tokens to compare")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:3], help="default: all but compiled")
-    return run(measure, parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -17,18 +17,43 @@ OUTPUT of its own; --merge brings these together, and trains nothing. Table and 
 import argparse
 import copy
 import gc
-import json
 import statistics
 import sys
 import time
 from pathlib import Path
 
+from scripts import cli
+from scripts.cli import UserError, positive_int, read_json
+
+
+def check(args: argparse.Namespace) -> None:
+    if not args.config.is_file():
+        raise UserError(f"no configuration file {args.config}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.Parser("scripts.compare_architectures", __doc__)
+    parser.add_argument("config", type=Path, help="JSON or YAML file")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="results; .md and .png are written beside it")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="train these architectures only")
+    parser.add_argument(
+        "--merge", nargs="+", type=Path, default=[], metavar="FILE.json", help="take runs over from these, no more"
+    )
+    parser.add_argument("--plan", action="store_true", help="print the matched sizes and stop")
+    parser.add_argument("--time-budget", type=positive_int, metavar="SECONDS", help="save and stop after so long")
+    parser.add_argument("--overwrite", action="store_true", help="start over instead of going on from --output")
+    args = parser.parse_args(argv)
+    return cli.run("scripts.compare_architectures:compare", args, check, outputs=[args.output])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
 import torch
 from transformers import PreTrainedConfig
 
 from evals.common import Results, environment, fingerprint, markdown_table, publish_table
-from scripts.cli import UserError, run
-from scripts.generate import positive_int
 from scripts.recipe import Recipe, apply_changes, make_recipe, model_config, read_configuration, training_arguments
 from scripts.train import count_parameters, matmul_rate, train_recipe
 
@@ -100,7 +125,7 @@ def plan(content: dict) -> dict[str, dict]:
     if isinstance(base, str):
         if not Path(base).is_file():
             raise UserError(f"model {base} is no architecture file")
-        base = json.loads(Path(base).read_text(encoding="utf-8"))
+        base = read_json(Path(base))
     config = model_config(base)
     if config.model_type != "mlra":
         raise UserError(f"model must be of type mlra, not {config.model_type}")
@@ -311,24 +336,3 @@ def compare(args: argparse.Namespace) -> None:
     missing = [name for name in recipes if name not in results.entries]
     if missing:
         print(f"{len(missing)} runs left, next {missing[0]}: the same command goes on", file=sys.stderr)
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.compare_architectures", description=__doc__.partition("\n")[0]
-    )
-    parser.add_argument("config", type=Path, help="JSON or YAML file")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="results; .md and .png are written beside it")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="train these architectures only")
-    parser.add_argument(
-        "--merge", nargs="+", type=Path, default=[], metavar="FILE.json", help="take runs over from these, no more"
-    )
-    parser.add_argument("--plan", action="store_true", help="print the matched sizes and stop")
-    parser.add_argument("--time-budget", type=positive_int, metavar="SECONDS", help="save and stop after so long")
-    parser.add_argument("--overwrite", action="store_true", help="start over instead of going on from --output")
-    return run(compare, parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,14 +12,41 @@ import re
 import sys
 from pathlib import Path
 
+from scripts import cli
+from scripts.cli import UserError
+from scripts.variants import VARIANTS
+
+
+def check(args: argparse.Namespace) -> None:
+    if args.dst.exists():
+        raise UserError(f"{args.dst} already exists: remove it or choose another destination")
+    if not Path(args.src).is_dir() and (Path(args.src).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", args.src)):
+        raise UserError(f"{args.src} is no folder: give a released checkpoint folder or org/repo on the Hub")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.Parser("scripts.convert_checkpoint", __doc__)
+    parser.add_argument("src", help="released checkpoint folder, or org/repo on the Hub")
+    parser.add_argument("dst", type=Path, help="folder to create")
+    parser.add_argument("--dtype", choices=cli.DTYPES, default="float32", help="type to store the weights as")
+    parser.add_argument("--no-scale", action="store_true", help="the checkpoint is a no-scale ablation")
+    parser.add_argument("--variant", choices=VARIANTS, help="fail unless the checkpoint is this one")
+    parser.add_argument("--subfolder", help="folder of the model inside SRC, e.g. main/mlra_4")
+    parser.add_argument("--revision", help="branch, tag or commit of org/repo")
+    parser.add_argument("--allow-nonfinite", action="store_true", help="write weights that are NaN or infinite")
+    return cli.run("scripts.convert_checkpoint:convert", parser.parse_args(argv), check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from scripts.cli import UserError, run
-from scripts.export import DTYPES, export_folder
+from scripts.export import export_folder
+from scripts.loading import DTYPES
 from scripts.released import (
     INDEX,
-    VARIANTS,
     ReleasedCheckpoint,
     check_keys,
     convert_tensors,
@@ -36,8 +63,6 @@ def find_source(src: str, subfolder: str | None, revision: str | None) -> Path:
         if revision is not None:
             raise UserError(f"--revision {revision} applies to org/repo on the Hub, but {src} is a local folder")
         folder = Path(src)
-    elif Path(src).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", src):
-        raise UserError(f"{src} is no folder: give a released checkpoint folder or org/repo on the Hub")
     else:
         prefix = f"{subfolder.strip('/')}/" if subfolder else ""
         wanted = [prefix + name for name in ("config.json", "pytorch_model.bin", INDEX, "pytorch_model-*-of-*.bin")]
@@ -57,8 +82,6 @@ def find_source(src: str, subfolder: str | None, revision: str | None) -> Path:
 
 
 def convert(args: argparse.Namespace) -> None:
-    if args.dst.exists():
-        raise UserError(f"{args.dst} already exists: remove it or choose another destination")
     folder = find_source(args.src, args.subfolder, args.revision)
     released = read_released_config(folder)
     checkpoint = ReleasedCheckpoint(folder)
@@ -88,23 +111,6 @@ def convert(args: argparse.Namespace) -> None:
         DTYPES[args.dtype],
         provenance=f"Converted from a checkpoint in the authors' released form: {where}.",
         released=True,
+        allow_nonfinite=args.allow_nonfinite,
     )
     print(args.dst)
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.convert_checkpoint", description=__doc__.partition("\n")[0]
-    )
-    parser.add_argument("src", help="released checkpoint folder, or org/repo on the Hub")
-    parser.add_argument("dst", type=Path, help="folder to create")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="type to store the weights as")
-    parser.add_argument("--no-scale", action="store_true", help="the checkpoint is a no-scale ablation")
-    parser.add_argument("--variant", choices=VARIANTS, help="fail unless the checkpoint is this one")
-    parser.add_argument("--subfolder", help="folder of the model inside SRC, e.g. main/mlra_4")
-    parser.add_argument("--revision", help="branch, tag or commit of org/repo")
-    return run(convert, parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,8 +3,8 @@
     python -m scripts.export checkpoints/mlra_4_demo build/demo
     python -m scripts.export SRC DST [--dtype bfloat16] [--license apache-2.0]
 
-SRC is a folder that `save_pretrained` wrote, such as a training checkpoint. Its tokenizer goes along; without one, DST
-gets the GPT-2 tokenizer. DST appears whole or not at all.
+SRC is a folder that `save_pretrained` wrote, such as a training checkpoint. Its tokenizer goes along with its chat
+template, and so do its generation settings; without a tokenizer, DST gets GPT-2's. DST appears whole or not at all.
 """
 
 import argparse
@@ -17,21 +17,59 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from scripts import cli
+from scripts.cli import UserError, check_model_folder, locked
+
+
+def check(args: argparse.Namespace) -> None:
+    check_model_folder(args.src, "mlra")
+    refuse_existing(args.dst)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.Parser("scripts.export", __doc__)
+    parser.add_argument("src", type=Path, help="folder that save_pretrained wrote")
+    parser.add_argument("dst", type=Path, help="folder to create")
+    parser.add_argument("--dtype", choices=cli.DTYPES, help="type to store the weights as (default: as in SRC)")
+    parser.add_argument("--license", default="unknown", help="Hub identifier of the weights' licence")
+    parser.add_argument("--allow-nonfinite", action="store_true", help="write weights that are NaN or infinite")
+    return cli.run("scripts.export:export", parser.parse_args(argv), check)
+
+
+def refuse_existing(*folders: Path) -> None:
+    """Raise UserError if one of the folders to create is there."""
+    for folder in folders:
+        if folder.exists() or folder.is_symlink():
+            raise UserError(f"{folder} already exists: remove it or choose another destination")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 import modeling_mlra
 from modeling_mlra import MLRAConfig, MLRAForCausalLM
-from scripts.cli import UserError, run
+from scripts.loading import (
+    DTYPES,
+    GENERATION_FILE,
+    TOKENIZER_FILES,
+    check_weights,
+    has_tokenizer,
+    load_config,
+    load_generation_config,
+    load_tokenizer,
+    weight_files,
+)
 from scripts.model_card import render_card
 from tokenization.build import end_of_text_id, write_tokenizer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 MAX_SHARD_BYTES = 10**9  # one shard is in memory while it is collected
 AUTO_MAP = {
     "AutoConfig": "configuration_mlra.MLRAConfig",
@@ -54,14 +92,17 @@ def export_folder(
     released: bool = False,
     license_id: str = "unknown",
     tokenizer: Path | None = None,
+    generation_config: GenerationConfig | None = None,
     remote_code: bool = True,
+    allow_nonfinite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write everything a Hub repository of an `MLRAForCausalLM` holds into the new folder `dst`.
 
     Args:
         dst: a path that does not exist; it appears only when everything has been written.
-        config: configuration of the model; `<|endoftext|>` of the shipped tokenizer becomes its bos, eos and pad.
+        config: configuration of the model; a bos, eos or pad that it lacks, or that is no row of its embedding,
+            becomes that of the tokenizer.
         tensors: (name, tensor) pairs of the model's state dict, in any order. They are taken one at a time and at
             most one shard of them is kept in memory, so a generator can stream a model larger than memory.
         dtype: what to store them as.
@@ -70,40 +111,55 @@ def export_folder(
         released: whether the weights are the authors', so that the card may quote the numbers they published.
         license_id: the Hub's identifier of the weights' licence.
         tokenizer: folder of the model's own tokenizer (default: the shipped GPT-2 tokenizer).
+        generation_config: the model's own generation settings, kept (default: the configuration's tokens). Rows of
+            the embedding that only pad it, from the tokenizer's length on, are never generated in either case.
         remote_code: whether the folder gets the model's code, without which it needs this package.
+        allow_nonfinite: write NaN and infinite values instead of refusing them.
         max_shard_bytes: largest size of one weight file.
 
     Raises:
-        UserError: when `dst` exists, does not fit on the disk, or `tensors` are not exactly those of the model.
+        UserError: when `dst` exists, is being written by another command or does not fit on the disk, the tokenizer
+            cannot be read or has more tokens than the model, or `tensors` are not exactly those of the model.
     """
     shapes = parameter_shapes(config)
-    end_of_text = end_of_text_id(config.vocab_size)
+    if tokenizer is None:
+        own_tokenizer = None
+        defaults = dict.fromkeys(TOKEN_IDS, end_of_text_id(config.vocab_size))
+    else:
+        own_tokenizer = load_tokenizer(tokenizer, config.vocab_size)
+        defaults = {name: getattr(own_tokenizer, name) for name in TOKEN_IDS}
     config = copy.deepcopy(config)
-    config.bos_token_id = config.eos_token_id = config.pad_token_id = end_of_text
+    keep_valid_tokens(config, config.vocab_size, defaults)
     config.architectures = ["MLRAForCausalLM"]
     if remote_code:
         config.auto_map = dict(AUTO_MAP)
     elif hasattr(config, "auto_map"):
         del config.auto_map
     config.dtype = dtype
-    generation_config = GenerationConfig(
-        bos_token_id=end_of_text,
-        eos_token_id=end_of_text,
-        pad_token_id=end_of_text,
-        suppress_tokens=list(range(end_of_text + 1, config.vocab_size)) or None,  # rows that only pad the embedding
+    tokens = {name: getattr(config, name) for name in TOKEN_IDS}
+    if generation_config is None:
+        generation_config = GenerationConfig(**tokens)
+    else:
+        generation_config = copy.deepcopy(generation_config)
+        keep_valid_tokens(generation_config, config.vocab_size, tokens, missing=False)
+    generation_config.suppress_tokens = suppressed_tokens(
+        generation_config.suppress_tokens or [], own_tokenizer, config.vocab_size
     )
     total_bytes = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
     with new_folder(dst, total_bytes) as folder:
-        write_weights(folder, tensors, shapes, dtype, max_shard_bytes)
+        write_weights(folder, tensors, shapes, dtype, max_shard_bytes, allow_nonfinite)
         config.to_json_file(folder / "config.json")  # save_pretrained would add one file of the code
-        generation_config.save_pretrained(folder)
+        generation_config.to_json_file(folder / GENERATION_FILE)  # save_pretrained refuses combinations that load
         for file in remote_code_files() if remote_code else ():
             shutil.copyfile(file, folder / file.name)
         if tokenizer is None:
             write_tokenizer(folder, config.vocab_size, config.max_position_embeddings)
         else:
-            for name in TOKENIZER_FILES:
-                shutil.copyfile(tokenizer / name, folder / name)
+            for path in (tokenizer / name for name in TOKENIZER_FILES):
+                if path.is_dir():
+                    shutil.copytree(path, folder / path.name)
+                elif path.exists():
+                    shutil.copyfile(path, folder / path.name)
         card = render_card(
             config,
             dtype,
@@ -112,10 +168,38 @@ def export_folder(
             license_id=license_id,
             limits=limits,
             remote_code=remote_code,
+            tokens=None if own_tokenizer is None else len(own_tokenizer),
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
         for file in folder.glob("*.safetensors"):  # written readable by their owner alone
             shutil.copymode(folder / "README.md", file)
+
+
+def keep_valid_tokens(
+    config: MLRAConfig | GenerationConfig, vocab_size: int, defaults: dict[str, int | list[int] | None], missing=True
+) -> None:
+    """Replace tokens of `config` that are no row of the embedding by `defaults`; where `missing`, also absent ones."""
+    for name, default in defaults.items():
+        value = getattr(config, name)
+        ids = value if isinstance(value, list) else [value]
+        if missing if value is None else not all(0 <= number < vocab_size for number in ids):
+            setattr(config, name, default)
+
+
+def suppressed_tokens(own: list[int], tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> list[int] | None:
+    """Tokens never to generate: a model's `own`, and the rows from the tokenizer's length on, which pad the embedding.
+
+    Args:
+        own: as a fine-tune's generation settings have them. If they hold every token that was added to the tokenizer,
+            these were written when those rows still were padding.
+        tokenizer: None for GPT-2's.
+    """
+    length = end_of_text_id(vocab_size) + 1 if tokenizer is None else len(tokenizer)
+    added = set() if tokenizer is None else set(range(tokenizer.vocab_size, length))
+    kept = {token for token in own if token < vocab_size}
+    if added <= kept:
+        kept -= added
+    return sorted(kept | set(range(length, vocab_size))) or None
 
 
 def export_model(dst: Path, model: MLRAForCausalLM, dtype: torch.dtype | None = None, **kwargs) -> None:
@@ -142,21 +226,21 @@ def remote_code_files() -> list[Path]:
 @contextmanager
 def new_folder(dst: Path, needed_bytes: int = 0) -> Iterator[Path]:
     """A temporary sibling that becomes `dst` at the end, or vanishes with everything in it on any exception."""
-    if dst.exists() or dst.is_symlink():
-        raise UserError(f"{dst} already exists: remove it or choose another destination")
-    created = [parent for parent in (dst.parent, *dst.parent.parents) if not parent.exists()]
-    existing = created[-1].parent if created else dst.parent
-    free = shutil.disk_usage(existing).free
-    if free < needed_bytes:
-        raise UserError(f"{dst} needs {needed_bytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
-    temporary = dst.parent / f".{dst.name}.partial-{os.getpid()}"
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        os.replace(temporary, dst)
-    except BaseException:
-        shutil.rmtree(created[-1] if created else temporary, ignore_errors=True)
-        raise
+    refuse_existing(dst)
+    with locked(dst):
+        refuse_existing(dst)  # another command may have finished in between
+        free = shutil.disk_usage(dst.parent).free
+        if free < needed_bytes:
+            raise UserError(f"{dst} needs {needed_bytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
+        temporary = dst.parent / f".{dst.name}.partial"
+        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+        try:
+            temporary.mkdir()
+            yield temporary
+            os.replace(temporary, dst)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def write_weights(
@@ -165,11 +249,13 @@ def write_weights(
     shapes: dict[str, torch.Size],
     dtype: torch.dtype,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    allow_nonfinite: bool = False,
 ) -> None:
     """Write `tensors` as safetensors, with an index when they take more than one file.
 
     Raises:
-        UserError: for a missing, repeated, unexpected or mis-shaped tensor, and for values that overflow `dtype`.
+        UserError: for a missing, repeated, unexpected or mis-shaped tensor, for values that overflow `dtype`, and,
+            unless `allow_nonfinite`, for NaN and infinite ones.
     """
     shard: dict[str, Tensor] = {}
     shards: list[Path] = []
@@ -190,8 +276,15 @@ def write_weights(
             if tensor.shape != shapes[name]:
                 raise UserError(f"{name} has shape {tuple(tensor.shape)}, the model expects {tuple(shapes[name])}")
             stored = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
-            if dtype == torch.float16 and not torch.isfinite(stored).all() and torch.isfinite(tensor).all():
-                raise UserError(f"{name} has values too large for float16: use bfloat16")
+            if not torch.isfinite(stored).all():
+                if torch.isfinite(tensor).all():
+                    narrow = str(dtype).removeprefix("torch.")
+                    raise UserError(f"{name} has values too large for {narrow}: use bfloat16")
+                if not allow_nonfinite:
+                    raise UserError(
+                        f"{name} has {(~torch.isfinite(tensor)).sum():,} of {tensor.numel():,} values that are NaN or "
+                        "infinite: --allow-nonfinite to write them all the same"
+                    )
             if shard and sum(held.nbytes for held in shard.values()) + stored.nbytes > max_shard_bytes:
                 flush()
             shard[name] = stored
@@ -215,31 +308,20 @@ def write_weights(
 
 
 def read_saved_tensors(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors called `names` from the safetensors files of a `save_pretrained` folder, one at a time."""
+    """The tensors called `names` from a `save_pretrained` folder, one at a time."""
     wanted = set(names)
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{folder} holds no safetensors file: give a folder that save_pretrained wrote")
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as stored:
-                for name in stored.keys():  # noqa: SIM118 (no mapping)
-                    if name in wanted:
-                        yield name, stored.get_tensor(name)
-        except SafetensorError as error:
-            raise UserError(f"{file} is truncated or no safetensors file: {error}") from error
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118 (no mapping)
+                if name in wanted:
+                    yield name, stored.get_tensor(name)
 
 
 def export(args: argparse.Namespace) -> None:
-    if not (args.src / "config.json").is_file():
-        raise UserError(f"{args.src} has no config.json: give a folder that save_pretrained wrote")
-    saved = json.loads((args.src / "config.json").read_text(encoding="utf-8"))
-    if saved.get("model_type") != "mlra":
-        raise UserError(
-            f"{args.src} holds a model of type {saved.get('model_type')}; "
-            "a released checkpoint goes through scripts.convert_checkpoint"
-        )
-    config = MLRAConfig.from_pretrained(args.src)
+    config = load_config(args.src)
+    if not weight_files(args.src):
+        raise UserError(f"{args.src} holds no safetensors file: give a folder that save_pretrained wrote")
+    check_weights(args.src)
     export_folder(
         args.dst,
         config,
@@ -247,18 +329,7 @@ def export(args: argparse.Namespace) -> None:
         DTYPES[args.dtype] if args.dtype else config.dtype or torch.float32,
         provenance=f"Exported from the checkpoint `{args.src.resolve().name}`.",
         license_id=args.license,
-        tokenizer=args.src if (args.src / "tokenizer.json").is_file() else None,
+        tokenizer=args.src if has_tokenizer(args.src) else None,
+        generation_config=load_generation_config(args.src),
+        allow_nonfinite=args.allow_nonfinite,
     )
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m scripts.export", description=__doc__.partition("\n")[0])
-    parser.add_argument("src", type=Path, help="folder that save_pretrained wrote")
-    parser.add_argument("dst", type=Path, help="folder to create")
-    parser.add_argument("--dtype", choices=DTYPES, help="type to store the weights as (default: as in SRC)")
-    parser.add_argument("--license", default="unknown", help="Hub identifier of the weights' licence")
-    return run(export, parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

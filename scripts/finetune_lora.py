@@ -11,12 +11,65 @@ the model with the adapter merged in, as `save_pretrained` does. --prompt shows 
 
 import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+
+from scripts import cli
+from scripts.cli import UserError, check_model_folder, positive_int, read_lines
+
+HELDOUT_EVERY = 10
+
+
+def check(args: argparse.Namespace) -> None:
+    check_model_folder(args.model)
+    folders = [folder for folder in (args.output, args.merge) if folder is not None]
+    for folder in folders:
+        if folder.exists():
+            raise UserError(f"{folder} already exists: remove it or choose another folder")
+    if args.merge is not None:
+        one, other = args.output.resolve(), args.merge.resolve()
+        if one.is_relative_to(other) or other.is_relative_to(one):
+            raise UserError(
+                f"--merge {args.merge} and --output {args.output} lie in each other: choose another folder"
+            )
+    args.lines = read_examples(args.data)  # once: it may be a pipe
+
+
+def read_examples(path: Path) -> tuple[list[str], list[str]]:
+    """The lines to train on and those held out.
+
+    Raises:
+        UserError: when there is no such text, or too little of it.
+    """
+    lines = [line for line in read_lines(path) if line.strip()]
+    if len(lines) < HELDOUT_EVERY:
+        raise UserError(f"{path} has {len(lines)} lines that are not empty, at least {HELDOUT_EVERY} are needed")
+    heldout = lines[HELDOUT_EVERY - 1 :: HELDOUT_EVERY]
+    return [line for index, line in enumerate(lines, start=1) if index % HELDOUT_EVERY], heldout
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.Parser("scripts.finetune_lora", __doc__)
+    parser.add_argument("--model", type=Path, required=True, help="model folder")
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="UTF-8 text, one example per line")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="adapter folder to create")
+    parser.add_argument("--merge", type=Path, metavar="DIR", help="also write the merged model here")
+    parser.add_argument("--prompt", type=cli.utf8, metavar="TEXT", help="continue this before and after")
+    parser.add_argument("--rank", type=positive_int, default=8)
+    parser.add_argument("--steps", type=positive_int, default=100)
+    parser.add_argument("--batch-size", type=positive_int, default=4, help="blocks per step")
+    parser.add_argument("--block-size", type=positive_int, default=512, help="tokens per block")
+    parser.add_argument("--learning-rate", type=cli.positive_float, default=1e-3)
+    parser.add_argument("--seed", type=cli.seed, default=0)
+    return cli.run("scripts.finetune_lora:finetune", parser.parse_args(argv), check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
 
 import torch
 from torch.utils.data import Dataset
 from transformers import (
-    AutoTokenizer,
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
@@ -24,11 +77,11 @@ from transformers import (
     set_seed,
 )
 
-from evals.common import load_model, markdown_table, write_json
+from evals.common import markdown_table, write_json
 from evals.corpora import MAX_TOKENS, encode_up_to
 from evals.perplexity import Blocks
-from scripts.cli import UserError, run
-from scripts.generate import positive_int
+from scripts.export import new_folder
+from scripts.loading import load_model, load_tokenizer
 
 try:
     from peft import LoraConfig, get_peft_model
@@ -36,7 +89,6 @@ except ImportError:
     get_peft_model = None
 
 TARGETS = ("q_a_proj", "q_b_proj", "kv_a_proj", "k_rope_proj", "g_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-HELDOUT_EVERY = 10
 NEW_TOKENS = 48  # of the continuations shown
 RESULT_FILE = "finetune_result.json"
 
@@ -56,36 +108,19 @@ class LineBlocks(Dataset):
         return {"input_ids": block[:-1], "labels": block[1:], "shift_labels": block[1:]}
 
 
-def read_lines(path: Path) -> tuple[list[str], list[str]]:
-    """The lines to train on and those held out.
-
-    Raises:
-        UserError: when there is no such text, or too little of it.
-    """
-    if not path.is_file():
-        raise UserError(f"no file {path}")
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
-    if len(lines) < HELDOUT_EVERY:
-        raise UserError(f"{path} has {len(lines)} lines that are not empty, at least {HELDOUT_EVERY} are needed")
-    heldout = lines[HELDOUT_EVERY - 1 :: HELDOUT_EVERY]
-    return [line for index, line in enumerate(lines, start=1) if index % HELDOUT_EVERY], heldout
-
-
 def finetune(args: argparse.Namespace) -> None:
     if get_peft_model is None:
         raise UserError("peft is not installed: pip install 'mlra[train]'")
-    for folder in filter(None, (args.output, args.merge)):
-        if folder.exists():
-            raise UserError(f"{folder} already exists: remove it or choose another folder")
-    train_lines, heldout_lines = read_lines(args.data)
+    with new_folder(args.output) as output, nullcontext() if args.merge is None else new_folder(args.merge) as merge:
+        train_adapter(args, output, merge)
+
+
+def train_adapter(args: argparse.Namespace, output: Path, merge: Path | None) -> None:
+    """Train by `args` and write the adapter into the folder `output`, the merged model into `merge`, if any."""
+    train_lines, heldout_lines = args.lines
     set_seed(args.seed)
     model = load_model(args.model, published=True)  # float32; bfloat16 comes from autocast
-    if not (args.model / "tokenizer.json").is_file():
-        raise UserError(f"{args.model} has no tokenizer.json to encode {args.data} with")
-    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    tokenizer = load_tokenizer(args.model, model.config.vocab_size)
     block_size = min(args.block_size, model.config.max_position_embeddings)
     train, heldout = (LineBlocks(lines, tokenizer, block_size) for lines in (train_lines, heldout_lines))
     present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
@@ -97,7 +132,7 @@ def finetune(args: argparse.Namespace) -> None:
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
-            output_dir=str(args.output),
+            output_dir=str(output),
             max_steps=args.steps,
             learning_rate=args.learning_rate,
             lr_scheduler_type="cosine",
@@ -137,7 +172,7 @@ def finetune(args: argparse.Namespace) -> None:
     after = losses()
     if args.prompt:
         shown["after"] = continuation()
-    model.save_pretrained(args.output)
+    model.save_pretrained(output)
     trainable, total = model.get_nb_trainable_parameters()
     result = {
         "before": before,
@@ -149,33 +184,13 @@ def finetune(args: argparse.Namespace) -> None:
         "parameters": total,
         "continuation": shown,
     }
-    write_json(args.output / RESULT_FILE, result)
-    if args.merge is not None:
+    write_json(output / RESULT_FILE, result)
+    if merge is not None:
         model.config.use_cache = True  # the Trainer turns it off
-        model.merge_and_unload().save_pretrained(args.merge)
-        tokenizer.save_pretrained(args.merge)
+        model.merge_and_unload().save_pretrained(merge)
+        tokenizer.save_pretrained(merge)
     rows = [[part, f"{before[part]:.4f}", f"{after[part]:.4f}"] for part in before]
     for when, text in shown.items():
         print(f"{when}: {' '.join(text.split())}")
     print(markdown_table(["loss", "before", "after"], rows), end="")
     print(f"{trainable:,} of {total:,} parameters trained, {args.steps} steps; the adapter is in {args.output}")
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m scripts.finetune_lora", description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", type=Path, required=True, help="model folder")
-    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="UTF-8 text, one example per line")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="adapter folder to create")
-    parser.add_argument("--merge", type=Path, metavar="DIR", help="also write the merged model here")
-    parser.add_argument("--prompt", metavar="TEXT", help="continue this before and after")
-    parser.add_argument("--rank", type=positive_int, default=8)
-    parser.add_argument("--steps", type=positive_int, default=100)
-    parser.add_argument("--batch-size", type=positive_int, default=4, help="blocks per step")
-    parser.add_argument("--block-size", type=positive_int, default=512, help="tokens per block")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    return run(finetune, parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,7 +7,8 @@ from string import Template
 import torch
 
 from modeling_mlra import MLRAConfig, MLRAForCausalLM
-from scripts.released import ATTENTIONS
+from scripts.variants import ATTENTIONS
+from tokenization.build import NUM_TOKENS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -99,6 +100,7 @@ def render_card(
     license_id: str,
     limits: str = "",
     remote_code: bool = True,
+    tokens: int | None = None,
 ) -> str:
     """The model card of one exported folder.
 
@@ -110,6 +112,7 @@ def render_card(
         license_id: the Hub's identifier of their licence.
         limits: what the model cannot do, a sentence.
         remote_code: whether the folder holds the model's code.
+        tokens: how many the tokenizer has (default: GPT-2's).
     """
     with torch.device("meta"):
         parameters = MLRAForCausalLM(config).num_parameters()
@@ -121,7 +124,12 @@ def render_card(
     )
     per_row = config.num_hidden_layers * 2  # 16-bit numbers
     expanded = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
-    padded = config.vocab_size - 1 - config.eos_token_id
+    padded = config.vocab_size - (min(config.vocab_size, NUM_TOKENS) if tokens is None else tokens)
+    roles = {name: getattr(config, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    if set(map(str, roles.values())) == {str(config.eos_token_id)}:
+        token_roles = f"`<|endoftext|>` ({config.eos_token_id}) is bos, eos and padding."
+    else:
+        token_roles = f"Special tokens: {', '.join(f'{name} {value}' for name, value in roles.items())}."
     name = published_name(config) if released else None
     title = variant_name(config).upper().replace("_NO_SCALE", ", no scaling").replace("_GATED", ", gated")
     return Template((ROOT / "hub_card.md").read_text(encoding="utf-8")).substitute(
@@ -155,7 +163,7 @@ def render_card(
         expanded_bytes=f"{expanded * per_row:,}",
         **{f"row_tp{devices}": -(-latents // devices) * r + e for devices in (1, 2, 4, 8)},
         published=published_section(name) if name else "",
-        end_of_text=config.eos_token_id,
+        token_roles=token_roles,
         suppressed=f"{padded} embedding rows have no token; `generation_config.json` keeps them from being chosen."
         if padded
         else "Every embedding row has a token.",

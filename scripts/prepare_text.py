@@ -27,14 +27,42 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
+from scripts import cli
+from scripts.cli import UserError, positive_int
+
+
+def check(args: argparse.Namespace) -> None:
+    if args.folder is not None and not args.folder.is_dir():
+        raise UserError(f"no folder {args.folder}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.Parser("scripts.prepare_text", __doc__)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--packages", nargs="+", metavar="NAME", help="Debian packages (default: the demo's)")
+    source.add_argument("--folder", type=Path, help="an unpacked package instead")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--vocab-size", type=positive_int, default=4096, help="of the BPE to train")
+    kind.add_argument("--gpt2", dest="vocab_size", action="store_const", const=None, help="use the GPT-2 tokenizer")
+    parser.add_argument("--heldout", type=float, default=0.02, help="share of the documents to hold out")
+    parser.add_argument(
+        "--context", type=positive_int, default=512, help="context to write into the tokenizer's files"
+    )
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of the order of documents")
+    args = parser.parse_args(argv)
+    return cli.run("scripts.prepare_text:prepare", args, check, outputs=[args.output])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 
 from evals.common import write_json, write_text
 from evals.corpora import MAX_TOKENS, Corpus, read_token_file, token_file_header
 from evals.prepare_tokens import load_tokenizer, write_token_file
-from scripts.cli import UserError, run
-from scripts.generate import positive_int
 from tokenization.build import END_OF_TEXT, NUM_BYTES, tokenizer_config
 from tokenization.build import FOLDER as GPT2_TOKENIZER
 
@@ -250,7 +278,7 @@ def dictionary_entries(index: Path) -> Iterator[list[str]]:
         return value
 
     places = set()
-    for line in index.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in index.read_text(encoding="utf-8", errors="replace").split("\n"):
         headword, *place = line.split("\t")
         if len(place) >= 2 and not headword.startswith(("00-", "00database")):
             places.add((number(place[0]), number(place[1])))
@@ -339,11 +367,10 @@ def train_tokenizer(folder: Path, texts: Iterator[str], vocab_size: int, context
 def collect(args: argparse.Namespace) -> list[dict]:
     """Write text/{train,heldout}/documents.jsonl and the copyright files; returns what each source gave."""
     if args.folder is not None:
-        if not args.folder.is_dir():
-            raise UserError(f"no folder {args.folder}")
         roots = {args.folder.name: args.folder}
     else:
-        roots = {name: fetch(name, args.output / "packages") for name in tqdm(args.packages, desc="packages")}
+        names = tqdm(args.packages or PACKAGES, desc="packages")
+        roots = {name: fetch(name, args.output / "packages") for name in names}
     sources, seen = [], set()
     streams = {}
     for part in ("train", "heldout"):
@@ -423,24 +450,3 @@ def prepare(args: argparse.Namespace) -> None:
     (args.output / "heldout_sample.bin").write_bytes(token_file_header(len(sample)) + sample.tobytes())
     write_json(args.output / "sources.json", {"settings": settings, "tokens": tokens, "packages": sources})
     write_text(args.output / "SOURCES.md", sources_page(sources, tokens))
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m scripts.prepare_text", description=__doc__.partition("\n")[0])
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--packages", nargs="+", default=list(PACKAGES), metavar="NAME", help="Debian packages")
-    source.add_argument("--folder", type=Path, help="an unpacked package instead")
-    kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--vocab-size", type=positive_int, default=4096, help="of the BPE to train")
-    kind.add_argument("--gpt2", dest="vocab_size", action="store_const", const=None, help="use the GPT-2 tokenizer")
-    parser.add_argument("--heldout", type=float, default=0.02, help="share of the documents to hold out")
-    parser.add_argument(
-        "--context", type=positive_int, default=512, help="context to write into the tokenizer's files"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the order of documents")
-    return run(prepare, parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

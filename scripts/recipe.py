@@ -9,16 +9,16 @@ from pathlib import Path
 
 import torch
 import yaml
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, HfArgumentParser, PreTrainedConfig, TrainingArguments
 
-from evals.common import first_line
 from evals.corpora import MAX_TOKENS
-from scripts.cli import UserError
-from scripts.export import DTYPES
+from scripts.cli import DTYPES, UserError, blame, first_line, read_json, read_text
+from scripts.loading import check_config, load_config
 
 # Settings of `training` that change no loss, so that a resumed run may have others
 FREE_SETTINGS = ("output_dir", "report_to", "run_name", "logging_", "save_", "eval_", "dataloader_", "disable_tqdm")
+
+RECOMPUTE = (None, "attention_inputs")
 
 
 @dataclass
@@ -73,12 +73,15 @@ class Recipe:
     training: dict
     export: ExportSettings | None = None
     attn_implementation: str = "sdpa"
+    recompute: str | None = None
+    float8: bool = False
 
     def settings(self) -> dict:
         """Everything that the losses depend on."""
         training = {name: value for name, value in self.training.items() if not name.startswith(FREE_SETTINGS)}
         data = {**vars(self.data), "heldout": None}
-        return {"model": self.model, "data": data, "blocks_per_step": self.blocks_per_step, "training": training}
+        settings = {"model": self.model, "data": data, "blocks_per_step": self.blocks_per_step, "training": training}
+        return settings | ({"float8": True} if self.float8 else {})
 
 
 def read_configuration(path: Path) -> dict:
@@ -89,10 +92,10 @@ def read_configuration(path: Path) -> dict:
     """
     if not path.is_file():
         raise UserError(f"no configuration file {path}")
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     try:
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path} is no valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no mapping of settings")
@@ -151,6 +154,27 @@ def make_recipe(content: dict, source: object) -> Recipe:
     for name, value in (("blocks_per_step", recipe.blocks_per_step), ("data.block_size", recipe.data.block_size)):
         if not isinstance(value, int) or value < 1:
             raise UserError(f"{source}: {name} must be a positive whole number, not {value!r}")
+    if recipe.recompute not in RECOMPUTE:
+        raise UserError(f"{source}: recompute must be null or attention_inputs, not {recipe.recompute!r}")
+    if not isinstance(recipe.float8, bool):
+        raise UserError(f"{source}: float8 must be true or false, not {recipe.float8!r}")
+    for name in ("train", "heldout"):
+        names = getattr(recipe.data, name)
+        if not isinstance(names, list) or not all(isinstance(entry, str) for entry in names):
+            raise UserError(f"{source}: data.{name} must be a list of files, not {names!r}")
+    for name in ("max_tokens", "shuffle_buffer"):
+        value = getattr(recipe.data, name)
+        if type(value) is not int or value < (name == "max_tokens"):
+            raise UserError(f"{source}: data.{name} must be a whole number, not {value!r}")
+    for part, names in ((recipe.data, ["tokenizer"]), (recipe.export, ["folder", "license", "provenance", "limits"])):
+        for name in names if part is not None else ():
+            value = getattr(part, name)
+            if not isinstance(value, str) and not (name == "tokenizer" and value is None):
+                raise UserError(f"{source}: {name} must be text, not {value!r}")
+    if not isinstance(recipe.model, (str, dict)):
+        raise UserError(f"{source}: model must be a path or the fields of a configuration, not {recipe.model!r}")
+    if not isinstance(recipe.training["output_dir"], str):
+        raise UserError(f"{source}: training.output_dir must be a path, not {recipe.training['output_dir']!r}")
     if not recipe.data.train:
         raise UserError(f"{source}: data.train names no corpus")
     return recipe
@@ -163,17 +187,27 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         UserError: for unknown or unusable settings, and for devices that cannot share a step's blocks evenly.
     """
     given = {"report_to": "none", "disable_tqdm": not sys.stderr.isatty()}
+    # Every parameter has a gradient in every step, and a loss that is no number belongs in the log: looking for either
+    # makes the host wait for the device in each micro-batch
+    given |= {"ddp_find_unused_parameters": False, "logging_nan_inf_filter": False}
     given |= {"use_cpu": not torch.accelerator.is_available(), **recipe.training}
     for name in ("gradient_accumulation_steps", "num_train_epochs"):
         if name in given:
             raise UserError(f"training.{name} follows from blocks_per_step and max_steps: leave it out")
     numbers = {field.name: field.type for field in fields(TrainingArguments) if field.type in (int, float)}
-    try:  # YAML reads 1e-8 as a word
-        given |= {
-            name: numbers[name](value) for name, value in given.items() if name in numbers and isinstance(value, str)
-        }
-    except ValueError as error:
-        raise UserError(f"training settings: {first_line(error)}") from error
+    for name, value in given.items():
+        if name in numbers and isinstance(value, str):  # YAML reads 1e-8 as a word
+            try:
+                given[name] = numbers[name](value)
+            except ValueError as error:
+                raise UserError(f"training settings: {name} {value!r} is no number") from error
+    for name, value in given.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"training.{name} {value} is no finite number")
+    for name in ("seed", "data_seed"):
+        value = given.get(name)
+        if value is not None and not (type(value) is int and 0 <= value < 2**32):
+            raise UserError(f"training.{name} {value!r} must be a whole number between 0 and {2**32 - 1}")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     per_device = given.setdefault("per_device_train_batch_size", math.gcd(recipe.blocks_per_step // world or 1, 8))
     if not isinstance(per_device, int) or per_device < 1 or recipe.blocks_per_step % (per_device * world):
@@ -186,8 +220,15 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     given |= {"remove_unused_columns": False, "label_names": ["labels"], "prediction_loss_only": True}
     try:
         (args,) = HfArgumentParser(TrainingArguments).parse_dict(given)
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, ImportError, RuntimeError) as error:
         raise UserError(f"training settings: {first_line(error)}") from error
+    if args.label_smoothing_factor:
+        raise UserError(
+            f"training.label_smoothing_factor {args.label_smoothing_factor}: the library's smoothed loss shifts the "
+            "targets, which are shifted already here, and so trains the model to copy: leave it out"
+        )
+    if not args.learning_rate > 0:
+        raise UserError(f"training.learning_rate {args.learning_rate} must be positive")
     if args.max_steps < 1:
         raise UserError("training.max_steps must say how many steps to train")
     if args.warmup_steps > args.max_steps:
@@ -204,17 +245,15 @@ def model_config(model: str | dict) -> PreTrainedConfig:
         UserError: when it is none of these, or its sizes cannot be combined.
     """
     source = model if isinstance(model, str) else "model"
-    try:
-        if isinstance(model, str):
-            path = Path(model)
-            if path.is_dir():
-                return AutoConfig.from_pretrained(path, trust_remote_code=False)
-            if not path.is_file():
-                raise UserError(f"model {path} is neither an architecture file nor a checkpoint folder")
-            model = json.loads(path.read_text(encoding="utf-8"))
-        sizes = {"model_type": "mlra", **model}
-        return AutoConfig.for_model(sizes.pop("model_type"), **sizes)
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
-        raise UserError(f"{source} cannot be used: {error}") from error
+    if isinstance(model, str):
+        path = Path(model)
+        if path.is_dir():
+            return load_config(path)
+        if not path.is_file():
+            raise UserError(f"model {path} is neither an architecture file nor a checkpoint folder")
+        model = read_json(path)
+    sizes = {"model_type": "mlra", **model}
+    with blame(f"{source} cannot be used"):
+        config = AutoConfig.for_model(sizes.pop("model_type"), **sizes)
+        check_config(config)
+    return config

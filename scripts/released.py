@@ -6,7 +6,6 @@ so memory stays far below the size of the checkpoint. Nothing but tensors is eve
 folder (`optimizer.pt`, `process_state_*`) are never opened.
 """
 
-import json
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,21 +16,13 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from modeling_mlra import MLRAConfig
-from scripts.cli import UserError
+from scripts.cli import UserError, indexed_files, read_json
+from scripts.variants import ATTENTIONS
 from tokenization.build import end_of_text_id
 
 INDEX = "pytorch_model.bin.index.json"
 SINGLE = "pytorch_model.bin"
 MAPPED_BYTES = 2**28  # mapped pages count as resident memory until the file is closed: reopen it after this many
-
-ATTENTIONS = {  # released name: (latent heads L, branches B)
-    "mla": (1, 1),
-    "gla_2": (2, 1),
-    "gla_4": (4, 1),
-    "mlra_2": (4, 2),
-    "mlra_4": (4, 4),
-}
-VARIANTS = (*ATTENTIONS, *(f"{name}_gated" for name in ATTENTIONS))
 
 CONFIG_FIELDS = {  # released config field: ours
     "n_layer": "num_hidden_layers",
@@ -80,21 +71,15 @@ class ReleasedCheckpoint:
             if (self.folder / SINGLE).is_file():
                 return {}, [self.folder / SINGLE]
             raise UserError(f"{self.folder} holds neither {SINGLE} nor {INDEX}: it is no released checkpoint folder")
-        weight_map = read_json(self.folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{self.folder / INDEX} has no weight_map")
-        files = [self.folder / Path(name).name for name in sorted(set(weight_map.values()))]
-        for file in files:
-            if not file.is_file():
-                raise UserError(f"missing shard {file}: {INDEX} lists it; download the folder again")
-        return weight_map, files
+        files = [self.folder / name for name in indexed_files(self.folder / INDEX)]
+        return read_json(self.folder / INDEX)["weight_map"], files
 
     def _load(self, file: Path) -> dict[str, Tensor]:
         try:
             state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         except pickle.UnpicklingError as error:
             raise UserError(f"{file} holds pickled objects other than tensors and was not loaded") from error
-        except (RuntimeError, EOFError, ValueError) as error:
+        except Exception as error:  # whatever reading a file that is something else ends in
             raise UserError(f"{file} is truncated or no PyTorch checkpoint; download it again") from error
         if not isinstance(state, dict):
             raise UserError(f"{file} holds a {type(state).__name__} instead of a dict of tensors")
@@ -113,17 +98,6 @@ class ReleasedCheckpoint:
         return tensor
 
 
-def read_json(file: Path) -> dict:
-    """A JSON object from `file`, or UserError."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds no JSON object")
-    return content
-
-
 def read_released_config(folder: Path) -> dict:
     """`config.json` of a released folder, checked to be one."""
     file = folder / "config.json"
@@ -134,7 +108,7 @@ def read_released_config(folder: Path) -> dict:
     released = read_json(file)
     if released.get("model_type") == "mlra":
         raise UserError(f"{folder} is already a Transformers folder (model_type mlra): load it as it is")
-    missing = [field for field in CONFIG_FIELDS if not isinstance(released.get(field), int)]
+    missing = [field for field in CONFIG_FIELDS if type(released.get(field)) is not int]
     if missing:
         raise UserError(f"{file} has no whole number for {', '.join(missing)}: it is no released MLRA config")
     if released.get("bias"):
@@ -284,7 +258,8 @@ def check_keys(checkpoint: ReleasedCheckpoint, config: MLRAConfig, variant: str)
     for name, shape in expected.items():
         if found[name] != shape:
             raise UserError(f"{name} has shape {found[name]}, expected {shape} by config.json and layout {layout}")
-    if not torch.equal(checkpoint.read("transformer.wte.weight"), checkpoint.read("lm_head.weight")):
+    embeddings = [checkpoint.read(name) for name in ("transformer.wte.weight", "lm_head.weight")]
+    if not torch.equal(*embeddings) and not torch.allclose(*embeddings, rtol=0, atol=0, equal_nan=True):
         raise UserError("lm_head.weight differs from transformer.wte.weight; released models tie them")
 
 

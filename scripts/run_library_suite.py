@@ -21,11 +21,38 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import transformers
+from scripts import cli
+from scripts.cli import UserError, positive_int
 
 ROOT = Path(__file__).resolve().parent.parent
 SUBJECT = ROOT / "tests" / "library_suite" / "modeling_mlra_suite.py"
 TEST_CLASSES = {"mlra": "MLRAModelTest", "llama": "LlamaModelTest"}
+
+
+def check(args: argparse.Namespace) -> None:
+    for name in ("conftest.py", "tests/causal_lm_tester.py"):
+        if not (args.checkout / name).is_file():
+            raise UserError(f"{args.checkout} has no {name}: give a source checkout of transformers")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; 0 if nothing failed for MLRA, 1 if something did, 2 for wrong arguments."""
+    parser = cli.Parser("scripts.run_library_suite", __doc__)
+    parser.add_argument("checkout", type=Path, help="source checkout of transformers, of the installed version")
+    parser.add_argument(
+        "--models", nargs="+", choices=sorted(TEST_CLASSES), default=["mlra", "llama"], help="default: both"
+    )
+    parser.add_argument("-k", dest="expression", help="only tests that match, as in pytest")
+    parser.add_argument("-n", dest="workers", type=cli.count, default=0, help="parallel processes (pytest-xdist)")
+    parser.add_argument("--timeout", type=positive_int, default=600, help="seconds per test (needs pytest-timeout)")
+    parser.add_argument("--logs", type=Path, help="folder for pytest's full output and JUnit files")
+    return cli.run("scripts.run_library_suite:run_suites", parser.parse_args(argv), check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
+import transformers
 
 
 class Outcome(NamedTuple):
@@ -35,23 +62,8 @@ class Outcome(NamedTuple):
     reason: str = ""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; 0 if nothing failed for MLRA, 1 if something did, 2 for wrong arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("checkout", type=Path, help="source checkout of transformers, of the installed version")
-    parser.add_argument("--models", nargs="+", choices=sorted(TEST_CLASSES), default=["mlra", "llama"])
-    parser.add_argument("-k", dest="expression", help="only tests that match, as in pytest")
-    parser.add_argument("-n", dest="workers", type=int, default=0, help="parallel processes (needs pytest-xdist)")
-    parser.add_argument("--timeout", type=int, default=600, help="seconds per test (needs pytest-timeout)")
-    parser.add_argument("--logs", type=Path, help="folder for pytest's full output and JUnit files")
-    args = parser.parse_args(arguments)
-
-    missing = [name for name in ("conftest.py", "tests/causal_lm_tester.py") if not (args.checkout / name).is_file()]
-    if missing:
-        print(f"error: {args.checkout} has no {missing[0]}: give a source checkout of transformers", file=sys.stderr)
-        return 2
+def run_suites(args: argparse.Namespace) -> int:
+    """Run the suite for every model asked for; 1 if something failed for MLRA."""
     print(f"transformers {transformers.__version__}, suite of {checkout_version(args.checkout)}")
 
     outcomes = {}
@@ -144,7 +156,3 @@ def report(outcomes: dict[str, dict[str, Outcome]]) -> None:
         print(f"SKIPPED {name}: {outcome.reason}")
     for name in sorted(passing - set(mlra)):
         print(f"ABSENT {name}: Llama passes it, MLRA's class has no test of that name")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -22,7 +22,29 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+
+from scripts import cli
+from scripts.cli import UserError, is_first_process, locked, positive_int, read_json
+
+
+def check(args: argparse.Namespace) -> None:
+    if not args.config.is_file():
+        raise UserError(f"no configuration file {args.config}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.Parser("scripts.train", __doc__)
+    parser.add_argument("config", type=Path, help="JSON or YAML file")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
+    parser.add_argument("--time-budget", type=positive_int, metavar="SECONDS", help="save and stop after so long")
+    return cli.run("scripts.train:command", parser.parse_args(argv), check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
 
 import numpy as np
 import torch
@@ -39,13 +61,13 @@ from transformers import (
     set_seed,
 )
 
-from evals.common import environment, load_model, write_json
+from evals.common import environment, write_json
 from evals.corpora import Corpus, find_corpora, read_token_file
 from evals.perplexity import Blocks, total_loss
 from evals.prepare_tokens import load_tokenizer, write_token_file
-from scripts.cli import UserError, run
-from scripts.export import DTYPES, export_folder, parameter_shapes, read_saved_tensors
-from scripts.generate import positive_int
+from scripts.causal_attention import causal_attention
+from scripts.export import export_folder, parameter_shapes, read_saved_tensors
+from scripts.loading import DTYPES, check_weights, load_generation_config, load_model
 from scripts.recipe import (
     DataSettings,
     Recipe,
@@ -58,25 +80,77 @@ from scripts.recipe import (
 from tokenization.build import FOLDER as GPT2_TOKENIZER
 from tokenization.build import end_of_text_id
 
+try:
+    from torchao.float8 import convert_to_float8_training
+except ImportError:
+    convert_to_float8_training = None
+
 TRAINING_BYTES_PER_PARAMETER = 16  # float32: weight, gradient and Adam's two moments
 CHECKED_TOKENS = 2**26  # of each file before the start; every block is checked again when it is read
 STATE_FILE, CONFIG_FILE, RESULT_FILE = "trainer_state.json", "train_config.json", "train_result.json"
 ZERO_AT_START = ("o_proj.weight", "down_proj.weight")
 
 
+def is_checkpoint(model: str | dict) -> bool:
+    """Whether a recipe's `model` is a folder to go on from."""
+    return isinstance(model, str) and Path(model).is_dir()
+
+
 def build_model(recipe: Recipe, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """The float32 model to train: the checkpoint's, or a new one whose output projections start at zero."""
-    if isinstance(recipe.model, str) and Path(recipe.model).is_dir():
-        return load_model(Path(recipe.model), published=True, attn_implementation=recipe.attn_implementation)
+    attention = recipe.attn_implementation
+    if attention == "sdpa" and config.model_type != "mlra":
+        attention = causal_attention("auto")  # what MLRA has by itself: blocks are whole, and no mask is made
+    if is_checkpoint(recipe.model):
+        return load_model(Path(recipe.model), published=True, attn_implementation=attention)
     set_seed(seed)
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation=recipe.attn_implementation
-    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(ZERO_AT_START):
                 parameter.zero_()
     return model
+
+
+def set_recomputation(model: PreTrainedModel, recompute: str | None) -> None:
+    """What the backward pass makes again instead of keeping: "attention_inputs" (queries, keys, values) or nothing.
+
+    Raises:
+        UserError: for a model that has no such choice.
+    """
+    modules = [module for module in model.modules() if hasattr(module, "recompute_inputs")]
+    if recompute is not None and not modules:
+        raise UserError(
+            f"recompute {recompute!r} is for models of type mlra, not {model.config.model_type}: use "
+            "training.gradient_checkpointing"
+        )
+    for module in modules:
+        module.recompute_inputs = recompute is not None
+
+
+def use_float8(model: PreTrainedModel, device: torch.device) -> None:
+    """Let the products of the layers' linear maps run in float8; weights, names and all else stay as they are.
+
+    Raises:
+        UserError: without torchao, a GPU that can, or a map whose sizes are multiples of 16.
+    """
+    if convert_to_float8_training is None:
+        raise UserError("float8 needs torchao: pip install torchao")
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        raise UserError(f"float8 needs a GPU of compute capability 8.9 or newer, not {device}: leave float8 out")
+    left_out = set()
+
+    def is_converted(module: torch.nn.Module, name: str) -> bool:
+        if not name.startswith("model.layers."):
+            return False
+        if module.in_features % 16 or module.out_features % 16:
+            left_out.add(f"{name.rpartition('.')[2]} ({module.in_features} x {module.out_features})")
+            return False
+        return True
+
+    convert_to_float8_training(model, module_filter_fn=is_converted)
+    if left_out:
+        print(f"float8: no multiples of 16, so bfloat16: {', '.join(sorted(left_out))}", file=sys.stderr)
 
 
 def count_parameters(config: PreTrainedConfig) -> int:
@@ -195,7 +269,7 @@ def encode_corpus(corpus: Corpus, data: DataSettings, cache: Path, seed: int) ->
     }
     path, settings_file = cache / f"{corpus.name}.bin", cache / f"{corpus.name}.json"
     if path.exists() and settings_file.exists():
-        if json.loads(settings_file.read_text(encoding="utf-8")) != settings:
+        if read_json(settings_file) != settings:
             raise UserError(f"{path} was made with other settings: remove it to encode {corpus.source} again")
         return path
     cache.mkdir(parents=True, exist_ok=True)
@@ -257,11 +331,18 @@ class BlockTrainer(Trainer):
         self.tokens_per_step, self.flops_per_token, self.peak = tokens_per_step, flops_per_token, peak
         self.speed = SpeedCallback()
         super().__init__(*args, **kwargs)
+        self.skip_logits = self.model.config.model_type == "mlra"
         self.add_callback(self.speed)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """All of them: the paper decays norms and embeddings too."""
         return [name for name, _ in model.named_parameters()]
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        """Without the logits of all tokens at a time, where the model can."""
+        if self.skip_logits:
+            inputs = {**inputs, "skip_logits": True}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -284,7 +365,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     for state_file in folder.glob(f"checkpoint-*/{STATE_FILE}"):
         try:
             found.append((json.loads(state_file.read_text(encoding="utf-8"))["global_step"], state_file.parent))
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             continue
     return max(found)[1] if found else None
 
@@ -333,11 +414,12 @@ def check_resume(recipe: Recipe, output: Path, resume: bool) -> Path | None:
             raise UserError(f"{output} holds a run already: --resume to go on, or choose another output_dir")
         return None
     if checkpoint is not None:
-        stored = json.loads((output / CONFIG_FILE).read_text(encoding="utf-8"))
+        stored = read_json(output / CONFIG_FILE)
         now = json.loads(json.dumps(recipe.settings()))
-        for part in now:
-            if stored[part] != now[part]:
-                raise UserError(f"{output} was begun with {part} = {stored[part]}, now it is {now[part]}")
+        for part in stored | now:
+            if stored.get(part) != now.get(part):
+                raise UserError(f"{output} was begun with {part} = {stored.get(part)}, now it is {now.get(part)}")
+        check_weights(checkpoint)
     return checkpoint
 
 
@@ -378,6 +460,19 @@ def train_recipe(
         UserError: when data or sizes do not fit, before anything is trained.
     """
     args = training_arguments(recipe)
+    with locked(Path(args.output_dir)) if is_first_process() else nullcontext():
+        return train_locked(recipe, args, resume, deadline, peak, callbacks)
+
+
+def train_locked(
+    recipe: Recipe,
+    args: TrainingArguments,
+    resume: bool,
+    deadline: float | None,
+    peak: float | None,
+    callbacks: list[TrainerCallback],
+) -> dict:
+    """`train_recipe` while no other command writes its `output_dir`."""
     output = Path(args.output_dir)
     config = model_config(recipe.model)
     context = config.max_position_embeddings
@@ -404,6 +499,9 @@ def train_recipe(
         )
 
     model = build_model(recipe, config, args.seed)
+    set_recomputation(model, recipe.recompute)
+    if recipe.float8:
+        use_float8(model, args.device)
     if args.should_save:
         write_json(output / CONFIG_FILE, recipe.settings())
     trainer = BlockTrainer(
@@ -423,7 +521,7 @@ def train_recipe(
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"out of memory with per_device_train_batch_size {args.per_device_train_batch_size}: use a smaller one, "
-            "or training.gradient_checkpointing"
+            "recompute attention_inputs, or training.gradient_checkpointing"
         ) from error
     state = trainer.state
     result = {
@@ -447,6 +545,10 @@ def train_recipe(
         trained = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
         result["heldout"] = heldout_loss(trained, files["heldout"], recipe, args, published=args.bf16)
         if recipe.export is not None:
+            if recipe.float8:  # as it will be loaded
+                plain = AutoModelForCausalLM.from_config(config, attn_implementation=recipe.attn_implementation)
+                plain.load_state_dict(trained.state_dict())
+                trained = plain.to(args.device)
             trained = copy.deepcopy(trained).to(DTYPES[recipe.export.dtype])
             result["heldout_exported"] = heldout_loss(trained, files["heldout"], recipe, args, published=False)
     if args.should_save:
@@ -475,6 +577,7 @@ def export_trained(folder: Path, recipe: Recipe, result: dict) -> None:
         limits=recipe.export.limits,
         license_id=recipe.export.license,
         tokenizer=None if recipe.data.tokenizer is None else Path(recipe.data.tokenizer),
+        generation_config=load_generation_config(folder) if is_checkpoint(recipe.model) else None,
         remote_code=recipe.export.remote_code,
     )
 
@@ -499,16 +602,3 @@ def command(args: argparse.Namespace) -> None:
     result = train_recipe(recipe, resume=args.resume, deadline=deadline)
     if int(os.environ.get("RANK", "0")) == 0:
         print(describe(result))
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m scripts.train", description=__doc__.partition("\n")[0])
-    parser.add_argument("config", type=Path, help="JSON or YAML file")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
-    parser.add_argument("--time-budget", type=positive_int, metavar="SECONDS", help="save and stop after so long")
-    return run(command, parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -224,13 +224,17 @@ def attend(
     )  # fmt: skip
 
 
+class Holder(SimpleNamespace):
+    """Stands for a cache, of which the step keeps a weak reference."""
+
+
 def step(num_sequences: int, dtype=torch.bfloat16, **settings) -> None:
     """One step of a layer of a released shape, and the choice of a token."""
     config = MLRAConfig(num_hidden_layers=1, **settings)
     with torch.device("meta"):
         model = MLRAForCausalLM(config).to(dtype)
     rows = empty(num_sequences, 1, 4096, config.kv_lora_rank + 64, dtype=dtype)
-    cache = SimpleNamespace(layers=[SimpleNamespace(rows=rows)])
+    cache = Holder(layers=[Holder(rows=rows)])
     run = fused_mlra.FusedStep(model, cache, empty(1 + 2 * num_sequences, dtype=torch.int32))
     tokens = empty(num_sequences, dtype=torch.long)
     choice = tokens, tokens, 0, empty(2, dtype=torch.long), empty(num_sequences, 9, dtype=torch.long), tokens

@@ -51,6 +51,23 @@ def random_ids(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(1, VOCAB_SIZE, shape, generator=torch.Generator().manual_seed(seed))
 
 
+def padded_batch(model, new_tokens: int = 12):
+    """Ids and mask of three left-padded rows, and the greedy continuation of each row alone without any cache."""
+    ids, lengths = random_ids(3, 9), (5, 8, 9)
+    mask = torch.zeros_like(ids)
+    expected = []
+    for row, length in enumerate(lengths):
+        mask[row, 9 - length :] = 1
+        ids[row, : 9 - length] = 0
+        sequence = ids[row : row + 1, 9 - length :]
+        for _ in range(new_tokens):
+            with torch.no_grad():
+                following = model(sequence, use_cache=False).logits[:, -1:].argmax(-1)
+            sequence = torch.cat([sequence, following], dim=1)
+        expected.append(sequence[0, length:])
+    return ids, mask, torch.stack(expected)
+
+
 def rms_ratio(reference: torch.Tensor, result: torch.Tensor) -> float:
     """RMS of the difference over RMS of the reference."""
     return ((result - reference).double().pow(2).mean().sqrt() / reference.double().pow(2).mean().sqrt()).item()

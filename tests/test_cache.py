@@ -4,10 +4,11 @@ import time
 
 import pytest
 import torch
+from peft import PrefixTuningConfig, get_peft_model
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, QuantizedLayer
 
-from modeling_mlra import MLRACache
+from modeling_mlra import MLRACache, MLRAForCausalLM
 from tests.models import VARIANTS, random_ids, rms_ratio, tiny_config, tiny_model
 from tests.tolerances import CACHE_LOGITS_RATIO, QUANTIZED_CACHE_RATIO
 
@@ -121,7 +122,7 @@ def test_every_cache_gives_the_logits_of_a_full_forward(variant):
             pieces, end = [], 0
             for part in ids.split([9, 1, 1, 4, 6], dim=1):
                 end += part.shape[1]
-                pieces.append(model(part, attention_mask=mask[:, :end], past_key_values=cache).logits)
+                pieces.append(model(part, attention_mask=mask[:, :end], cache=cache).logits)
             logits = torch.cat(pieces, dim=1)
             real = mask.bool()
             assert rms_ratio(reference[real], logits[real]) < CACHE_LOGITS_RATIO, name
@@ -143,5 +144,67 @@ def test_quantized_cache_of_the_library():
     ids = random_ids(1, 20)
     with torch.no_grad():
         reference = model(ids).logits
-        logits = torch.cat([model(part, past_key_values=cache).logits for part in ids.split([9, 1, 1, 9], 1)], dim=1)
+        logits = torch.cat([model(part, cache=cache).logits for part in ids.split([9, 1, 1, 9], 1)], dim=1)
     assert 0 < rms_ratio(reference, logits) < QUANTIZED_CACHE_RATIO
+
+
+def test_data_parallel_gathers_caches():
+    """`torch.nn.DataParallel` calls the type of an output with what iterating over it gives, joined over devices."""
+    model = tiny_model("mlra_2")
+    ids, new = random_ids(3, 9), random_ids(3, 2, seed=3)
+    with torch.no_grad():
+        parts = [model(part, use_cache=True).past_key_values for part in ids.split([1, 2])]
+        cache = type(parts[0])(
+            tuple(None if tensors[0] is None else torch.cat(tensors) for tensors in zip(*layers, strict=True))
+            for layers in zip(*parts, strict=True)
+        )
+        expected = model(torch.cat([ids, new], dim=1)).logits[:, 9:]
+        assert cache.get_seq_length() == 9 and cache.bytes_per_token() == parts[0].bytes_per_token()
+        assert rms_ratio(expected, model(new, past_key_values=cache).logits) < CACHE_LOGITS_RATIO
+
+
+@pytest.mark.parametrize("max_cache_len", [None, 30])
+def test_early_initialization_leaves_the_widths_to_the_model(max_cache_len):
+    model = tiny_model("mlra_2")
+    cache, ids = MLRACache(model.config, max_cache_len=max_cache_len), random_ids(2, 9)
+    heads, width = model.config.num_key_value_heads, model.config.head_dim
+    cache.early_initialization(2, heads, width, torch.float32, torch.device("cpu"))
+    expected = model.generate(ids, max_new_tokens=5, do_sample=False, use_cache=False)
+    assert torch.equal(model.generate(ids, past_key_values=cache, max_new_tokens=5, do_sample=False), expected)
+
+
+def test_keys_of_heads_are_no_latents():
+    """What PEFT's prefix tuning, or a cache of another model, would bring."""
+    model, ids = tiny_model("mlra_2"), random_ids(2, 5)
+    for cache in (DynamicCache(config=model.config), StaticCache(model.config, max_cache_len=9)):
+        for layer in range(2):
+            cache.update(torch.zeros(2, 12, 3, 2), torch.zeros(2, 12, 3, 2), layer)
+        with pytest.raises(ValueError, match="keys of 12 heads.*prefix tuning"):
+            model(ids, past_key_values=cache)
+    prefixed = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(ValueError, match="keys of 12 heads.*prefix tuning"):
+        prefixed(ids, labels=ids)
+
+
+def test_looking_at_a_cache_costs_nothing():
+    """A forward reads no `keys`, which would have rows copied after every `crop`."""
+    model, cache = tiny_model("mlra_2"), MLRACache(tiny_config("mlra_2"))
+    with torch.no_grad():
+        model(random_ids(1, 9), past_key_values=cache)
+        address = cache.layers[0].rows.data_ptr()
+        for _ in range(3):
+            cache.crop(-3)
+            model(random_ids(1, 2), past_key_values=cache)
+    assert cache.layers[0].rows.data_ptr() == address
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_per_token_of_a_loaded_model(dtype, tmp_path):
+    """Before the first forward they follow from the configuration, whose dtype is a name where it was loaded."""
+    tiny_model("mlra_2", dtype=dtype).save_pretrained(tmp_path)
+    model = MLRAForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    for cache in (MLRACache(model.config), MLRACache(model.config, max_cache_len=20)):
+        before = cache.bytes_per_token()
+        with torch.no_grad():
+            model(random_ids(1, 3), past_key_values=cache)
+        assert before == cache.bytes_per_token() == 2 * 36 * dtype.itemsize

@@ -237,8 +237,8 @@ def test_export_problems_get_one_line(capsys, tmp_path, folder):
         assert sorted(tmp_path.rglob("*")) == before
 
     out = tmp_path / "out"
-    expect("has no config.json", tmp_path / "none", out)
-    expect("a released checkpoint goes through scripts.convert_checkpoint", GOLDEN / "mla", out)
+    expect(f"no folder {tmp_path / 'none'}", tmp_path / "none", out)
+    expect("convert a released checkpoint with scripts.convert_checkpoint", GOLDEN / "mla", out)
     expect("already exists", folder, tmp_path)
     bare, cut = tmp_path / "bare", tmp_path / "cut"
     for copy in (bare, cut):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from modeling_mlra import MLRAConfig, MLRAForCausalLM
 from tests.models import VARIANTS, tiny_config
@@ -79,3 +80,20 @@ def test_round_trip(tmp_path):
     assert again.to_dict() == config.to_dict()
     assert again.rope_parameters == {"rope_type": "default", "rope_theta": 5000.0}
     assert "head_dim" not in json.loads((tmp_path / "config.json").read_text()), "derived sizes are not stored"
+
+
+def test_trainers_may_ask_any_configuration_for_its_auto_map(tmp_path):
+    """TRL's DPO and GRPO read `config.auto_map` of every architecture that the library itself does not name."""
+    folder = tmp_path / "plain"
+    tiny_config(architectures=["MLRAForCausalLM"]).save_pretrained(folder)
+    saved = json.loads((folder / "config.json").read_text())
+    saved.pop("auto_map", None)  # as in a folder without code
+    (folder / "config.json").write_text(json.dumps(saved))
+    config = transformers.AutoConfig.from_pretrained(folder)
+    assert getattr(transformers, config.architectures[0], None) is None
+    assert not [name for name in ("AutoModelForImageTextToText", "AutoModelForCausalLM") if name in config.auto_map]
+    assert "auto_map" not in config.to_dict() and "auto_map" not in json.loads(config.to_json_string())
+    config.auto_map["AutoConfig"] = "configuration_mlra.MLRAConfig"  # as saving with the code does
+    assert config.to_dict()["auto_map"] == {"AutoConfig": "configuration_mlra.MLRAConfig"}
+    assert MLRAConfig.from_dict(config.to_dict()).auto_map == config.auto_map
+    assert not tiny_config().auto_map, "one configuration's map is not another's"

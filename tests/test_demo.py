@@ -12,6 +12,7 @@ from transformers.utils import is_bitsandbytes_available, is_optimum_quanto_avai
 from evals.corpora import read_token_file
 from evals.perplexity import main as perplexity
 from modeling_mlra import MLRAForCausalLM
+from modeling_mlra.library_mlra import cache_of
 from scripts import finetune_lora, generate
 from tests.paths import DEMO, HELDOUT, REPOSITORY
 from tests.tolerances import DEMO_PERPLEXITY_RTOL
@@ -129,8 +130,8 @@ def test_quantized_cache(model, blocks):
     for name, settings in {"exact": None, "4 bit": {"backend": "quanto", "nbits": 4, "q_group_size": 16}}.items():
         cache = settings and QuantizedCache(config=model.config, residual_length=1, **settings)
         with torch.no_grad():
-            cache = model(first, past_key_values=cache, use_cache=True).past_key_values
-            losses[name] = model(second, labels=second, past_key_values=cache).loss.item()
+            cache = cache_of(model(first, cache=cache, use_cache=True))
+            losses[name] = model(second, labels=second, cache=cache).loss.item()
             losses["nothing"] = loss(model, second)
     assert 0 < abs(losses["4 bit"] - losses["exact"]) < (losses["nothing"] - losses["exact"]) / 3
 

@@ -19,6 +19,7 @@ from transformers.utils.import_utils import is_optimum_quanto_available
 
 from modeling_mlra import MLRACache, MLRAConfig
 from modeling_mlra.kernels_mlra import decode_calls
+from modeling_mlra.library_mlra import CACHE, cache_of
 from modeling_mlra.paged_mlra import exchange_by_table, update_paged
 from tests.models import VARIANTS, random_ids, tiny_model
 
@@ -62,8 +63,8 @@ def test_any_cache_decodes_like_none(settings):
             "none": {"use_cache": False},
             "latent": {},
             "latent static": {"cache_implementation": "static"},
-            "library dynamic": {"past_key_values": DynamicCache(config=model.config)},
-            "library static": {"past_key_values": StaticCache(model.config, max_cache_len=7 + NEW_TOKENS)},
+            "library dynamic": {"cache": DynamicCache(config=model.config)},
+            "library static": {"cache": StaticCache(model.config, max_cache_len=7 + NEW_TOKENS)},
         }[name]
         set_seed(0)
         way |= {"attention_mask": (ids != 0).long(), "max_new_tokens": NEW_TOKENS}
@@ -87,7 +88,7 @@ def test_speculation_does_not_change_the_tokens(variant):
     for way in ({"assistant_model": model}, {"assistant_model": assistant}, {"prompt_lookup_num_tokens": 3}):
         for cache in (None, MLRACache(model.config)):
             forwards.clear()
-            tokens = model.generate(ids, max_new_tokens=20, do_sample=False, past_key_values=cache, **way)
+            tokens = model.generate(ids, max_new_tokens=20, do_sample=False, cache=cache, **way)
             assert torch.equal(tokens[:, 24:], expected), (list(way), cache)
             if "assistant_model" not in way or way["assistant_model"] is not model:
                 assert len(forwards) <= 20
@@ -99,9 +100,9 @@ def test_crop_then_continue():
     ids = random_ids(1, 9)
     cache = MLRACache(model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, cache=cache)
         cache.crop(-4)
-        again = model(ids[:, 5:], past_key_values=cache).logits
+        again = model(ids[:, 5:], cache=cache).logits
         torch.testing.assert_close(again, model(ids).logits[:, 5:], rtol=1e-4, atol=1e-4)
 
 
@@ -116,7 +117,7 @@ def test_quantized_cache_through_generate():
     following, expected = ids, []
     for _ in range(NEW_TOKENS):
         with torch.no_grad():
-            following = model(following, past_key_values=cache).logits[:, -1:].argmax(-1)
+            following = model(following, cache=cache).logits[:, -1:].argmax(-1)
         expected.append(following.item())
     before = decode_calls["torch"]
     out = model.generate(
@@ -127,7 +128,7 @@ def test_quantized_cache_through_generate():
         cache_config=settings,
         return_dict_in_generate=True,
     )
-    assert type(out.past_key_values) is QuantizedCache
+    assert type(cache_of(out)) is QuantizedCache
     assert out.sequences[0, 6:].tolist() == expected
     assert decode_calls["torch"] - before >= 2 * (NEW_TOKENS - 1)
 
@@ -145,7 +146,7 @@ def test_offloaded_cache_is_the_latent_one(implementation):
     kwargs = {}
     config = GenerationConfig(cache_implementation=implementation, use_cache=True, num_beams=1, num_return_sequences=1)
     model._prepare_cache_for_generation(config, kwargs, "greedy", 1, 12)
-    cache = kwargs["past_key_values"]
+    cache = kwargs[CACHE]
     assert isinstance(cache, MLRACache) and cache.offloading
     assert isinstance(cache, StaticCache) == (implementation == "offloaded_static")
 
@@ -156,13 +157,13 @@ def test_rows_move_to_the_cpu_and_back(is_static):
     ids = random_ids(2, 8)
     cache = MLRACache(model.config, max_cache_len=8 if is_static else None)
     with torch.no_grad():
-        model(ids[:, :5], past_key_values=cache)
+        model(ids[:, :5], cache=cache)
         for layer in cache.layers:
             layer.offload()
             assert layer.keys.data_ptr() == layer.rows.data_ptr()
             layer.prefetch()
         torch.testing.assert_close(
-            model(ids[:, 5:], past_key_values=cache).logits, model(ids).logits[:, 5:], rtol=1e-4, atol=1e-4
+            model(ids[:, 5:], cache=cache).logits, model(ids).logits[:, 5:], rtol=1e-4, atol=1e-4
         )
 
 
@@ -191,11 +192,11 @@ def test_compiled_decoding_with_a_static_cache():
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     cache = MLRACache(model.config, max_cache_len=6 + NEW_TOKENS)
     with torch.no_grad():
-        following = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+        following = model(ids, cache=cache).logits[:, -1:].argmax(-1)
         for step in range(NEW_TOKENS):
             assert torch.equal(following[:, 0], expected[:, step])
             positions = torch.tensor([[6 + step]])
-            following = compiled(following, past_key_values=cache, position_ids=positions).logits.argmax(-1)
+            following = compiled(following, cache=cache, position_ids=positions).logits.argmax(-1)
     assert len(graphs) == 1
 
 

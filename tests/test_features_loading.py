@@ -9,6 +9,7 @@ from transformers.utils.import_utils import is_bitsandbytes_available, is_optimu
 
 from modeling_mlra import MLRACache, MLRAConfig, MLRAForCausalLM
 from modeling_mlra.kernels_mlra import decode_calls
+from modeling_mlra.library_mlra import cache_of
 from tests.models import random_ids, rms_ratio, tiny_config, tiny_model
 
 # Widths that 4-bit formats can group; weights are small enough for 4 bits to keep the picture.
@@ -38,8 +39,8 @@ def test_half_precision(tmp_path, dtype):
     with torch.no_grad():
         reference = model(ids).logits
         full = half(ids).logits
-        first = half(ids[:, :6], past_key_values=cache).logits
-        cached = torch.cat([first, half(ids[:, 6:], past_key_values=cache).logits], dim=1)
+        first = half(ids[:, :6], cache=cache).logits
+        cached = torch.cat([first, half(ids[:, 6:], cache=cache).logits], dim=1)
     assert cache.layers[0].rows.dtype == dtype and full.dtype == dtype
     # Eight and eleven bits of mantissa, accumulated over two layers
     limit = 30 * torch.finfo(dtype).eps
@@ -190,7 +191,7 @@ def test_hidden_states():
         assert all(states.shape == (2, 7, 24) for states in out.hidden_states)
         assert torch.equal(out.hidden_states[0], model.model.embed_tokens(ids))
         assert torch.equal(model.lm_head(out.hidden_states[-1]), out.logits)
-        decoding = model(ids[:, :1], past_key_values=out.past_key_values, output_hidden_states=True)
+        decoding = model(ids[:, :1], cache=cache_of(out), output_hidden_states=True)
         assert decoding.hidden_states[1].shape == (2, 1, 24)
 
 

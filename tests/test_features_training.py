@@ -47,7 +47,7 @@ def test_gradients_through_the_cache(variant, implementation):
     expected = gradients(model)
     cache = MLRACache(model.config)
     before = decode_calls["torch"]
-    logits = torch.cat([model(piece, past_key_values=cache).logits for piece in ids.split([6, 4, 1, 2], dim=1)], dim=1)
+    logits = torch.cat([model(piece, cache=cache).logits for piece in ids.split([6, 4, 1, 2], dim=1)], dim=1)
     assert (decode_calls["torch"] - before == 3 * 2) == (implementation == "sdpa")
     total_loss(logits, ids).backward()
     assert_same_gradients(expected, gradients(model), MATHEMATICS_ATOL)

@@ -9,7 +9,7 @@ from modeling_mlra.device_mlra import DeviceFacts, device_facts
 from modeling_mlra.fused_mlra import obstacle
 from modeling_mlra.generation_mlra import captured_decodes
 from modeling_mlra.modeling_mlra import MLRARMSNorm
-from tests.fused_checks import compare
+from tests.fused_checks import compare, verify_together
 from tests.models import VARIANTS, random_ids, rms_ratio, tiny_model
 from tests.tolerances import FUSED_BFLOAT16_RATIO, FUSED_FLOAT32_RATIO, KERNEL_BF16_RATIO
 
@@ -17,6 +17,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []  # where there is one, all of them run on the GPU
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter cuts bfloat16 off, and does not round
 YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+YARN |= {"mscale": 1.0, "mscale_all_dim": 0.5}
 SETTINGS = {
     "plain": {},
     "gated, no scale, yarn": {
@@ -46,6 +47,16 @@ def test_more_sequences_than_few(variant, setting, batch):
     result = compare(variant, DEVICE, batch, **SETTINGS[setting])
     assert result["counters"]
     assert max(result["logits"], result["rows"]) < FUSED_FLOAT32_RATIO
+
+
+@pytest.mark.parametrize(
+    ("variant", "setting", "batch", "tokens_each"),
+    [("mlra_4", "plain", 1, 2), ("mlra_2", "plain", 3, 4), ("mla", "gated, no scale, yarn", 1, 5)],
+)
+def test_several_tokens_of_a_sequence(variant, setting, batch, tokens_each):
+    """Candidates verified together: each sees those in front of it, and every one's row is appended."""
+    result = verify_together(variant, DEVICE, batch, tokens_each, **SETTINGS[setting])
+    assert max(result.values()) < FUSED_FLOAT32_RATIO
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
@@ -127,7 +138,8 @@ def test_choice_of_the_next_token(end_tokens, monkeypatch):
     """The first of equal maxima, as torch.argmax takes it; pads behind an end; appends, moves on and counts."""
     model = tiny_model("mlra_4").to(DEVICE)
     counters = torch.tensor([7, 3, 7, 7, 6, 8, 8, 8, 8], dtype=torch.int32, device=DEVICE)
-    step = fused_mlra.FusedStep(model, MLRACache(model.config, max_cache_len=20), counters.clone())
+    cache = MLRACache(model.config, max_cache_len=20)
+    step = fused_mlra.FusedStep(model, cache, counters.clone())
     logits = torch.randn(4, 40_000, generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
     logits[0, [5, 17_000, 39_999]] = 50.0
     logits[1] = -torch.inf

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from transformers import AttentionInterface
 
 from modeling_mlra import MLRACache, MLRAForSequenceClassification, MLRAForTokenClassification
+from modeling_mlra.attention_mlra import up_projections
 from tests.models import VARIANTS, VOCAB_SIZE, random_ids, tiny_config, tiny_model
 from tests.oracle import oracle_of_model
 from tests.tolerances import LOSS_ATOL, MATHEMATICS_ATOL
@@ -36,7 +38,7 @@ def test_expanded_and_absorbed_equal_the_oracle(variant, setting):
             for implementation in ("sdpa", "eager"):
                 model.set_attn_implementation(implementation)
                 for cache in (MLRACache(model.config), MLRACache(model.config, max_cache_len=length + 3)):
-                    pieces = [model(part[None], past_key_values=cache).logits[0] for part in ids.split(3)]
+                    pieces = [model(part[None], cache=cache).logits[0] for part in ids.split(3)]
                     assert_close(torch.cat(pieces), reference)
 
 
@@ -63,7 +65,7 @@ def test_gradients_equal_the_oracle(variant):
 
     expanded = gradients(model(ids[None]).logits[0])
     cache = MLRACache(model.config)
-    absorbed = gradients(torch.cat([model(part[None], past_key_values=cache).logits[0] for part in ids.split(3)]))
+    absorbed = gradients(torch.cat([model(part[None], cache=cache).logits[0] for part in ids.split(3)]))
     for name in names:
         torch.testing.assert_close(absorbed[name], expanded[name], rtol=0, atol=MATHEMATICS_ATOL)
     modules = {"q_a": "q_a_proj", "q_b": "q_b_proj", "k_rope": "k_rope_proj", "out": "o_proj", "gate": "g_proj"}
@@ -88,7 +90,7 @@ def test_padding_does_not_change_a_real_token(side, implementation):
             ends = (length_first, 9)
             logits = torch.cat(
                 [
-                    model(part, attention_mask=mask[:, :end], past_key_values=cache).logits
+                    model(part, attention_mask=mask[:, :end], cache=cache).logits
                     for part, end in zip(parts, ends, strict=True)
                     if part.shape[1]
                 ],
@@ -105,8 +107,8 @@ def test_masked_tokens_in_the_middle_of_the_cache():
     reference = oracle_of_model(model).forward(ids, keep=keep)
     with torch.no_grad():
         cache = MLRACache(model.config, max_cache_len=20)
-        first = model(ids[None, :6], attention_mask=keep[None, :6], past_key_values=cache).logits[0]
-        second = model(ids[None, 6:], attention_mask=keep[None], past_key_values=cache).logits[0]
+        first = model(ids[None, :6], attention_mask=keep[None, :6], cache=cache).logits[0]
+        second = model(ids[None, 6:], attention_mask=keep[None], cache=cache).logits[0]
     visible = keep.bool()
     assert_close(torch.cat([first, second])[visible], reference[visible])
 
@@ -142,34 +144,76 @@ def test_long_continuation_expands_the_cache():
     with torch.no_grad():
         reference = model(ids[None]).logits
         for cache in (MLRACache(model.config), MLRACache(model.config, max_cache_len=120)):
-            first = model(ids[None, :10], past_key_values=cache).logits
-            second = model(ids[None, 10:], past_key_values=cache).logits
+            first = model(ids[None, :10], cache=cache).logits
+            second = model(ids[None, 10:], cache=cache).logits
             assert_close(torch.cat([first, second], dim=1), reference)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("bound", [1, 3000])
+@pytest.mark.parametrize("bound", [1, 3000, 10_000])
 def test_expanded_keys_and_values_stay_within_their_bound(bound, implementation, monkeypatch):
     """A few heads after another give what all at once give, and no slice is wider than it may be."""
     model = tiny_model("mlra_2", dtype=torch.float64, num_hidden_layers=1)
     model.set_attn_implementation(implementation)
     ids, seen = random_ids(2, 9), []
-    product = torch.bmm
+    get_interface = AttentionInterface.get_interface
 
-    def recording_product(a, b):
-        seen.append(a.shape[0] * b.shape[2] // (6 + 5))  # heads expanded at once
-        return product(a, b)
+    def get_recording_interface(*args):
+        attention = get_interface(*args)
 
+        def recording(module, query, key, *others, **kwargs):
+            seen.append(key.shape[1])  # heads expanded at once
+            return attention(module, query, key, *others, **kwargs)
+
+        return recording
+
+    monkeypatch.setattr(AttentionInterface, "get_interface", get_recording_interface)
     with torch.no_grad():
         reference = model(ids, output_attentions=True)
+        assert seen == [24]
         monkeypatch.setattr("modeling_mlra.attention_mlra.MAX_EXPANDED_BYTES", bound)
-        monkeypatch.setattr(torch, "bmm", recording_product)
         sliced = model(ids, output_attentions=True)
     assert_close(sliced.logits, reference.logits)
     per_head = 2 * 9 * (6 + 4 + 5) * 8
-    assert seen and max(seen) == max(1, bound // per_head)
+    assert max(seen[1:]) == max(1, bound // per_head) and sum(seen[1:]) == 24
     if implementation == "eager":
         assert_close(sliced.attentions[0], reference.attentions[0])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_call_per_latent_equals_one_call_for_all(variant):
+    """Training and long prompts run latent by latent, short prompts all at once; attention weights agree as well."""
+    model = tiny_model(variant, dtype=torch.float64)
+    ids = random_ids(2, 9)
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        apart = model(ids, output_attentions=True, use_cache=False)
+        with torch.no_grad():
+            at_once = model(ids, output_attentions=True, use_cache=False)
+        assert_close(apart.logits, at_once.logits)
+        if implementation == "eager":
+            assert_close(apart.attentions[1], at_once.attentions[1])
+
+
+@pytest.mark.parametrize("variant", ["mlra_2", "mlra_4"])
+def test_gradients_reach_the_attention_weights(variant):
+    """As methods that explain a prediction read them: alpha_attn * (d loss / d head output) . value."""
+    model = tiny_model(variant, dtype=torch.float64)
+    model.set_attn_implementation("eager")
+    attention, config, seen = model.model.layers[1].self_attn, model.config, {}
+    attention.kv_a_layernorm.register_forward_hook(lambda module, inputs, output: seen.update(latents=output))
+    attention.o_proj.register_forward_pre_hook(lambda module, inputs: seen.update(heads=inputs[0]))
+    outputs = model(random_ids(2, 9), output_attentions=True, use_cache=False)
+    weights = outputs.attentions[1]
+    given = torch.autograd.grad(outputs.logits.square().sum(), [weights, seen["heads"]], allow_unused=True)
+    assert given[0] is not None
+    latents = seen["latents"].unflatten(-1, (config.num_latent_heads, -1)) * attention.alpha_kv
+    _, up = up_projections(attention.kv_b_proj(), config.num_latent_heads, config.qk_nope_head_dim, config.v_head_dim)
+    values = torch.einsum("bslr,lhvr->blhsv", latents, up)
+    of_group = given[1].view(2, 9, -1, up.shape[1], config.v_head_dim)  # [B, T, G, H, V]
+    of_latent = of_group.repeat_interleave(config.num_branches, dim=2)
+    expected = torch.einsum("btlhv,blhsv->blhts", of_latent, values).flatten(1, 2) * attention.alpha_attn
+    assert_close(given[0], expected)
 
 
 def test_attentions_are_one_distribution_per_branch():
@@ -179,8 +223,8 @@ def test_attentions_are_one_distribution_per_branch():
     with torch.no_grad():
         cache = MLRACache(model.config)
         whole = model(ids, output_attentions=True).attentions
-        model(ids[:, :4], past_key_values=cache)
-        step = model(ids[:, 4:], past_key_values=cache, output_attentions=True).attentions
+        model(ids[:, :4], cache=cache)
+        step = model(ids[:, 4:], cache=cache, output_attentions=True).attentions
     assert len(whole) == 2
     assert whole[0].shape == (1, 4 * 6, 6, 6)  # 4 latents, 12 heads in 2 groups
     assert step[0].shape == (1, 4 * 6, 2, 6)
@@ -259,3 +303,20 @@ def test_inputs_are_checked():
         model()
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model(random_ids(1, 3), inputs_embeds=torch.zeros(1, 3, 24))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_dropout_behind_a_cached_prefix(implementation):
+    """In training attention weights are dropped behind a cache too, and in evaluation never."""
+    model = tiny_model("mlra_2", attention_dropout=0.5)
+    model.set_attn_implementation(implementation)
+    ids, results = random_ids(2, 9), {True: [], False: []}
+    for training, found in results.items():
+        for seed in (1, 2):
+            cache = MLRACache(model.config)
+            with torch.no_grad():
+                model.eval()(ids, past_key_values=cache)
+            torch.manual_seed(seed)
+            found.append(model.train(training)(ids[:, :2], past_key_values=cache).logits)
+    assert torch.equal(*results[False])
+    assert (results[True][0] - results[True][1]).abs().max() > 1e-3

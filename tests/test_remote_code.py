@@ -58,7 +58,8 @@ for auto in (*heads, "AutoModel", "AutoModelForCausalLM"):
         assert torch.equal(again.generate(**inputs, max_new_tokens=6, do_sample=False), ids)
         kept_tokenizer = AutoTokenizer.from_pretrained(kept, trust_remote_code=False)
         assert kept_tokenizer.decode([1, 2, 3]) == tokenizer.decode([1, 2, 3])
-        cache = model(**inputs, use_cache=True).past_key_values
+        outputs = model(**inputs, use_cache=True)
+        cache = outputs.cache if "cache" in outputs else outputs.past_key_values
         assert "MLRACache" in [base.__name__ for base in type(cache).__mro__]
 print(json.dumps({"classes": classes, "ids": ids.tolist()}))
 """

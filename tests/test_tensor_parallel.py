@@ -141,7 +141,7 @@ def count_collectives(model: MLRAForCausalLM) -> dict:
     hooks = []
     with torch.no_grad():
         cache = MLRACache(model.config, max_cache_len=12)
-        model(ids[:, :6], past_key_values=cache)
+        model(ids[:, :6], cache=cache)
         with CommDebugMode() as counter:
             for layer in model.model.layers:
                 for name, counts in seen.items():
@@ -152,7 +152,7 @@ def count_collectives(model: MLRAForCausalLM) -> dict:
                         counts[-1] += counter.get_total_counts()
 
                     hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-            model(ids[:, 6:7], past_key_values=cache)
+            model(ids[:, 6:7], cache=cache)
             counts = {str(operation): count for operation, count in counter.get_comm_counts().items()}
     for hook in hooks:
         hook.remove()
@@ -174,7 +174,7 @@ def measure_cache(model: MLRAForCausalLM) -> dict:
     for kind, length in (("dynamic", None), ("static", 16)):
         cache = MLRACache(model.config, max_cache_len=length)
         with torch.no_grad():
-            model(ids, past_key_values=cache)
+            model(ids, cache=cache)
         storage = sum(layer.rows.untyped_storage().nbytes() for layer in cache.layers)
         sizes[kind] = {"per_token": cache.bytes_per_token(), "nbytes": cache.nbytes, "storage": storage}
     return sizes
@@ -244,9 +244,9 @@ def compiled_difference(root: Path) -> float:
     model = load(root / "mlra_4", 2)
     cache = MLRACache(model.config, max_cache_len=ids.shape[1])
     with torch.no_grad():
-        model(ids[:, :6], past_key_values=cache)
+        model(ids[:, :6], cache=cache)
         step = torch.compile(model, backend="aot_eager", fullgraph=True)
-        logits = torch.cat([step(ids[:, t : t + 1], past_key_values=cache).logits for t in range(6, 9)], dim=1)
+        logits = torch.cat([step(ids[:, t : t + 1], cache=cache).logits for t in range(6, 9)], dim=1)
     return (logits - torch.load(root / "mlra_4" / "behaviour.pt")["logits"][:, 6:]).abs().max().item()
 
 
@@ -515,7 +515,7 @@ def lose_a_rank(rank: int, size: int, root: Path, out: Path, how: str) -> None:
                     if how == "dies":
                         os._exit(1)
                     time.sleep(30)
-                model(ids[:, step : step + 1], past_key_values=cache)
+                model(ids[:, step : step + 1], cache=cache)
     except RuntimeError as error:
         (out / f"{rank}.txt").write_text(f"{time.monotonic() - started} {type(error).__name__} {error}")
         os._exit(3)

@@ -1,0 +1,142 @@
+"""Captured forwards for the library's own loops: beam search, prompt lookup, assisted generation, and an assistant.
+
+Within `captured_forwards`, a forward of a few new tokens over the loop's growing latent cache replays the fused step.
+Several tokens of a sequence are verified together, padded to a power of two: what stands behind them is of no
+consequence, since nothing attends to it and the next tokens overwrite its rows.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .cache_mlra import MLRACache, ordinary_tensors
+from .capture_mlra import FIRST_CAPACITY, GROWTH, Replay, fingerprint, held_with, is_plain, size_class
+from .device_mlra import on_device
+from .fused_mlra import MAX_SEQUENCES, FusedStep, obstacle
+
+_active = threading.local()
+
+
+class VerifyingStep:
+    """The fused step for `tokens_each` tokens of each of `num_sequences` sequences, as a graph of fixed buffers."""
+
+    def __init__(self, model: nn.Module, cache: MLRACache, num_sequences: int, tokens_each: int, masked: bool, pool):
+        rows = cache.layers[0].rows
+        device, self.shape = rows.device, (num_sequences, tokens_each)
+        self.token_ids = torch.zeros(self.shape, dtype=torch.long, device=device)
+        self.counters = torch.zeros(1 + num_sequences * (tokens_each + 1), dtype=torch.int32, device=device)
+        self.key_mask = torch.ones(num_sequences, rows.shape[2], dtype=torch.bool, device=device) if masked else None
+        self.kv_start = torch.zeros(num_sequences, dtype=torch.int32, device=device) if masked else None
+        step = FusedStep(model, cache, self.counters, self.kv_start, self.key_mask, tokens_each)
+        token_ids = self.token_ids.flatten()
+        self.replay = Replay(lambda: step(token_ids), device, pool)
+
+    def __call__(
+        self,
+        token_ids: torch.Tensor,
+        rows: int,
+        position_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Logits `[B, T, vocab_size]` after `token_ids` `[B, T]`, whose rows follow the `rows` in use."""
+        (batch, padded), length = self.shape, token_ids.shape[1]
+        positions = self.counters[1 : 1 + batch * padded].view(self.shape)
+        if position_ids is None:
+            position_ids = torch.arange(rows, rows + length, device=token_ids.device)
+        positions[:, :length] = position_ids
+        self.counters[0] = rows
+        self.counters[1 + batch * padded :] = rows + padded
+        self.token_ids[:, :length] = token_ids
+        if self.key_mask is not None and self.kv_start is not None and attention_mask is not None:
+            self.key_mask.fill_(True)
+            self.key_mask[:, : attention_mask.shape[-1]] = attention_mask.bool()
+            self.kv_start.copy_(self.key_mask.int().argmax(dim=-1))
+        return self.replay().view(batch, padded, -1)[:, :length].clone()
+
+
+class CapturedForwards:
+    """Replays the forwards of one loop; `None` for one that it does not take."""
+
+    def __init__(self, model: nn.Module, cache: MLRACache):
+        self.model, self.cache, self.fingerprint = model, cache, fingerprint(model)
+        self.fuses: dict[int, bool] = {}
+
+    def takes(self, model, input_ids, attention_mask, cache, inputs_embeds, labels, kwargs: dict) -> bool:
+        """Whether a forward of these arguments is one of this loop's steps."""
+        if model is not self.model or cache is not self.cache or inputs_embeds is not None or labels is not None:
+            return False
+        if cache.get_seq_length() == 0 or (attention_mask is not None and attention_mask.ndim != 2):
+            return False
+        tokens = input_ids.shape[0] * size_class_of_tokens(input_ids.shape[1])
+        if tokens > MAX_SEQUENCES or any(kwargs.get(name) for name in ("output_attentions", "output_hidden_states")):
+            return False
+        if tokens not in self.fuses:
+            self.fuses[tokens] = obstacle(model, tokens) is None
+        return self.fuses[tokens]
+
+    def __call__(self, input_ids, attention_mask, position_ids) -> torch.Tensor:
+        batch, length = input_ids.shape
+        rows, padded = self.cache.get_seq_length(), size_class_of_tokens(length)
+        if rows + padded > self.cache.layers[0].rows.shape[2]:
+            self.cache.reserve(size_class(rows + padded, FIRST_CAPACITY))
+        masked = attention_mask is not None
+        held = held_with(self.cache, self.fingerprint)
+        key = "verify", batch, padded, masked
+        if key not in held.objects:
+            with ordinary_tensors():
+                held.objects[key] = VerifyingStep(self.model, self.cache, batch, padded, masked, held.pool)
+        with on_device(input_ids.device):
+            logits = held.objects[key](input_ids, rows, position_ids, attention_mask)
+        self.cache.set_seq_length(rows + length)
+        return logits
+
+
+def size_class_of_tokens(tokens: int) -> int:
+    """The power of two that `tokens` of a sequence are padded to."""
+    return 1 << (tokens - 1).bit_length()
+
+
+def suits(model: nn.Module, cache: Any, generation_config) -> bool:
+    """Whether a loop's forwards can be captured: on a GPU, over a growing latent cache, by plain modules."""
+    return (
+        model.device.type == "cuda"
+        and isinstance(cache, MLRACache)
+        and not cache.is_compileable
+        and not cache.offloading
+        and not generation_config.disable_compile
+        and is_plain(model)
+    )
+
+
+@contextmanager
+def captured_forwards(model: nn.Module, cache: Any, generation_config) -> Iterator[None]:
+    """Context in which the model's forwards over `cache` replay graphs, where that `suits`."""
+    if not suits(model, cache, generation_config):
+        yield
+        return
+    cache.reserve(size_class(min(generation_config.max_length, GROWTH) + MAX_SEQUENCES, FIRST_CAPACITY))
+    outer = getattr(_active, "forwards", ())
+    _active.forwards = (*outer, CapturedForwards(model, cache))
+    try:
+        yield
+    finally:
+        _active.forwards = outer
+
+
+def captured_logits(
+    model, input_ids, attention_mask, position_ids, cache, inputs_embeds, labels, kwargs: dict
+) -> torch.Tensor | None:
+    """Logits of a forward that a loop's graph takes, else None."""
+    if torch.compiler.is_compiling():
+        return None
+    for forwards in getattr(_active, "forwards", ()):
+        if forwards.takes(model, input_ids, attention_mask, cache, inputs_embeds, labels, kwargs):
+            return forwards(input_ids, attention_mask, position_ids)
+    return None
+
+
+__all__ = ["captured_forwards", "captured_logits"]

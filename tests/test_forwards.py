@@ -1,0 +1,101 @@
+"""Captured forwards: the library's own loops give the tokens they give without them."""
+
+import pytest
+import torch
+
+import modeling_mlra.modeling_mlra
+from modeling_mlra import MLRACache, forwards_mlra
+from tests.models import random_ids, tiny_model
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted where there is no GPU
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+WAYS = {
+    "beams": {"num_beams": 2, "num_return_sequences": 2},
+    "beams, padded rows": {"num_beams": 2},
+    "beam sampling": {"num_beams": 2, "do_sample": True, "length_penalty": 0.7},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "penalties": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+}
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """Captured forwards of float32 models, on a CPU too; the list of the shapes that were replayed."""
+
+    def suits(model, cache, generation_config):
+        return isinstance(cache, MLRACache) and not generation_config.disable_compile
+
+    monkeypatch.setattr(forwards_mlra, "suits", suits)
+    monkeypatch.setattr(modeling_mlra.modeling_mlra, "can_capture", lambda *_: False)  # the loop of its own
+    monkeypatch.setattr(forwards_mlra, "obstacle", lambda *_: None)
+    seen = []
+    own = forwards_mlra.VerifyingStep.__call__
+    monkeypatch.setattr(
+        forwards_mlra.VerifyingStep, "__call__", lambda self, *args: (seen.append(self.shape), own(self, *args))[1]
+    )
+    return seen
+
+
+def small_model(seed: int = 0):
+    """Logits scaled down, so that beams and samples have something to choose between."""
+    model = tiny_model("mlra_4", num_hidden_layers=1, seed=seed).to(DEVICE)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(0.2)
+    return model
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_loops_of_the_library(way, replays):
+    model = small_model()
+    ids = random_ids(1, 4).repeat(1, 3) if way == "prompt lookup" else random_ids(1 + ("rows" in way), 7)
+    ids = ids.to(DEVICE)
+    if "rows" in way:
+        ids[0, :3] = 0
+    settings = {"attention_mask": (ids != 0).long(), "max_new_tokens": 5, "do_sample": False, **WAYS[way]}
+    results = []
+    for captured in (False, True):
+        replays.clear()
+        torch.manual_seed(0)
+        results.append(model.generate(ids, disable_compile=not captured, pad_token_id=0, **settings))
+        assert bool(replays) == captured
+    assert torch.equal(*results)
+
+
+def test_assisted_generation(replays):
+    """A target that verifies and an assistant that drafts, each over its own cache."""
+    model, assistant = small_model(), small_model()
+    with torch.no_grad():
+        assistant.lm_head.weight.add_(torch.randn(assistant.lm_head.weight.shape).to(DEVICE), alpha=0.1)
+    ids = random_ids(1, 6).to(DEVICE)
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False, disable_compile=True)
+    assert not replays
+    tokens = model.generate(ids, max_new_tokens=6, do_sample=False, assistant_model=assistant)
+    assert torch.equal(tokens, expected)
+    assert {shape[1] == 1 for shape in replays} == {True, False}, "single tokens are drafted, several verified"
+
+
+def test_a_cache_that_is_given_and_outgrown(replays, monkeypatch):
+    """Rows that move while a loop runs, in a cache that is used before and after."""
+    monkeypatch.setattr(forwards_mlra, "GROWTH", 0)
+    monkeypatch.setattr(forwards_mlra, "FIRST_CAPACITY", 4)
+    monkeypatch.setattr(forwards_mlra, "MAX_SEQUENCES", 4)
+    model = small_model()
+    cache = MLRACache(model.config)
+    ids = random_ids(1, 4).repeat(1, 3).to(DEVICE)
+    settings = {"do_sample": False, "max_new_tokens": 6}
+    first = model.generate(ids, cache=cache, prompt_lookup_num_tokens=2, **settings)
+    assert {rows.shape[2] for rows in (layer.rows for layer in cache.layers)} != {4}
+    second = model.generate(first, cache=cache, **settings)
+    third = model.generate(second, cache=cache, disable_compile=True, **settings)
+    assert replays
+    settings["max_new_tokens"] = 18
+    assert torch.equal(third, model.generate(ids, use_cache=False, **settings))
+
+
+def test_what_is_recorded_is_not_captured(replays):
+    model = small_model()
+    ids = random_ids(1, 6).to(DEVICE)
+    out = model.generate(
+        ids, max_new_tokens=3, num_beams=2, output_hidden_states=True, return_dict_in_generate=True, pad_token_id=0
+    )
+    assert len(out.hidden_states) == 3 and not replays

@@ -1,0 +1,205 @@
+"""Options of training that save memory or time, and the benchmark that compares them."""
+
+import json
+
+import pytest
+import torch
+
+from scripts import bench_train, recipe, train
+from scripts.cli import UserError
+from scripts.compare_architectures import count_parameters
+from scripts.recipe import model_config
+from tests.models import tiny_model
+from tests.paths import REPOSITORY
+from tests.test_train import LLAMA, MODEL, data, losses, settings  # noqa: F401  a fixture among them
+from tests.tolerances import LOSS_ATOL
+
+# The recipe
+
+
+def run(data, output, **changes) -> dict:  # noqa: F811
+    return train.train_recipe(recipe.make_recipe(settings(data, output, training__max_steps=6, **changes), "test"))
+
+
+def test_recomputation_and_the_loss_in_chunks_change_no_loss(data, tmp_path, monkeypatch):  # noqa: F811
+    """The Trainer asks for the loss alone; asking for logits too gives the same, and so does recomputation."""
+    seen = []
+    forward = train.AutoModelForCausalLM.from_config(model_config(MODEL)).__class__.forward
+
+    def recording(self, *args, **kwargs):
+        seen.append((kwargs.get("skip_logits"), self.model.layers[0].self_attn.recompute_inputs))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr("modeling_mlra.MLRAForCausalLM.forward", recording)
+    in_chunks = run(data, tmp_path / "chunks")
+    assert set(seen[:3]) == {(True, False)}
+    seen.clear()
+    recomputed = run(data, tmp_path / "recomputed", recompute="attention_inputs")
+    assert set(seen[:3]) == {(True, True)}
+    monkeypatch.setattr(train.BlockTrainer, "compute_loss", train.Trainer.compute_loss)
+    whole = run(data, tmp_path / "whole")
+    for other in (recomputed, whole):
+        assert losses(other) == pytest.approx(losses(in_chunks), abs=LOSS_ATOL * 10)
+
+
+@pytest.mark.parametrize("model, given, expected", [(MODEL, "sdpa", "sdpa"), (LLAMA, "sdpa", "causal_auto"),
+                                                    (LLAMA, "eager", "eager")])  # fmt: skip
+def test_attention_of_a_recipe(model, given, expected, data, tmp_path):  # noqa: F811
+    """The library's models get the attention without a mask that MLRA has, unless another one is asked for."""
+    content = recipe.make_recipe(settings(data, tmp_path, model=model, attn_implementation=given), "test")
+    built = train.build_model(content, model_config(model), 0)
+    assert built.config._attn_implementation == expected
+    ids = torch.arange(30)[None]
+    logits = built(ids).logits
+    built.set_attn_implementation("eager")
+    torch.testing.assert_close(logits, built(ids).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"recompute": "layers"}, "recompute must be null or attention_inputs, not 'layers'"),
+        ({"recompute": "attention_inputs", "model": LLAMA}, "recompute 'attention_inputs' is for models of type mlra"),
+        ({"float8": "yes"}, "float8 must be true or false, not 'yes'"),
+        ({"float8": True}, "float8 needs"),
+    ],
+)
+def test_refused_options(changes, message, data, tmp_path):  # noqa: F811
+    with pytest.raises(UserError, match=message):
+        run(data, tmp_path / "run", **changes)
+
+
+def test_float8_converts_what_it_can(monkeypatch, capsys):
+    """Maps of the layers whose sizes are multiples of 16; the head stays as it is, and the rest is named."""
+    converted = []
+
+    def convert(model, module_filter_fn):
+        linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        converted.extend(name for name, module in linear.items() if module_filter_fn(module, name))
+
+    monkeypatch.setattr(train, "convert_to_float8_training", convert)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    model = tiny_model("mla", hidden_size=32, q_lora_rank=16, intermediate_size=40, num_hidden_layers=1)
+    train.use_float8(model, torch.device("cuda"))
+    assert converted == ["model.layers.0.self_attn.q_a_proj", "model.layers.0.self_attn.kv_a_proj"]
+    assert "down_proj (40 x 32)" in capsys.readouterr().err
+    with pytest.raises(UserError, match="compute capability 8.9"):
+        train.use_float8(model, torch.device("cpu"))
+    monkeypatch.setattr(train, "convert_to_float8_training", None)
+    with pytest.raises(UserError, match="pip install torchao"):
+        train.use_float8(model, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("devices", [1, 4, 8])
+def test_paper_recipe_on_several_devices(devices, monkeypatch):
+    """A step is 480 blocks on any number of devices; no checkpointing, scan of parameters or waiting for NaN."""
+    content = recipe.read_configuration(REPOSITORY / "configuration" / "training" / "paper.json")
+    paper = recipe.make_recipe(content, "paper.json")
+    monkeypatch.setenv("WORLD_SIZE", str(devices))
+    given = {}
+
+    class Parser:
+        def __init__(self, kind):
+            pass
+
+        def parse_dict(self, values):
+            given.update(values)
+            raise ValueError("seen")
+
+    monkeypatch.setattr(recipe, "HfArgumentParser", Parser)
+    with pytest.raises(UserError, match="seen"):
+        recipe.training_arguments(paper)
+    assert given["per_device_train_batch_size"] * given["gradient_accumulation_steps"] * devices == 480
+    assert given["ddp_find_unused_parameters"] is given["logging_nan_inf_filter"] is False
+    assert given["torch_compile"] and not given.get("gradient_checkpointing") and paper.recompute is None
+
+
+# The benchmark
+
+
+def test_benchmark_runs_and_keeps_what_it_has(tmp_path, monkeypatch, capsys):
+    """Cells are checked before they are timed, and one that fails leaves its reason and the others' figures."""
+    output = tmp_path / "bench.json"
+    prepare = bench_train.prepare
+
+    def failing(model, cell, *args):
+        if cell.recompute == "layers":
+            raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+        return prepare(model, cell, *args)
+
+    monkeypatch.setattr(bench_train, "prepare", failing)
+    cells = ["mlra_4:auto:none:2:layers", "mlra_4:auto:layers:2:attention_inputs", "llama_gqa:auto:model:1:none"]
+    cells += ["mlra_4:fa4:none:2:none"]
+    arguments = ["--smoke", "--length", "16", "--step-blocks", "4", "--output", str(output), "--cells", *cells]
+    monkeypatch.setattr("scripts.causal_attention.flash_attention_4", None)
+    assert bench_train.main(arguments) == 2
+    results = json.loads(output.read_text())
+    assert results["cells"][cells[0]] == {"error": "OutOfMemoryError: CUDA out of memory."}
+    assert "flash_attn.cute is not installed" in results["cells"][cells[3]]["error"]
+    for name, count in ((cells[1], 2), (cells[2], 4)):
+        entry = results["cells"][name]
+        assert abs(entry["loss_difference"]) < bench_train.LOSS_TOLERANCE and entry["micro_batches"] == count
+        seconds = (count * entry["micro_batch_ms"] + entry["update_ms"]) / 1e3
+        assert entry["tokens_per_s"] == pytest.approx(4 * 16 / seconds)
+        rate = entry["tokens_per_s"] * entry["model_gflop_per_token"] * 1e9
+        assert entry["share_of_989"] == pytest.approx(rate / 989e12)
+        assert entry["share_of_matmul_rate"] == pytest.approx(rate / results["matmul_rate_TFLOP_s"] / 1e12)
+    assert output.with_suffix(".md").exists() and cells[1] in capsys.readouterr().out
+    assert results["command"].endswith(" ".join(arguments)) and results["date"]
+
+
+def test_benchmark_times_nothing_that_is_wrong():
+    model = bench_train.build("mlra_4", True, torch.device("cpu"))
+    ids = torch.randint(0, 320, (2, 17))
+    expected = bench_train.reference(model, ids)
+    stepper = bench_train.prepare(model, bench_train.read_cell("mlra_4:auto:none:2:none"), 16, True)
+    loss = bench_train.forward_backward(stepper, ids).item()
+    assert bench_train.check(loss, model, expected)["worst_gradient_ratio"] < bench_train.GRADIENT_TOLERANCE
+    with pytest.raises(ValueError, match="wrong: loss"):
+        bench_train.check(loss + 0.01, model, expected)
+    model.model.layers[0].self_attn.k_rope_proj.weight.grad *= 1.1
+    with pytest.raises(ValueError, match="gradient of k_rope_proj.weight off by 0.1"):
+        bench_train.check(loss, model, expected)
+
+
+def test_benchmark_stops_in_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_train, "time_cell", lambda *args: {"error": "slow"})
+    clock = iter(range(0, 10_000, 100))
+    monkeypatch.setattr(bench_train.time, "monotonic", lambda: next(clock))
+    output = tmp_path / "bench.json"
+    bench_train.main(["--smoke", "--seconds", "450", "--output", str(output)])
+    reasons = [entry["error"] for entry in json.loads(output.read_text())["cells"].values()]
+    assert reasons == ["slow", "slow", "no time left of --seconds 450"]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--cells", "mlra_9:auto:none:1:none"], "model 'mlra_9' is none of"),
+        (["--cells", "mlra_4:auto:none:1"], "write MODEL:ATTENTION:COMPILE:BLOCKS:RECOMPUTE"),
+        (["--cells", "mlra_4:auto:none:0:none"], "write MODEL:ATTENTION:COMPILE:BLOCKS:RECOMPUTE"),
+        (["--cells", "llama_mha:auto:none:1:attention_inputs"], "only models of type mlra"),
+        (["--output", "results.txt"], "must end in .json"),
+    ],
+)
+def test_benchmark_refuses(flags, message, capsys):
+    assert bench_train.main(flags) == 2
+    printed = capsys.readouterr().err.strip().splitlines()
+    assert len(printed) == 1 and message in printed[0]
+
+
+def test_benchmark_needs_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench_train.main([]) == 2
+    assert "needs a CUDA device" in capsys.readouterr().err
+
+
+def test_models_of_the_benchmark_are_of_equal_size():
+    sizes = {name: count_parameters(model_config(bench_train.model_fields(name, False))) for name in
+             ("mlra_4", "mla", "llama_gqa", "llama_mha")}  # fmt: skip
+    assert all(abs(size / sizes["mlra_4"] - 1) < 0.005 for size in sizes.values()), sizes
+
+
+def test_every_default_cell_can_be_read():
+    cells = [bench_train.read_cell(text) for text in (*bench_train.CELLS, *bench_train.SMOKE_CELLS)]
+    assert len({str(cell) for cell in cells}) == len(cells)
