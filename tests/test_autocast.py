@@ -14,9 +14,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 CACHES = {
     "dynamic": lambda config: {},
-    "static": lambda config: {"past_key_values": MLRACache(config, max_cache_len=20)},
-    "library dynamic": lambda config: {"past_key_values": DynamicCache(config=config)},
-    "library static": lambda config: {"past_key_values": StaticCache(config, max_cache_len=20)},
+    "static": lambda config: {"cache": MLRACache(config, max_cache_len=20)},
+    "library dynamic": lambda config: {"cache": DynamicCache(config=config)},
+    "library static": lambda config: {"cache": StaticCache(config, max_cache_len=20)},
 }
 
 

@@ -19,7 +19,7 @@ QUANTIZED = {"backend": "quanto", "nbits": 4, "q_group_size": 4, "residual_lengt
 CACHES = {
     "dynamic": lambda config: {},
     "static": lambda config: {"cache_implementation": "static"},
-    "quantized": lambda config: {"past_key_values": QuantizedCache(config=config, **QUANTIZED)},
+    "quantized": lambda config: {"cache": QuantizedCache(config=config, **QUANTIZED)},
     "offloaded": lambda config: {"cache_implementation": "offloaded"},
 }
 HALVES = {f"model.layers.{layer}": layer // 2 for layer in range(4)}
