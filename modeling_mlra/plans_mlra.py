@@ -88,7 +88,7 @@ def _plain_tiles(
         tall, deep = min(tall, 16 if padded > 128 else 32), 16 if padded > 128 else 32
     elif not facts.nvidia:
         tall, deep = min(tall, 32 if padded > 256 else 64), max(16, min(64, 8192 // padded))
-    elif padded > 256 and not facts.hopper:
+    elif padded > 256:
         tall = min(tall, 32)
     found = []
     wide_registers = facts.nvidia or facts.warp_size == 64

@@ -505,7 +505,7 @@ CARDS = {
     ("card", "latents", "width", "itemsize", "expected"),
     [
         ("H100", 4, 128, 2, {"NL": 4, "BM": 32, "BN": 16, "num_stages": 4, "num_warps": 4, "programs_per_sm": 2}),
-        ("H100", 1, 512, 2, {"NL": 1, "BM": 64, "BN": 32, "num_stages": 3, "num_warps": 8, "programs_per_sm": 1}),
+        ("H100", 1, 512, 2, {"NL": 1, "BM": 32, "BN": 32, "num_stages": 3, "num_warps": 8, "programs_per_sm": 1}),
         ("A100", 4, 128, 2, {"NL": 4, "BM": 32, "BN": 16, "num_stages": 4, "num_warps": 4, "programs_per_sm": 1}),
         ("4090", 4, 128, 2, {"NL": 4, "BM": 32, "BN": 16, "num_stages": 3, "num_warps": 4, "programs_per_sm": 1}),
         ("4090", 4, 128, 4, {"NL": 1, "BM": 32, "BN": 16, "num_stages": 3, "num_warps": 8, "programs_per_sm": 1}),
