@@ -322,7 +322,7 @@ def test_replay_equals_the_function():
 
 @pytest.mark.gpu
 def test_mixed_calls(fused):
-    """Lengths, batches, padding, ends, sampling and returned caches at random: the library's tokens, and flat memory."""
+    """Lengths, batches, padding, ends, sampling, returned caches at random: the library's tokens, flat memory."""
     model = tiny_model("mlra_2", num_hidden_layers=1).to("cuda")
     generator = torch.Generator().manual_seed(0)
 
