@@ -128,7 +128,8 @@ def fingerprint(model: nn.Module) -> tuple:
     """
     device_type = model.device.type
     autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-    parts: list = [os.environ.get("MLRA_DECODE"), model.config.decode_implementation, model.config.hidden_act, autocast]
+    config = model.config
+    parts: list = [os.environ.get("MLRA_DECODE"), config.decode_implementation, config.hidden_act, autocast]
     for module in modules_of(model):
         parts.append(type(module))
         if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
