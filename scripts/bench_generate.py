@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--user-calls", action="store_true", help="time what everybody calls instead (user_calls.py)")
     prompts = {"type": positive_int, "default": [128, 2048, 8192, 32768]}
     parser.add_argument("--prompts", nargs="+", **prompts, help="prompt lengths of --user-calls")
+    parser.add_argument("--commit", help="what to call the commit where there is no repository")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json")
     args = parser.parse_args(argv)
     args.command_line = sys.argv[1:] if argv is None else argv
@@ -258,7 +259,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
         "python": platform.python_version(),
         "date": date.today().isoformat(),
         "command": "python -m scripts.bench_generate " + " ".join(arguments.command_line),
-        "commit": commit(),
+        "commit": arguments.commit or commit(),
         "read_ceiling_GB_s": rate / 1e9,
         "matmul_rate_TFLOP_s": peak / 1e12,
     }
