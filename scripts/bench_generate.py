@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prefill", nargs="*", type=positive_int, default=[8192, 32768], help="prompt lengths")
     parser.add_argument("--skip", nargs="*", default=[], help="model:batch:context cases to leave out")
     parser.add_argument("--user-calls", action="store_true", help="time what everybody calls instead (user_calls.py)")
+    parser.add_argument("--only", default="", help="pattern that names of --user-calls must match")
     prompts = {"type": positive_int, "default": [128, 2048, 8192, 32768]}
     parser.add_argument("--prompts", nargs="+", **prompts, help="prompt lengths of --user-calls")
     parser.add_argument("--commit", help="what to call the commit where there is no repository")
@@ -278,7 +279,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
                 tqdm.write(json.dumps(report["user_calls"][-1]))
                 write(report, arguments.output)
 
-            user_calls.measure(model, model.config.vocab_size, arguments.prompts, keep)
+            user_calls.measure(model, model.config.vocab_size, arguments.prompts, arguments.only, keep)
             del model
             torch.cuda.empty_cache()
             continue
