@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check format compat evals clean help
+.PHONY: demo test check kernels format compat evals clean help
 
 help:
 	@echo "make demo    let a small trained model continue a sentence"
 	@echo "make test    run the checks and the tests"
 	@echo "make check   linters and types only"
+	@echo "make kernels compile every kernel for every kind of GPU (no GPU needed; an hour on two cores)"
 	@echo "make format  apply the formatter"
 	@echo "make compat  test five versions of transformers, each in its own environment (an hour)"
 	@echo "make evals   run every evaluation on the demo checkpoint and refresh evals/results/"
@@ -37,6 +38,9 @@ check: $(VENV)/dev.stamp
 
 test: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"
+
+kernels: $(VENV)/dev.stamp
+	$(BIN)/python -m tests.compile_kernels
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .

@@ -417,7 +417,8 @@ class MLRACache(Cache):
             for _ in range(config.num_hidden_layers)
         ]
         Cache.__init__(self, layers=layers, offloading=offloading, offload_only_non_sliding=False)
-        self._row_bytes = config.cache_row_dim * (config.dtype or torch.get_default_dtype()).itemsize
+        dtype = config.dtype or torch.get_default_dtype()  # of a loaded model it is a name
+        self._row_bytes = config.cache_row_dim * getattr(torch, str(dtype).removeprefix("torch.")).itemsize
 
     def bytes_per_token(self) -> int:
         """Bytes one more token of one sequence takes in this cache, all layers together.

@@ -123,10 +123,13 @@ def is_plain(model: nn.Module) -> bool:
 def fingerprint(model: nn.Module) -> tuple:
     """What a graph of the model depends on beside the numbers in its weights; equal as long as the graph is right.
 
-    Addresses and shapes of weights and buffers, the modules' classes, hooks and replaced forwards, and the choice of
-    kernels. Weights that are changed in place, by an optimizer or by merging adapters, leave it as it is.
+    Addresses and shapes of weights and buffers, the modules' classes, hooks and replaced forwards, autocast, and the
+    choice of kernels. Weights that are changed in place, by an optimizer or by merging adapters, leave it as it is.
     """
-    parts: list = [os.environ.get("MLRA_DECODE"), model.config.decode_implementation, model.config.hidden_act]
+    device_type = model.device.type
+    autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    config = model.config
+    parts: list = [os.environ.get("MLRA_DECODE"), config.decode_implementation, config.hidden_act, autocast]
     for module in modules_of(model):
         parts.append(type(module))
         if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:

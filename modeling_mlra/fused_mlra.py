@@ -265,7 +265,7 @@ class FusedStep:
             batch_value(z, kv_b, gate, self.heads, attention.alpha_attn, shape)
             return
         padded_branches = triton.next_power_of_2(branches)
-        block = min(triton.next_power_of_2(value), max(4, 16384 // (padded_branches * padded_rank)))
+        block = min(64, triton.next_power_of_2(value), max(4, 16384 // (padded_branches * padded_rank)))
         launch(
             self.device, value_kernel, (groups * heads, triton.cdiv(value, block)),
             z.part, z.lse, *self._lengths(), kv_b, gate, gate.stride(0), self.heads, attention.alpha_attn, z.programs,

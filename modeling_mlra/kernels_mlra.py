@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "MLRA_DECODE"
 IMPLEMENTATIONS = ("triton", "flash_attention_3", "torch")
+MIN_FLASH_WIDTH = 256  # of values beside which FlashAttention-3's `qv` was compiled
 decode_calls: Counter[str] = Counter()  # times each path ran; not counted while tracing or when a CUDA graph replays
 _said: set[str] = set()
 _hub_functions: dict = {}
@@ -185,6 +186,11 @@ def _obstacle(name, q_latent, q_rope, latents, k_rope, kv_start, key_mask) -> st
             return f"it runs bfloat16 or float16 on CUDA only, not {q_latent.dtype} on {q_latent.device.type}"
         if kv_start is not None or key_mask is not None:
             return "it takes no left padding and no key mask; use 'triton' or 'torch'"
+        if latents.shape[-1] < MIN_FLASH_WIDTH and not _is_one_row(latents, k_rope):
+            return (
+                f"its published builds take latents of {MIN_FLASH_WIDTH} or more, or one latent of 128 beside its "
+                f"rotary key of 64, not {latents.shape[-2]} of {latents.shape[-1]}; use 'triton'"
+            )
     return None
 
 

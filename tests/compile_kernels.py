@@ -132,6 +132,7 @@ class Compiler:
     """Compiles every launched kernel once for one target."""
 
     def __init__(self, name: str):
+        self.only: str | None = None  # name of the one kernel to compile
         self.name, (self.target, self.facts) = name, TARGETS[name]
         self.what = ""
         self.results: list[Result] = []
@@ -139,6 +140,8 @@ class Compiler:
         self.seen: dict[str, OutOfResources | None] = {}
 
     def launch(self, kernel, *arguments, **keywords):
+        if self.only not in (None, kernel.__name__):
+            return
         names = kernel.arg_names
         values = dict(zip(names, arguments, strict=False)) | {k: v for k, v in keywords.items() if k in names}
         assert values.keys() == set(names), f"{kernel.__name__}: {set(names) ^ values.keys()}"
@@ -165,6 +168,7 @@ class Compiler:
         shared, tensor_memory = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", None) or 0
         if shared > self.facts.shared_bytes or tensor_memory > 512:
             self.refused.append(f"{kernel.__name__}, {self.what}: {shared} bytes")
+            print(f"{self.name:8} {kernel.__name__:20} {self.what:44} {shared:7} bytes do not fit", flush=True)
             return OutOfResources(shared, self.facts.shared_bytes, "shared memory")
         text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
         result = Result(self.name, kernel.__name__, self.what, shared, *registers_and_spills(compiled), text)
@@ -220,13 +224,17 @@ def attend(
     )  # fmt: skip
 
 
+class Holder(SimpleNamespace):
+    """Stands for a cache, of which the step keeps a weak reference."""
+
+
 def step(num_sequences: int, dtype=torch.bfloat16, **settings) -> None:
     """One step of a layer of a released shape, and the choice of a token."""
     config = MLRAConfig(num_hidden_layers=1, **settings)
     with torch.device("meta"):
         model = MLRAForCausalLM(config).to(dtype)
     rows = empty(num_sequences, 1, 4096, config.kv_lora_rank + 64, dtype=dtype)
-    cache = SimpleNamespace(layers=[SimpleNamespace(rows=rows)])
+    cache = Holder(layers=[Holder(rows=rows)])
     run = fused_mlra.FusedStep(model, cache, empty(1 + 2 * num_sequences, dtype=torch.int32))
     tokens = empty(num_sequences, dtype=torch.long)
     choice = tokens, tokens, 0, empty(2, dtype=torch.long), empty(num_sequences, 9, dtype=torch.long), tokens
@@ -305,16 +313,21 @@ def compile_sample(name: str) -> list[str]:
                 step_released(compiler, "mlra_4, gated", sequences)
         for shape, call, dtype in SAMPLE.get(name, ()):
             attend_released(compiler, shape, call, dtype)
-        if name == "gfx942":
+        if name == "gfx90a":
             step_released(compiler, "mlra_4", 1)
+        if name == "sm_80":
+            compiler.only = "value_kernel"
+            step_released(compiler, "gla_4", 2)
     return compiler.faults()
 
 
 SAMPLE = {
     "sm_80": [("mlra_4", "1", "fp32")],
     "sm_86": [("mlra_4", "1", "bf16"), ("mla", "1", "bf16"), ("mlra_4", "1", "fp32")],
+    "sm_89": [("mlra_4", "3, paged", "bf16")],
     "sm_100": [("mla", "1", "bf16")],
     "sm_120": [("gla_2", "16, masked", "bf16")],
+    "gfx90a": [("mlra_4", "1", "bf16")],
     "gfx942": [("mla", "1", "bf16"), ("gla_2", "1", "fp32")],
     "gfx950": [("mla", "1", "bf16")],
     "gfx1100": [("mlra_4", "1", "bf16")],

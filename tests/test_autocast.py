@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from modeling_mlra import MLRACache
+from modeling_mlra import MLRACache, triton_mlra
 from modeling_mlra.kernels_mlra import decode_calls, latent_attention
 from tests.models import random_ids, rms_ratio, tiny_model
 from tests.tolerances import KERNEL_BF16_RATIO
@@ -25,13 +25,13 @@ CACHES = {
 def test_tokens_of_every_cache(dtype, implementation):
     pytest.importorskip("triton")
     model = tiny_model("mlra_4", dtype=dtype, decode_implementation=implementation, num_hidden_layers=1).to(DEVICE)
-    ids = random_ids(2, 9, seed=8).to(DEVICE)
+    ids = random_ids(2, 9, seed=23).to(DEVICE)
     with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
         expected = ids
         for _ in range(NEW_TOKENS):
             logits = model(expected, use_cache=False).logits[:, -1].float()
             first, second = logits.topk(2, dim=-1).values.unbind(-1)
-            assert (first - second > 0.03 * logits.std()).all(), "no tie that rounding could decide"
+            assert (first - second > 0.06 * logits.std()).all(), "no tie that rounding could decide"
             expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], dim=1)
         for name, cache in CACHES.items():
             before = decode_calls[implementation]
@@ -41,7 +41,7 @@ def test_tokens_of_every_cache(dtype, implementation):
 
 
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
-def test_queries_and_rows_of_different_dtypes(implementation):
+def test_queries_and_rows_of_different_dtypes(implementation, monkeypatch):
     """One dtype inside, that of the latents; the result is in the queries'."""
     pytest.importorskip("triton")
     generator = torch.Generator().manual_seed(0)
@@ -50,6 +50,14 @@ def test_queries_and_rows_of_different_dtypes(implementation):
     options = {"kv_end": torch.tensor([20, 7], dtype=torch.int32, device=DEVICE), "scaling": 0.2}
     exact = latent_attention(q_latent.bfloat16().float(), q_rope, latents, k_rope.half().float(), **options)
     mixed = q_latent.bfloat16(), q_rope, latents, k_rope.half()
+    launch, seen = triton_mlra._launch, set()
+
+    def recording(plan, out, *tensors):
+        seen.update(tensor.dtype for tensor in (out, *tensors[:4]))
+        return launch(plan, out, *tensors)
+
+    monkeypatch.setattr(triton_mlra, "_launch", recording)
     result = latent_attention(*mixed, implementation=implementation, **options)
+    assert seen == ({torch.float32} if implementation == "triton" else set())  # the interpreter would mix them
     assert result.dtype == torch.bfloat16
     assert rms_ratio(exact, result.float()) < KERNEL_BF16_RATIO

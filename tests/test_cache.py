@@ -8,7 +8,7 @@ from peft import PrefixTuningConfig, get_peft_model
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, QuantizedLayer
 
-from modeling_mlra import MLRACache
+from modeling_mlra import MLRACache, MLRAForCausalLM
 from tests.models import VARIANTS, random_ids, rms_ratio, tiny_config, tiny_model
 from tests.tolerances import CACHE_LOGITS_RATIO, QUANTIZED_CACHE_RATIO
 
@@ -196,3 +196,15 @@ def test_looking_at_a_cache_costs_nothing():
             cache.crop(-3)
             model(random_ids(1, 2), past_key_values=cache)
     assert cache.layers[0].rows.data_ptr() == address
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_per_token_of_a_loaded_model(dtype, tmp_path):
+    """Before the first forward they follow from the configuration, whose dtype is a name where it was loaded."""
+    tiny_model("mlra_2", dtype=dtype).save_pretrained(tmp_path)
+    model = MLRAForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    for cache in (MLRACache(model.config), MLRACache(model.config, max_cache_len=20)):
+        before = cache.bytes_per_token()
+        with torch.no_grad():
+            model(random_ids(1, 3), past_key_values=cache)
+        assert before == cache.bytes_per_token() == 2 * 36 * dtype.itemsize

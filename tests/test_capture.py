@@ -280,6 +280,8 @@ def test_fingerprint_sees_what_a_graph_depends_on(monkeypatch):
         seen.append(fingerprint(model))
         assert len({hash(mark) for mark in seen}) == len(seen)
 
+    with torch.autocast("cpu", torch.bfloat16):
+        differs()
     hook = model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
     differs()
     hook.remove()
@@ -318,3 +320,33 @@ def test_replay_equals_the_function():
     with pytest.raises(RuntimeError):
         failing()
     assert x.sum().item() == 96.0 and replay().item() == 192.0
+
+
+@pytest.mark.gpu
+def test_mixed_calls(fused):
+    """Lengths, batches, padding, ends, sampling, returned caches at random: the library's tokens, flat memory."""
+    model = tiny_model("mlra_2", num_hidden_layers=1).to("cuda")
+    generator = torch.Generator().manual_seed(0)
+
+    def below(bound: int) -> int:
+        return int(torch.randint(bound, (1,), generator=generator))
+
+    allocated = []
+    for call in range(1000):
+        ids = random_ids(1 + below(4), 1 + below(60), seed=call).cuda()
+        mask = torch.ones_like(ids)
+        if below(3) == 0:
+            mask[0, : below(ids.shape[1])] = 0
+        settings = {"max_new_tokens": 1 + below(8), "do_sample": below(3) == 0, "pad_token_id": 0}
+        settings |= {"attention_mask": mask, "eos_token_id": [below(61) for _ in range(below(3))] or None}
+        if settings["do_sample"]:
+            settings |= {"temperature": 0.5 + below(3) / 2, "top_k": [0, 5][below(2)]}
+        settings |= {"return_dict_in_generate": below(4) == 0}
+        tokens = []
+        for compiled in (True, False):
+            torch.manual_seed(call)
+            out = model.generate(ids, disable_compile=not compiled, **settings)
+            tokens.append(out.sequences if settings["return_dict_in_generate"] else out)
+        assert torch.equal(*tokens), (call, settings)
+        allocated.append(torch.cuda.memory_allocated())
+    assert max(allocated[500:]) <= 1.02 * max(allocated[200:500])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import modeling_mlra.modeling_mlra
 from modeling_mlra import MLRACache, forwards_mlra
 from tests.models import random_ids, tiny_model
 
@@ -25,6 +26,7 @@ def replays(monkeypatch):
         return isinstance(cache, MLRACache) and not generation_config.disable_compile
 
     monkeypatch.setattr(forwards_mlra, "suits", suits)
+    monkeypatch.setattr(modeling_mlra.modeling_mlra, "can_capture", lambda *_: False)  # the loop of its own
     monkeypatch.setattr(forwards_mlra, "obstacle", lambda *_: None)
     seen = []
     own = forwards_mlra.VerifyingStep.__call__

@@ -258,6 +258,8 @@ def test_obstacles_name_what_is_in_the_way(monkeypatch):
     monkeypatch.setattr(fused_mlra, "device_facts", lambda device: DeviceFacts(shared_bytes=48 * 2**10))
     assert obstacle(model, 2) is None
     assert "shared memory" in obstacle(model, 3)
+    monkeypatch.setattr(fused_mlra, "device_facts", lambda device: DeviceFacts(shared_bytes=64 * 2**10))
+    assert obstacle(model, 32) is None
     monkeypatch.setattr(fused_mlra, "device_facts", lambda device: DeviceFacts(tested=False))
     assert "never compiled" in obstacle(model, 1)
     monkeypatch.setattr(fused_mlra, "device_facts", device_facts)
