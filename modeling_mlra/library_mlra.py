@@ -65,7 +65,13 @@ def cache_of(outputs) -> Cache | None:
 
 
 def is_paged(cache) -> bool:
-    """Whether `cache` is continuous batching's, which is no `Cache`; every version passes it as `cache`."""
+    """Whether `cache` is continuous batching's, which is no `Cache`; every version passes it as `cache`.
+
+    Raises:
+        ValueError: for a tuple of keys and values, as caches were long ago.
+    """
+    if isinstance(cache, (tuple, list)):
+        raise ValueError("a tuple of keys and values is no cache: pass MLRACache(model.config), or none")
     return cache is not None and not isinstance(cache, Cache)
 
 

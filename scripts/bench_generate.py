@@ -40,8 +40,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prefill", nargs="*", type=positive_int, default=[8192, 32768], help="prompt lengths")
     parser.add_argument("--skip", nargs="*", default=[], help="model:batch:context cases to leave out")
     parser.add_argument("--user-calls", action="store_true", help="time what everybody calls instead (user_calls.py)")
+    parser.add_argument("--only", default="", help="pattern that names of --user-calls must match")
     prompts = {"type": positive_int, "default": [128, 2048, 8192, 32768]}
     parser.add_argument("--prompts", nargs="+", **prompts, help="prompt lengths of --user-calls")
+    parser.add_argument("--commit", help="what to call the commit where there is no repository")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json")
     args = parser.parse_args(argv)
     args.command_line = sys.argv[1:] if argv is None else argv
@@ -258,7 +260,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
         "python": platform.python_version(),
         "date": date.today().isoformat(),
         "command": "python -m scripts.bench_generate " + " ".join(arguments.command_line),
-        "commit": commit(),
+        "commit": arguments.commit or commit(),
         "read_ceiling_GB_s": rate / 1e9,
         "matmul_rate_TFLOP_s": peak / 1e12,
     }
@@ -277,7 +279,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
                 tqdm.write(json.dumps(report["user_calls"][-1]))
                 write(report, arguments.output)
 
-            user_calls.measure(model, model.config.vocab_size, arguments.prompts, keep)
+            user_calls.measure(model, model.config.vocab_size, arguments.prompts, arguments.only, keep)
             del model
             torch.cuda.empty_cache()
             continue

@@ -5,6 +5,7 @@ long and a short call over the difference of their lengths; a whole call is time
 Every call is warmed up by two like it, whose own times are kept as "first" and "second".
 """
 
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -70,9 +71,11 @@ def cases(model, vocab_size: int, lengths: list[int]) -> Iterator[tuple[str, Cal
         yield f"first token behind {length}", lambda ids=ids: whole(lambda: generate(ids, 1))
 
 
-def measure(model, vocab_size: int, lengths: list[int], report: Callable[[dict], None]) -> None:
-    """Measure every call; one that fails says so and leaves the others their figures."""
+def measure(model, vocab_size: int, lengths: list[int], only: str, report: Callable[[dict], None]) -> None:
+    """Measure every call whose name the pattern `only` is found in; one that fails leaves the others their figures."""
     for name, run in cases(model, vocab_size, lengths):
+        if not re.search(only, name):
+            continue
         torch.cuda.reset_peak_memory_stats()
         try:
             case = run()

@@ -108,6 +108,8 @@ def test_paged_caches_are_told_apart_by_type():
     assert is_paged(object())
     assert not is_paged(None)
     assert not is_paged(MLRACache(tiny_model().config))
+    with pytest.raises(ValueError, match="a tuple of keys and values is no cache"):
+        tiny_model()(random_ids(1, 3), cache=((None, None),))
 
 
 EVERY_CALL = """
