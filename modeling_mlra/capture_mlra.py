@@ -6,12 +6,13 @@ waits, with its graphs, for the next call of its size.
 """
 
 import gc
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from .tensor_parallel_mlra import is_parallel, local_tensor
 SPARE_SHARE = 1 / 32  # of a device's memory, for the rows of caches that wait; the one not used for longest goes first
 GROWTH = 4096  # rows beyond its prompt that a call reserves at first, and rows of the smallest cache kept
 FIRST_CAPACITY = 256
+logger = logging.getLogger(__name__)
 _capturing = threading.Lock()
 
 
@@ -38,14 +40,18 @@ def size_class(size: int, first: int) -> int:
 class Replay:
     """A function of fixed buffers, as a CUDA graph from its second call on (plain calls elsewhere).
 
+    One that cannot be captured goes on in plain calls, and says so.
+
     Args:
         function: runs on `device`; its result is the same object, with new contents, after every replay.
-        pool: memory shared with other graphs, of which only one runs at a time (`torch.cuda.graph_pool_handle()`).
+        siblings: others, of which only one runs at a time, so that their graphs share memory; joined by this one.
     """
 
-    def __init__(self, function: Callable[[], Any], device: torch.device, pool=None):
-        self.function, self.device, self.pool = function, device, pool
+    def __init__(self, function: Callable[[], Any], device: torch.device, siblings: "WeakSet[Replay] | None" = None):
+        self.function, self.device, self.siblings = function, device, WeakSet() if siblings is None else siblings
+        self.siblings.add(self)
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.refused = False
         self.result: Any = None
         self.num_calls = 0
 
@@ -56,10 +62,15 @@ class Replay:
         if self.num_calls == 1:  # compiles kernels, fills libraries' workspaces
             with on_device(self.device):
                 return self.function()
-        if self.graph is None:
-            self.prepare()
-        assert self.graph is not None
+        if self.graph is None and not self.refused:
+            try:
+                self.prepare()
+            except RuntimeError as error:  # nothing of it has run
+                self.refused = True
+                logger.warning(f"a step cannot be captured and runs kernel by kernel: {str(error).splitlines()[0]}")
         with on_device(self.device):
+            if self.graph is None:
+                return self.function()
             self.graph.replay()
         return self.result
 
@@ -73,6 +84,8 @@ class Replay:
         if self.device.type != "cuda":
             return
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
+        # Of a graph that is still there: the pool of those that are gone cannot be used again
+        pool = next((other.graph.pool() for other in self.siblings if other.graph is not None), None)
         collects = gc.isenabled()
         with _capturing, on_device(self.device):
             caller = torch.cuda.current_stream(self.device)
@@ -80,7 +93,7 @@ class Replay:
             gc.disable()
             try:
                 with torch.cuda.stream(stream):
-                    graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                     try:
                         self.result = self.function()
                     except BaseException:
@@ -147,9 +160,8 @@ class Held:
 
     def __init__(self, model_fingerprint: tuple, cache: MLRACache):
         self.model_fingerprint, self.places = model_fingerprint, places(cache)
-        device = cache.layers[0].rows.device
-        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.objects: dict = {}
+        self.replays: WeakSet[Replay] = WeakSet()
         self.last_use: torch.cuda.Event | None = None
 
 

@@ -24,7 +24,9 @@ _active = threading.local()
 class VerifyingStep:
     """The fused step for `tokens_each` tokens of each of `num_sequences` sequences, as a graph of fixed buffers."""
 
-    def __init__(self, model: nn.Module, cache: MLRACache, num_sequences: int, tokens_each: int, masked: bool, pool):
+    def __init__(
+        self, model: nn.Module, cache: MLRACache, num_sequences: int, tokens_each: int, masked: bool, siblings
+    ):
         rows = cache.layers[0].rows
         device, self.shape = rows.device, (num_sequences, tokens_each)
         self.token_ids = torch.zeros(self.shape, dtype=torch.long, device=device)
@@ -33,7 +35,7 @@ class VerifyingStep:
         self.kv_start = torch.zeros(num_sequences, dtype=torch.int32, device=device) if masked else None
         step = FusedStep(model, cache, self.counters, self.kv_start, self.key_mask, tokens_each)
         token_ids = self.token_ids.flatten()
-        self.replay = Replay(lambda: step(token_ids), device, pool)
+        self.replay = Replay(lambda: step(token_ids), device, siblings)
 
     def __call__(
         self,
@@ -88,7 +90,7 @@ class CapturedForwards:
         key = "verify", batch, padded, masked
         if key not in held.objects:
             with ordinary_tensors():
-                held.objects[key] = VerifyingStep(self.model, self.cache, batch, padded, masked, held.pool)
+                held.objects[key] = VerifyingStep(self.model, self.cache, batch, padded, masked, held.replays)
         with on_device(input_ids.device):
             logits = held.objects[key](input_ids, rows, position_ids, attention_mask)
         self.cache.set_seq_length(rows + length)

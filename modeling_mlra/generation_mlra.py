@@ -336,19 +336,19 @@ class Selection:
         buffers.token_ids.copy_(tokens)
 
     def advance(
-        self, step: DecodingStep, buffers: Buffers, ends: torch.Tensor | None, pool=None
+        self, step: DecodingStep, buffers: Buffers, ends: torch.Tensor | None, siblings=None
     ) -> Callable[[int], None]:
         """A function of the sequences' length that decodes and chooses their next tokens."""
         device = buffers.token_ids.device
         if self.choice is None:
-            forward = Replay(lambda: step(buffers.token_ids), device, pool)
+            forward = Replay(lambda: step(buffers.token_ids), device, siblings)
             return lambda length: self.select(forward(), buffers, length)
         if step.is_fused:
             scores_of = self.scores_of if self.choice.processors or self.config.do_sample else None
             arguments = buffers.token_ids, buffers.unfinished, self.pad, ends, buffers.sequences, buffers.column
-            replay = Replay(lambda: step.run.choose(*arguments, scores_of), device, pool)
+            replay = Replay(lambda: step.run.choose(*arguments, scores_of), device, siblings)
         else:
-            replay = Replay(lambda: self.select(step(buffers.token_ids), buffers), device, pool)
+            replay = Replay(lambda: self.select(step(buffers.token_ids), buffers), device, siblings)
         return lambda length: replay()
 
 
@@ -358,7 +358,7 @@ class CapturedPrefill:
     The tokens behind the prompt are of no consequence: nothing attends to them, and decoding overwrites their rows.
     """
 
-    def __init__(self, model: nn.Module, cache: MLRACache, num_sequences: int, width: int, pool):
+    def __init__(self, model: nn.Module, cache: MLRACache, num_sequences: int, width: int, siblings):
         owner, fixed = weakref.ref(model), cache.fixed()
         token_ids = torch.zeros(num_sequences, width, dtype=torch.long, device=model.device)
         last = torch.zeros(1, dtype=torch.long, device=model.device)
@@ -368,7 +368,7 @@ class CapturedPrefill:
             model: Any = owner()
             return model(token_ids, cache=fixed, use_cache=True, logits_to_keep=last).logits[:, 0]
 
-        self.token_ids, self.last, self.replay = token_ids, last, Replay(run, model.device, pool)
+        self.token_ids, self.last, self.replay = token_ids, last, Replay(run, model.device, siblings)
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Logits `[M, vocab_size]` behind the prompt `[M, T]`, T up to `width`, whose rows go to the cache."""
@@ -520,7 +520,7 @@ class CapturedCall:
         """The captured step and choice: one that is kept, if there is one for such a choice."""
         choice = self.selection.choice
         if not self.step.is_fused or choice is None:
-            return self.selection.advance(self.step, self.buffers, choice and choice.ends, held.pool)
+            return self.selection.advance(self.step, self.buffers, choice and choice.ends)
         key = (*self.selection.key, self.mask is not None)
         if key not in held.objects:
             others = [other for other in held.objects if other[0] == key[0]]
@@ -528,7 +528,7 @@ class CapturedCall:
                 del held.objects[others[0]]
             with ordinary_tensors():
                 ends = choice.ends.clone()
-            held.objects[key] = ends, self.selection.advance(self.step, self.buffers, ends, held.pool)
+            held.objects[key] = ends, self.selection.advance(self.step, self.buffers, ends, held.replays)
         ends, advance = held.objects[key]
         ends.copy_(choice.ends)
         return advance
@@ -584,7 +584,7 @@ class CapturedCall:
         key = self.prefill_key()
         if self.step.is_fused and key is not None and key not in held.objects:
             with ordinary_tensors():
-                prefill = CapturedPrefill(self.model, self.cache, self.batch, key[1], held.pool)
+                prefill = CapturedPrefill(self.model, self.cache, self.batch, key[1], held.replays)
             prefill(self.input_ids)
             prefill.replay.prepare()
             held.objects[key] = prefill

@@ -333,7 +333,7 @@ def run(
                 if output is not None:
                     locks.enter_context(locked(output))
             code = body(args)
-        sys.stdout.flush()
+        print(end="", flush=True)  # where there is an output: it may be closed
         if not signals.received:
             return code or 0
     except BrokenPipeError:  # whoever read our output is gone; nor must Python's own flush at exit complain

@@ -187,7 +187,9 @@ def continue_prompts(args: argparse.Namespace, prompts: list[str], parallel: boo
         with blame(settings):
             model.generate(**batch, **options, streamer=streamer)
         return
-    ascii_only = "utf" not in (sys.stdout.encoding or "utf-8").lower()  # escaped in JSON, nothing is lost
+    ascii_only = (
+        "utf" not in (getattr(sys.stdout, "encoding", None) or "utf-8").lower()
+    )  # escaped in JSON, nothing is lost
     for start in range(0, len(prompts), args.batch_size):
         chunk = prompts[start : start + args.batch_size]
         batch = encode(tokenizer, chunk, model, args)

@@ -311,15 +311,15 @@ def test_only_plain_models_are_captured_unasked():
 
 
 @pytest.mark.gpu
-def test_replay_equals_the_function():
+def test_replay_equals_the_function(caplog):
     x = torch.arange(4.0, device="cuda")
     replay = Replay(lambda: x.mul_(2).sum(), x.device)
     assert [replay().item() for _ in range(4)] == [12.0, 24.0, 48.0, 96.0]
-    failing = Replay(lambda: x.sum().item(), x.device)
-    failing()
-    with pytest.raises(RuntimeError):
-        failing()
-    assert x.sum().item() == 96.0 and replay().item() == 192.0
+    waiting = Replay(lambda: x.sum().item(), x.device)
+    with caplog.at_level("WARNING"):
+        assert [waiting() for _ in range(3)] == [96.0] * 3
+    assert caplog.text.count("cannot be captured") == 1
+    assert replay().item() == 192.0
 
 
 @pytest.mark.gpu

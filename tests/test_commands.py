@@ -95,6 +95,14 @@ def test_terminals_without_the_letters(monkeypatch, tmp_path, encoding):
     assert json.loads(outputs[1])["prompt"] == prompt
 
 
+def test_a_closed_output(monkeypatch, tmp_path):
+    """`>&-`: nothing is printed, and that is no error."""
+    (tmp_path / "prompts.txt").write_text("a")
+    monkeypatch.setattr(sys, "stdout", None)
+    for flags in (["--prompt", "a"], ["--batch-file", str(tmp_path / "prompts.txt")]):
+        assert generate.main(["--model", str(DEMO), "--max-new-tokens", "1", *flags]) == 0
+
+
 def test_arguments_in_bytes():
     assert cli.utf8("caf\u00e9") == "caf\u00e9"
     assert cli.utf8(b"caf\xc3\xa9".decode("ascii", "surrogateescape")) == "caf\u00e9"  # a locale without it
