@@ -17,6 +17,7 @@ class MLRARotaryEmbedding(nn.Module):
     """Rotary position embedding over `qk_rope_head_dim`, with every scaling type of the library."""
 
     inv_freq: torch.Tensor
+    original_inv_freq: torch.Tensor
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
@@ -30,6 +31,14 @@ class MLRARotaryEmbedding(nn.Module):
         inv_freq, self.attention_scaling = rope_init_fn(self.config)
         self.inv_freq = nn.Buffer(inv_freq, persistent=False)
         self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    def _apply(self, fn, recurse: bool = True):
+        """Moves, but never rounds: `model.bfloat16()` leaves the frequencies as `from_pretrained` does."""
+        exact = self.inv_freq, self.original_inv_freq
+        super()._apply(fn, recurse)
+        if self.inv_freq.dtype != exact[0].dtype:
+            self.inv_freq, self.original_inv_freq = (buffer.to(self.inv_freq.device) for buffer in exact)
+        return self
 
     @staticmethod
     def compute_default_rope_parameters(config: PreTrainedConfig, **kwargs) -> tuple[torch.Tensor, float]:

@@ -43,7 +43,7 @@ def test_equivariance_notices_absolute_positions(monkeypatch, part):
 
     def wrong(x, cos, sin):
         if part == "keys":
-            return x if x.shape[2] > 1 else rotate(x, cos, sin)
+            return torch.cat([x[:, :, :-1], rotate(x[:, :, -1:], cos, sin)], dim=2)  # the last is the key
         return rotate(x, cos, sin) + 0.1 * cos.unsqueeze(2).to(x.dtype)
 
     monkeypatch.setattr(modeling_mlra, "apply_rotary_pos_emb", wrong)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig
 
-from modeling_mlra import MLRACache, MLRAConfig
+from modeling_mlra import MLRACache, MLRAConfig, MLRAForCausalLM
 from modeling_mlra.kernels_mlra import ENVIRONMENT_VARIABLE, decode_calls
 from tests.models import random_ids, rms_ratio, tiny_config, tiny_model
 from tests.tolerances import CACHE_LOGITS_RATIO
@@ -165,3 +165,15 @@ def test_factor_of_the_scores_by_hand():
     assert tiny_config(qk_nope_head_dim=8).score_scaling == pytest.approx(0.288675, abs=1e-6)
     model = tiny_model("mlra_4", rope_parameters=rope)
     assert {layer.self_attn.scaling for layer in model.model.layers} == {model.config.score_scaling}
+
+
+@pytest.mark.parametrize("cast", [torch.nn.Module.bfloat16, torch.nn.Module.half, torch.nn.Module.double])
+def test_casting_a_model_rounds_no_frequency(cast, tmp_path):
+    """The logits of a cast model are those of one loaded in that dtype."""
+    tiny_model().save_pretrained(tmp_path)
+    model = cast(MLRAForCausalLM.from_pretrained(tmp_path))
+    loaded = MLRAForCausalLM.from_pretrained(tmp_path, dtype=model.dtype)
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    ids = random_ids(1, 100)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, loaded(ids).logits)
