@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import modeling_mlra.modeling_mlra
 from modeling_mlra import MLRACache, forwards_mlra
-from tests.models import random_ids, tiny_model
+from tests.models import random_ids, rms_ratio, tiny_model
+from tests.tolerances import FUSED_FLOAT32_RATIO
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted where there is no GPU
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -13,7 +15,7 @@ WAYS = {
     "beams": {"num_beams": 2, "num_return_sequences": 2},
     "beams, padded rows": {"num_beams": 2},
     "beam sampling": {"num_beams": 2, "do_sample": True, "length_penalty": 0.7},
-    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "prompt lookup": {"prompt_lookup_num_tokens": 2},
     "penalties": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
 }
 
@@ -59,6 +61,25 @@ def test_loops_of_the_library(way, replays):
         results.append(model.generate(ids, disable_compile=not captured, pad_token_id=0, **settings))
         assert bool(replays) == captured
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_logits_of_several_tokens(padded, replays):
+    """One, three (padded to four) and two tokens at a time, against a forward of all of them."""
+    model = small_model()
+    ids = random_ids(2, 12).to(DEVICE)
+    ids[0, :3] = 0 if padded else ids[0, :3]
+    mask = (ids != 0).long() if padded else None
+    cache, logits, start = MLRACache(model.config), [], 0
+    with torch.no_grad(), forwards_mlra.captured_forwards(model, cache, GenerationConfig(max_length=20)):
+        for end in (6, 7, 10, 12):
+            part = mask if mask is None else mask[:, :end]
+            logits.append(model(ids[:, start:end], attention_mask=part, cache=cache).logits)
+            start = end
+    assert replays == [(2, 1), (2, 4), (2, 2)] and cache.get_seq_length() == 12
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask, use_cache=False).logits
+    assert rms_ratio(whole[:, 6:], torch.cat(logits, dim=1)[:, 6:]) < FUSED_FLOAT32_RATIO
 
 
 def test_assisted_generation(replays):
