@@ -22,8 +22,8 @@ from .device_mlra import on_device
 from .tensor_parallel_mlra import is_parallel, local_tensor
 
 SPARE_SHARE = 1 / 32  # of a device's memory, for the rows of caches that wait; the one not used for longest goes first
-GROWTH = 4096  # rows beyond its prompt that a call reserves at first, and rows of the smallest cache kept
-FIRST_CAPACITY = 256
+GROWTH = 4096  # rows beyond its prompt that a call reserves at first
+FIRST_CAPACITY = 256  # rows of the smallest cache kept
 logger = logging.getLogger(__name__)
 _capturing = threading.Lock()
 
@@ -115,6 +115,16 @@ def modules_of(model: nn.Module) -> Iterator[nn.Module]:
         module = waiting.pop()
         yield module
         waiting += [child for child in module._modules.values() if child is not None]
+
+
+def may_capture(model: nn.Module, cache: Any, generation_config) -> bool:
+    """What every captured way needs: a GPU, a latent cache that stays there, and no `disable_compile=True`."""
+    return (
+        model.device.type == "cuda"
+        and isinstance(cache, MLRACache)
+        and not cache.offloading
+        and not generation_config.disable_compile
+    )
 
 
 def is_plain(model: nn.Module) -> bool:
@@ -248,6 +258,7 @@ __all__ = [
     "give_back",
     "held_with",
     "is_plain",
+    "may_capture",
     "size_class",
     "take_spare",
 ]

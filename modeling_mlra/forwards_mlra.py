@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from .cache_mlra import MLRACache, ordinary_tensors
-from .capture_mlra import FIRST_CAPACITY, GROWTH, Replay, fingerprint, held_with, is_plain, size_class
+from .capture_mlra import FIRST_CAPACITY, GROWTH, Replay, fingerprint, held_with, is_plain, may_capture, size_class
 from .device_mlra import on_device
 from .fused_mlra import MAX_SEQUENCES, FusedStep, obstacle
+from .masks_mlra import MaskBuffers
 
 _active = threading.local()
 
@@ -31,9 +32,9 @@ class VerifyingStep:
         device, self.shape = rows.device, (num_sequences, tokens_each)
         self.token_ids = torch.zeros(self.shape, dtype=torch.long, device=device)
         self.counters = torch.zeros(1 + num_sequences * (tokens_each + 1), dtype=torch.int32, device=device)
-        self.key_mask = torch.ones(num_sequences, rows.shape[2], dtype=torch.bool, device=device) if masked else None
-        self.kv_start = torch.zeros(num_sequences, dtype=torch.int32, device=device) if masked else None
-        step = FusedStep(model, cache, self.counters, self.kv_start, self.key_mask, tokens_each)
+        self.masks = MaskBuffers(num_sequences, rows.shape[2], device) if masked else None
+        kv_start, key_mask = (self.masks.kv_start, self.masks.key_mask) if self.masks else (None, None)
+        step = FusedStep(model, cache, self.counters, kv_start, key_mask, tokens_each)
         token_ids = self.token_ids.flatten()
         self.replay = Replay(lambda: step(token_ids), device, siblings)
 
@@ -53,10 +54,8 @@ class VerifyingStep:
         self.counters[0] = rows
         self.counters[1 + batch * padded :] = rows + padded
         self.token_ids[:, :length] = token_ids
-        if self.key_mask is not None and self.kv_start is not None and attention_mask is not None:
-            self.key_mask.fill_(True)
-            self.key_mask[:, : attention_mask.shape[-1]] = attention_mask.bool()
-            self.kv_start.copy_(self.key_mask.int().argmax(dim=-1))
+        if self.masks is not None:
+            self.masks.set(attention_mask)
         return self.replay().view(batch, padded, -1)[:, :length].clone()
 
 
@@ -104,14 +103,7 @@ def size_class_of_tokens(tokens: int) -> int:
 
 def suits(model: nn.Module, cache: Any, generation_config) -> bool:
     """Whether a loop's forwards can be captured: on a GPU, over a growing latent cache, by plain modules."""
-    return (
-        model.device.type == "cuda"
-        and isinstance(cache, MLRACache)
-        and not cache.is_compileable
-        and not cache.offloading
-        and not generation_config.disable_compile
-        and is_plain(model)
-    )
+    return may_capture(model, cache, generation_config) and not cache.is_compileable and is_plain(model)
 
 
 @contextmanager

@@ -37,12 +37,14 @@ from .capture_mlra import (
     give_back,
     held_with,
     is_plain,
+    may_capture,
     size_class,
     take_spare,
 )
 from .device_mlra import on_device
 from .fused_mlra import FusedStep, obstacle
 from .library_mlra import CACHE
+from .masks_mlra import MaskBuffers
 
 # Processors and criteria known to read nothing but the logits, or the last token: their choice can be captured.
 OF_LOGITS_ALONE = (
@@ -54,8 +56,8 @@ OF_LOGITS_ALONE = (
 )
 OF_LAST_TOKEN_ALONE = (EosTokenCriteria, MaxLengthCriteria)
 
-FIRST_PREFILL = 16  # tokens of the smallest captured prompt, and of the largest; longer ones keep the GPU busy anyway
-MAX_PREFILL = 2048
+FIRST_PREFILL = 16  # tokens of the smallest captured prompt
+MAX_PREFILL = 2048  # and of the largest: longer ones keep the GPU busy anyway
 MAX_CHOICES = 8  # graphs kept with a cache for ways to choose a token: temperatures and the like
 
 captured_decodes: Counter[str] = Counter()  # how often each kind of step was set up: "fused" or "modules"
@@ -77,23 +79,21 @@ def can_capture(model: nn.Module, input_ids, generation_config, model_kwargs: di
 
     `disable_compile=True` asks for the library's loop.
     """
-    cache, mask = model_kwargs.get(CACHE), model_kwargs.get("attention_mask")
+    cache: Any = model_kwargs.get(CACHE)
+    mask = model_kwargs.get("attention_mask")
     return (
-        model.device.type == "cuda"
-        and isinstance(cache, MLRACache)
+        may_capture(model, cache, generation_config)
         and (cache.is_compileable or is_plain(model))
-        and not cache.offloading
         and (mask is None or mask.ndim == 2)
         and len(set(getattr(model, "hf_device_map", {"": 0}).values())) == 1
         and model.config._attn_implementation != "eager"
         and model.model.rotary_emb.rope_type not in ("dynamic", "longrope")
-        and not generation_config.disable_compile
         and generation_config.compile_config is None
         and not generation_config.is_assistant
         and not generation_config.output_attentions
         and not generation_config.output_hidden_states
         and not synced_gpus
-        and reaches_all_rows(model_kwargs.get("attention_mask"), input_ids, cache)
+        and reaches_all_rows(mask, input_ids, cache)
     )
 
 
@@ -154,19 +154,16 @@ class DecodingStep:
         self.is_fused = runs_fused(model, num_sequences)
         rows = cache.layers[0].rows
         self.capacity, device = rows.shape[2], rows.device
-        self.key_mask: torch.Tensor | None = None
-        self.kv_start: torch.Tensor | None = None
-        if masked:
-            self.key_mask = torch.ones(num_sequences, self.capacity, dtype=torch.bool, device=device)
-            self.kv_start = torch.zeros(num_sequences, dtype=torch.int32, device=device)
+        self.masks = MaskBuffers(num_sequences, self.capacity, device) if masked else None
+        key_mask, kv_start = (self.masks.key_mask, self.masks.kv_start) if self.masks else (None, None)
         self.run: Any
         if self.is_fused:
             # the row to write, then each sequence's position, then each one's number of rows in use
             self.counters = torch.zeros(1 + 2 * num_sequences, dtype=torch.int32, device=device)
-            self.run = FusedStep(model, cache, self.counters, self.kv_start, self.key_mask)
+            self.run = FusedStep(model, cache, self.counters, kv_start, key_mask)
             return
         fixed, position_ids = cache.fixed(), torch.zeros(num_sequences, 1, dtype=torch.long, device=device)
-        self.fixed, self.position_ids, key_mask = fixed, position_ids, self.key_mask
+        self.fixed, self.position_ids = fixed, position_ids
 
         def run(token_ids: torch.Tensor) -> torch.Tensor:
             logits = model(
@@ -190,10 +187,8 @@ class DecodingStep:
             attention_mask: `[M, rows]`, given if and only if the step is masked.
         """
         if attention_mask is not None:
-            assert self.key_mask is not None and self.kv_start is not None
-            self.key_mask.fill_(True)
-            self.key_mask[:, : attention_mask.shape[-1]] = attention_mask.bool()
-            self.kv_start.copy_(self.key_mask.int().argmax(dim=-1))
+            assert self.masks is not None
+            self.masks.set(attention_mask)
         if self.is_fused:
             in_use = torch.full_like(positions, rows + 1)
             self.counters.copy_(torch.cat([in_use[:1] - 1, positions, in_use]))
@@ -511,7 +506,7 @@ class CapturedCall:
             self.buffers.start(self.input_ids)
         else:
             old_step, old_buffers = former
-            mask = None if old_step.key_mask is None else old_step.key_mask[:, : self.rows]
+            mask = None if old_step.masks is None else old_step.masks.key_mask[:, : self.rows]
             self.step.start(self.rows, old_step.positions(), mask)
             self.buffers.follow(old_buffers)
         self.advance = self.find_advance(held)

@@ -41,6 +41,25 @@ def cache_rows(
     return CacheRows(kv_end, key_mask.int().argmax(dim=-1).to(torch.int32), key_mask)
 
 
+class MaskBuffers:
+    """Which rows may be attended to, in buffers of fixed address for captured steps.
+
+    Attributes:
+        key_mask: `[M, capacity]` bool; rows still to come may be.
+        kv_start: `[M]` int32, first row that is no padding.
+    """
+
+    def __init__(self, num_sequences: int, capacity: int, device: torch.device):
+        self.key_mask = torch.ones(num_sequences, capacity, dtype=torch.bool, device=device)
+        self.kv_start = torch.zeros(num_sequences, dtype=torch.int32, device=device)
+
+    def set(self, attention_mask: torch.Tensor) -> None:
+        """Take the mask `[M, S]` of the S rows there are."""
+        self.key_mask.fill_(True)
+        self.key_mask[:, : attention_mask.shape[-1]] = attention_mask.bool()
+        self.kv_start.copy_(self.key_mask.int().argmax(dim=-1))
+
+
 def dense_mask(
     config,
     inputs_embeds: torch.Tensor,

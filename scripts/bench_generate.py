@@ -13,7 +13,6 @@ import argparse
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from datetime import date
@@ -60,6 +59,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM, StaticCache
 
+from evals.common import commit
 from modeling_mlra import MLRACache, MLRAConfig, MLRAForCausalLM
 from modeling_mlra.generation_mlra import captured_decodes
 from modeling_mlra.library_mlra import CACHE
@@ -260,7 +260,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
         "python": platform.python_version(),
         "date": date.today().isoformat(),
         "command": "python -m scripts.bench_generate " + " ".join(arguments.command_line),
-        "commit": arguments.commit or commit(),
+        "commit": arguments.commit or commit() or "unknown",
         "read_ceiling_GB_s": rate / 1e9,
         "matmul_rate_TFLOP_s": peak / 1e12,
     }
@@ -309,15 +309,6 @@ def benchmark(arguments: argparse.Namespace) -> None:
         del model
         torch.cuda.empty_cache()
         write(report, arguments.output)
-
-
-def commit() -> str:
-    """Of the checkout, or "unknown" outside one."""
-    command = ["git", "-C", str(CONFIGURATION), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def write(report: dict, output: Path | None) -> None:

@@ -260,7 +260,7 @@ def measure_decode(model: MLRAForCausalLM, batch: int, context: int, replays: in
                 held[..., : latents * width].unflatten(-1, (latents, width)),
                 held[..., latents * width :],
                 kv_end=in_use,
-                scaling=config.qk_head_dim**-0.5,
+                scaling=config.score_scaling,
                 implementation=config.decode_implementation,
             )
 

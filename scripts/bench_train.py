@@ -20,7 +20,6 @@ import argparse
 import gc
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -57,7 +56,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, set_seed
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from evals.common import CONFIGURATIONS, environment, markdown_table, write_json, write_text
+from evals.common import CONFIGURATIONS, commit, environment, markdown_table, write_json, write_text
 from scripts.causal_attention import IMPLEMENTATIONS, block_mask, causal_attention
 from scripts.compare_architectures import architecture_fields, match_width
 from scripts.recipe import model_config
@@ -359,20 +358,6 @@ def attention_rates(args: argparse.Namespace, device: torch.device) -> dict[str,
 
 def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
-
-
-def commit() -> str | None:
-    """The checked-out commit, marked where files differ from it; None outside a repository."""
-    try:
-        answer = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return answer.stdout.strip()
 
 
 def report(path: Path | None, results: dict, is_last: bool) -> None:
