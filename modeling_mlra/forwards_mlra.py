@@ -70,9 +70,10 @@ class CapturedForwards:
         """Whether a forward of these arguments is one of this loop's steps."""
         if model is not self.model or cache is not self.cache or inputs_embeds is not None or labels is not None:
             return False
-        if cache.get_seq_length() == 0 or (attention_mask is not None and attention_mask.ndim != 2):
-            return False
-        tokens = input_ids.shape[0] * size_class_of_tokens(input_ids.shape[1])
+        rows, length = cache.get_seq_length(), input_ids.shape[1]
+        if rows == 0 or (attention_mask is not None and attention_mask.shape[1:] != (rows + length,)):
+            return False  # what a narrower mask lacks is padding, which the buffers' rows to come are not
+        tokens = input_ids.shape[0] * size_class_of_tokens(length)
         if tokens > MAX_SEQUENCES or any(kwargs.get(name) for name in ("output_attentions", "output_hidden_states")):
             return False
         if tokens not in self.fuses:

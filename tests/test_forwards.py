@@ -82,6 +82,19 @@ def test_logits_of_several_tokens(padded, replays):
     assert rms_ratio(whole[:, 6:], torch.cat(logits, dim=1)[:, 6:]) < FUSED_FLOAT32_RATIO
 
 
+def test_a_narrow_mask_is_left_to_the_modules(replays):
+    """What it lacks is padding."""
+    model = small_model()
+    ids, mask = random_ids(1, 9).to(DEVICE), torch.ones(1, 7, dtype=torch.long, device=DEVICE)
+    logits = []
+    for compiled in (True, False):
+        cache, config = MLRACache(model.config), GenerationConfig(max_length=20, disable_compile=not compiled)
+        with torch.no_grad(), forwards_mlra.captured_forwards(model, cache, config):
+            model(ids[:, :8], cache=cache)
+            logits.append(model(ids[:, 8:], attention_mask=mask, cache=cache).logits)
+    assert torch.equal(*logits) and not replays
+
+
 def test_assisted_generation(replays):
     """A target that verifies and an assistant that drafts, each over its own cache."""
     model, assistant = small_model(), small_model()
