@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from .kernels_mlra import latent_attention
+from .decode_mlra import latent_attention
 from .masks_mlra import CacheRows
 
 # A continuation of up to this many tokens runs absorbed. Expanding S cached rows costs S*R*(N+V) per head and latent,

@@ -52,7 +52,7 @@ class MLRAConfig(PreTrainedConfig):
             of older configurations included; theta 10000 by default. `mscale_all_dim` also scales the scores, as in
             DeepSeek-V3.
         attention_dropout (`float`): dropout of attention weights in training.
-        decode_implementation (`str`): kernel for the absorbed form (see `kernels_mlra`): "auto", "torch", "triton",
+        decode_implementation (`str`): kernel for the absorbed form (see `decode_mlra`): "auto", "torch", "triton",
             "flash_attention_3", or a kernel repository or folder.
         bos_token_id, eos_token_id, pad_token_id (`int`, *optional*): `<|endoftext|>` of the GPT-2 tokenizer.
 

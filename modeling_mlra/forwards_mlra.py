@@ -16,8 +16,8 @@ from torch import nn
 from .cache_mlra import MLRACache, ordinary_tensors
 from .capture_mlra import FIRST_CAPACITY, GROWTH, Replay, fingerprint, held_with, is_plain, may_capture, size_class
 from .device_mlra import on_device
-from .fused_mlra import MAX_SEQUENCES, FusedStep, obstacle
 from .masks_mlra import MaskBuffers
+from .step_mlra import MAX_SEQUENCES, FusedStep, obstacle
 
 _active = threading.local()
 

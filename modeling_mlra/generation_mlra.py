@@ -42,9 +42,9 @@ from .capture_mlra import (
     take_spare,
 )
 from .device_mlra import on_device
-from .fused_mlra import FusedStep, obstacle
 from .library_mlra import CACHE
 from .masks_mlra import MaskBuffers
+from .step_mlra import FusedStep, obstacle
 
 # Processors and criteria known to read nothing but the logits, or the last token: their choice can be captured.
 OF_LOGITS_ALONE = (

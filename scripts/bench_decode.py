@@ -41,7 +41,7 @@ if __name__ == "__main__":
 
 import torch
 
-from modeling_mlra.kernels_mlra import latent_attention, reference_latent_attention
+from modeling_mlra.decode_mlra import latent_attention, reference_latent_attention
 
 try:
     import triton

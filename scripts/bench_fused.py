@@ -34,7 +34,7 @@ if __name__ == "__main__":
 import torch
 import triton
 
-from modeling_mlra import MLRACache, MLRAForCausalLM, batch_linear_mlra, fused_mlra, hopper_linear_mlra
+from modeling_mlra import MLRACache, MLRAForCausalLM, step_batch_linear_mlra, step_hopper_linear_mlra, step_mlra
 from scripts.bench_decode import read_ceiling
 from scripts.bench_generate import FilledCache, build, seconds
 from tests.fused_checks import compare
@@ -56,17 +56,17 @@ def counts(context: int, sequences: int) -> torch.Tensor:
     return torch.tensor([context, *[context] * sequences, *[context + 1] * sequences], dtype=torch.int32)
 
 
-def filled_step(model: MLRAForCausalLM, context: int, sequences: int) -> tuple[MLRACache, fused_mlra.FusedStep]:
+def filled_step(model: MLRAForCausalLM, context: int, sequences: int) -> tuple[MLRACache, step_mlra.FusedStep]:
     """A fused step for sequences behind `context` random cache rows each, and the cache, which it does not keep."""
     cache = FilledCache(model, sequences, context, room=128).rewind()
-    return cache, fused_mlra.FusedStep(model, cache, counts(context, sequences).cuda())
+    return cache, step_mlra.FusedStep(model, cache, counts(context, sequences).cuda())
 
 
 def rings(from_megabytes: int, **changed):
     """Weights from a size on through rings, with a changed plan; 2**20 megabytes stand for none."""
-    ring_plan = hopper_linear_mlra.ring_plan
+    ring_plan = step_hopper_linear_mlra.ring_plan
     return patch.multiple(
-        hopper_linear_mlra,
+        step_hopper_linear_mlra,
         RING_BYTES=from_megabytes * 2**20,
         ring_plan=lambda *arguments: ring_plan(*arguments) | changed,
     )
@@ -74,27 +74,27 @@ def rings(from_megabytes: int, **changed):
 
 def tiles(of_residual: bool, **changed):
     """Changed tiles for one of the two kinds of the kernel that holds its weights in registers."""
-    linear_plan = fused_mlra.linear_plan
+    linear_plan = step_mlra.linear_plan
 
     def plan(inner, swiglu, residual, vectors):
         return linear_plan(inner, swiglu, residual, vectors) | (changed if residual == of_residual else {})
 
-    return patch.multiple(fused_mlra, linear_plan=plan)
+    return patch.multiple(step_mlra, linear_plan=plan)
 
 
 def products(splits: int = 1, **changed):
     """Changed tiles of the products of many vectors, and `splits` times as many programs for the small weights."""
-    batch_linear_plan = batch_linear_mlra.batch_linear_plan
+    batch_linear_plan = step_batch_linear_mlra.batch_linear_plan
 
     def plan(blocks, inner, multiprocessors):
         return batch_linear_plan(blocks, inner, multiprocessors * splits) | changed
 
-    return patch.multiple(batch_linear_mlra, batch_linear_plan=plan)
+    return patch.multiple(step_batch_linear_mlra, batch_linear_plan=plan)
 
 
 def variants(sequences: int) -> dict:
     """Name -> what to time the step under."""
-    if sequences > fused_mlra.FEW_SEQUENCES:
+    if sequences > step_mlra.FEW_SEQUENCES:
         return {
             "shipped": contextlib.nullcontext(),
             **{f"{n} buffers": products(STAGES=n) for n in (2, 4)},
@@ -114,7 +114,7 @@ def variants(sequences: int) -> dict:
     }
 
 
-def kernels(step: fused_mlra.FusedStep) -> dict:
+def kernels(step: step_mlra.FusedStep) -> dict:
     """Name -> (function of a layer and its cache rows, bytes of weights it reads)."""
     model, rank = step.model, step.model.config.q_lora_rank
 
@@ -166,12 +166,12 @@ def kernels(step: fused_mlra.FusedStep) -> dict:
 @torch.no_grad()
 def benchmark(arguments: argparse.Namespace) -> int:
     """Run the benchmark; 1 if the step is wrong."""
-    if not 1 <= arguments.sequences <= fused_mlra.MAX_SEQUENCES:
-        raise UserError(f"--sequences {arguments.sequences}: the fused step takes 1 to {fused_mlra.MAX_SEQUENCES}")
+    if not 1 <= arguments.sequences <= step_mlra.MAX_SEQUENCES:
+        raise UserError(f"--sequences {arguments.sequences}: the fused step takes 1 to {step_mlra.MAX_SEQUENCES}")
     if not torch.cuda.is_available():
         raise UserError("this benchmark needs a CUDA device and found none")
     ways = {"registers": rings(2**20), "rings": rings(0)}
-    if arguments.sequences > fused_mlra.FEW_SEQUENCES:
+    if arguments.sequences > step_mlra.FEW_SEQUENCES:
         ways = {"tensor cores": contextlib.nullcontext()}
     checks = {}
     for name, way in ways.items():

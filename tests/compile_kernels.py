@@ -30,11 +30,11 @@ from triton.runtime.errors import OutOfResources
 from modeling_mlra import (
     MLRAConfig,
     MLRAForCausalLM,
-    batch_linear_mlra,
+    decode_triton_mlra,
     device_mlra,
-    fused_mlra,
-    hopper_linear_mlra,
-    triton_mlra,
+    step_batch_linear_mlra,
+    step_hopper_linear_mlra,
+    step_mlra,
 )
 from modeling_mlra.device_mlra import DeviceFacts
 
@@ -44,10 +44,10 @@ TYPES = {dtype: name for name, dtype in DTYPES.items()}
 TYPES |= {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
 PARTS = {"wgmma.mma_async": "matrix products", "cp.async.bulk.tensor": "bulk copies", "griddepcontrol.wait": "waits"}
 KERNELS = (
-    (triton_mlra, ("decode_kernel", "rows_kernel", "combine_kernel")),
-    (fused_mlra, ("embed_kernel", "linear_kernel", "absorb_kernel", "value_kernel", "choose_kernel")),
-    (batch_linear_mlra, ("batch_linear_kernel", "batch_value_kernel")),
-    (hopper_linear_mlra, ("linear_kernel",)),
+    (decode_triton_mlra, ("decode_kernel", "rows_kernel", "combine_kernel")),
+    (step_mlra, ("embed_kernel", "linear_kernel", "absorb_kernel", "value_kernel", "choose_kernel")),
+    (step_batch_linear_mlra, ("batch_linear_kernel", "batch_value_kernel")),
+    (step_hopper_linear_mlra, ("linear_kernel",)),
 )
 
 
@@ -201,7 +201,7 @@ class Compiler:
                 for name in names:
                     stack.enter_context(patch.object(module, name, Compiled(getattr(module, name))))
             stack.enter_context(patch.dict(device_mlra.known_devices, {META: self.facts}))
-            stack.enter_context(patch.dict(triton_mlra._fitting_plans, clear=True))
+            stack.enter_context(patch.dict(decode_triton_mlra._fitting_plans, clear=True))
             yield self
 
 
@@ -216,7 +216,7 @@ def attend(
     """Decode attention of `length` queries of `heads` heads to a latent."""
     key_mask = empty(batch, cached, dtype=torch.bool) if masked else None
     rows = empty(*(() if page_size else (batch,)), cached, latents * width + 64, dtype=dtype)
-    triton_mlra.triton_latent_attention(
+    decode_triton_mlra.triton_latent_attention(
         empty(batch, length, latents, heads, width, dtype=dtype), empty(batch, length, groups, heads, 64, dtype=dtype),
         rows[..., :-64].unflatten(-1, (latents, width)), rows[..., -64:], empty(batch, dtype=torch.int32),
         empty(batch, dtype=torch.int32) if masked else None, key_mask,
@@ -235,7 +235,7 @@ def step(num_sequences: int, dtype=torch.bfloat16, **settings) -> None:
         model = MLRAForCausalLM(config).to(dtype)
     rows = empty(num_sequences, 1, 4096, config.kv_lora_rank + 64, dtype=dtype)
     cache = Holder(layers=[Holder(rows=rows)])
-    run = fused_mlra.FusedStep(model, cache, empty(1 + 2 * num_sequences, dtype=torch.int32))
+    run = step_mlra.FusedStep(model, cache, empty(1 + 2 * num_sequences, dtype=torch.int32))
     tokens = empty(num_sequences, dtype=torch.long)
     choice = tokens, tokens, 0, empty(2, dtype=torch.long), empty(num_sequences, 9, dtype=torch.long), tokens
     run.choose(*choice)

@@ -3,7 +3,7 @@
 import torch
 
 from modeling_mlra import MLRACache
-from modeling_mlra.fused_mlra import FusedStep
+from modeling_mlra.step_mlra import FusedStep
 from tests.models import random_ids, rms_ratio, tiny_model
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from modeling_mlra import MLRACache, triton_mlra
-from modeling_mlra.kernels_mlra import decode_calls, latent_attention
+from modeling_mlra import MLRACache, decode_triton_mlra
+from modeling_mlra.decode_mlra import decode_calls, latent_attention
 from tests.models import random_ids, rms_ratio, tiny_model
 from tests.tolerances import KERNEL_BF16_RATIO
 
@@ -50,13 +50,13 @@ def test_queries_and_rows_of_different_dtypes(implementation, monkeypatch):
     options = {"kv_end": torch.tensor([20, 7], dtype=torch.int32, device=DEVICE), "scaling": 0.2}
     exact = latent_attention(q_latent.bfloat16().float(), q_rope, latents, k_rope.half().float(), **options)
     mixed = q_latent.bfloat16(), q_rope, latents, k_rope.half()
-    launch, seen = triton_mlra._launch, set()
+    launch, seen = decode_triton_mlra._launch, set()
 
     def recording(plan, out, *tensors):
         seen.update(tensor.dtype for tensor in (out, *tensors[:4]))
         return launch(plan, out, *tensors)
 
-    monkeypatch.setattr(triton_mlra, "_launch", recording)
+    monkeypatch.setattr(decode_triton_mlra, "_launch", recording)
     result = latent_attention(*mixed, implementation=implementation, **options)
     assert seen == ({torch.float32} if implementation == "triton" else set())  # the interpreter would mix them
     assert result.dtype == torch.bfloat16

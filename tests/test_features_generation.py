@@ -18,7 +18,7 @@ from transformers import (
 from transformers.utils.import_utils import is_optimum_quanto_available
 
 from modeling_mlra import MLRACache, MLRAConfig
-from modeling_mlra.kernels_mlra import decode_calls
+from modeling_mlra.decode_mlra import decode_calls
 from modeling_mlra.library_mlra import CACHE, cache_of
 from modeling_mlra.paged_mlra import exchange_by_table, update_paged
 from tests.models import VARIANTS, random_ids, tiny_model

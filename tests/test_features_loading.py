@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils.import_utils import is_bitsandbytes_available, is_optimum_quanto_available
 
 from modeling_mlra import MLRACache, MLRAConfig, MLRAForCausalLM
-from modeling_mlra.kernels_mlra import decode_calls
+from modeling_mlra.decode_mlra import decode_calls
 from modeling_mlra.library_mlra import cache_of
 from tests.models import random_ids, rms_ratio, tiny_config, tiny_model
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from modeling_mlra import MLRACache, MLRAForCausalLM
-from modeling_mlra.kernels_mlra import decode_calls
+from modeling_mlra.decode_mlra import decode_calls
 from tests.models import VARIANTS, random_ids, tiny_model
 from tests.tolerances import LOSS_ATOL, MATHEMATICS_ATOL
 

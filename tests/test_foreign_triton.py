@@ -8,11 +8,11 @@ import types
 import pytest
 import torch
 
-from modeling_mlra import device_mlra, hopper_mlra
+from modeling_mlra import decode_hopper_mlra, device_mlra
 from tests.paths import REPOSITORY
 
 pytest.importorskip("triton.experimental.gluon")
-KERNEL_FILES = ("kernels_mlra", "fused_mlra", "generation_mlra")
+KERNEL_FILES = ("decode_mlra", "step_mlra", "generation_mlra")
 SOURCES = {path.stem: path.read_text() for path in (REPOSITORY / "modeling_mlra").glob("*.py")}
 
 
@@ -51,7 +51,7 @@ def copy_of_the_package(monkeypatch) -> types.ModuleType:
 
 def attend(copied) -> None:
     q, rows = torch.randn(1, 1, 1, 2, 4), torch.randn(1, 3, 1, 4)
-    result = copied.kernels_mlra.latent_attention(
+    result = copied.decode_mlra.latent_attention(
         q, q[..., :2], rows, rows[:, :, 0, :2], kv_end=torch.tensor([3], dtype=torch.int32), scaling=1.0
     )
     assert result.shape == q.shape and result.isfinite().all()
@@ -87,4 +87,4 @@ def test_a_renamed_keyword_of_the_decorator_is_no_error(monkeypatch):
 
 
 def test_with_the_installed_one_all_kernels_are_there():
-    assert device_mlra.triton is not None and hopper_mlra.gluon is not None
+    assert device_mlra.triton is not None and decode_hopper_mlra.gluon is not None

@@ -4,11 +4,18 @@ import pytest
 import torch
 from torch import nn
 
-from modeling_mlra import MLRACache, batch_linear_mlra, fused_mlra, hopper_linear_mlra, plans_mlra, triton_mlra
+from modeling_mlra import (
+    MLRACache,
+    decode_plans_mlra,
+    decode_triton_mlra,
+    step_batch_linear_mlra,
+    step_hopper_linear_mlra,
+    step_mlra,
+)
 from modeling_mlra.device_mlra import DeviceFacts, device_facts
-from modeling_mlra.fused_mlra import obstacle
 from modeling_mlra.generation_mlra import captured_decodes
 from modeling_mlra.modeling_mlra import MLRARMSNorm
+from modeling_mlra.step_mlra import obstacle
 from tests.fused_checks import compare, verify_together
 from tests.models import VARIANTS, random_ids, rms_ratio, tiny_model
 from tests.tolerances import FUSED_BFLOAT16_RATIO, FUSED_FLOAT32_RATIO, KERNEL_BF16_RATIO
@@ -66,7 +73,7 @@ def test_several_tokens_of_a_sequence(variant, setting, batch, tokens_each):
 def test_linear_of_many_vectors(inner, sizes, vectors, dtype, monkeypatch):
     """Against float64: tiles that end inside, sums of one program and of several, which count anew."""
     multiprocessors, early, *_ = device_facts(torch.device(DEVICE))
-    plan = batch_linear_mlra.batch_linear_plan
+    plan = step_batch_linear_mlra.batch_linear_plan
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -87,37 +94,37 @@ def test_linear_of_many_vectors(inner, sizes, vectors, dtype, monkeypatch):
     limit = FUSED_FLOAT32_RATIO if dtype == torch.float32 else KERNEL_BF16_RATIO
     for splits in (1, 3):
         changed = {"SPLITS": splits, "WIDTH": 128 if DEVICE == "cuda" else 32}
-        monkeypatch.setattr(batch_linear_mlra, "batch_linear_plan", lambda *a, c=changed: plan(*a) | c)
+        monkeypatch.setattr(step_batch_linear_mlra, "batch_linear_plan", lambda *a, c=changed: plan(*a) | c)
         for name, (used, used_norm, scale, swiglu, residual, expected) in cases.items():
             out = torch.full(expected.shape, torch.nan, dtype=dtype, device=DEVICE)
             arrived = torch.zeros(64, dtype=torch.int32, device=DEVICE)
             arguments = (used_norm, scale, swiglu, residual, 0.5, arrived, multiprocessors, early)
-            batch_linear_mlra.linear(x, used, out, *arguments)
+            step_batch_linear_mlra.linear(x, used, out, *arguments)
             assert rms_ratio(expected, out.double()) < limit, f"{name}, {splits} programs"
             assert not arrived.any()
 
 
 def test_rows_in_several_chunks(monkeypatch):
-    monkeypatch.setattr(fused_mlra, "linear_plan", lambda *_: {"ROWS": 8, "WIDTH": 8, "AHEAD": 2, "num_warps": 4})
+    monkeypatch.setattr(step_mlra, "linear_plan", lambda *_: {"ROWS": 8, "WIDTH": 8, "AHEAD": 2, "num_warps": 4})
     assert compare("mlra_4", DEVICE)["logits"] < FUSED_FLOAT32_RATIO
 
 
 @pytest.mark.parametrize("variant", ["mla", "mlra_4"])
 def test_many_partial_results_of_each_sequence(variant, monkeypatch):
     """Five shares a sequence, reduced two at a time: several turns, and a share that ends one and starts the next."""
-    plans = triton_mlra.decode_plans
+    plans = decode_triton_mlra.decode_plans
     changed = {"UNIT": 2, "MIN_UNITS": 1, "programs_per_sm": 4}
-    monkeypatch.setattr(triton_mlra, "decode_plans", lambda *arguments: [plans(*arguments)[0] | changed])
-    monkeypatch.setattr(fused_mlra, "value_plan", lambda *_: {"SPLITS": 2, "num_warps": 4})
+    monkeypatch.setattr(decode_triton_mlra, "decode_plans", lambda *arguments: [plans(*arguments)[0] | changed])
+    monkeypatch.setattr(step_mlra, "value_plan", lambda *_: {"SPLITS": 2, "num_warps": 4})
     assert compare(variant, DEVICE)["logits"] < FUSED_FLOAT32_RATIO
 
 
 @pytest.mark.parametrize("batch", [1, 3, 4])
 def test_few_shares_of_several_short_sequences(batch, monkeypatch):
     """One or two programs hold all sequences: each leaves a partial result of its own."""
-    plans = triton_mlra.decode_plans
+    plans = decode_triton_mlra.decode_plans
     changed = {"MIN_UNITS": 3}
-    monkeypatch.setattr(triton_mlra, "decode_plans", lambda *arguments: [plans(*arguments)[0] | changed])
+    monkeypatch.setattr(decode_triton_mlra, "decode_plans", lambda *arguments: [plans(*arguments)[0] | changed])
     result = compare("mlra_4", DEVICE, batch)
     assert result["counters"]
     assert max(result["logits"], result["rows"]) < FUSED_FLOAT32_RATIO
@@ -127,7 +134,7 @@ def test_few_shares_of_several_short_sequences(batch, monkeypatch):
 @pytest.mark.parametrize("paired_rows", [0, 2**30])
 def test_widths_that_hopper_kernels_take(batch, paired_rows, monkeypatch):
     """bfloat16, latents of 128: where there is such a GPU, its decode kernel, with all sequences in one share."""
-    monkeypatch.setattr(plans_mlra, "PAIRED_ROWS", paired_rows)
+    monkeypatch.setattr(decode_plans_mlra, "PAIRED_ROWS", paired_rows)
     result = compare("mlra_4", DEVICE, batch, dtype=torch.bfloat16, kv_lora_rank=512, qk_rope_head_dim=64)
     assert result["counters"]
     assert max(result["logits"], result["rows"]) < FUSED_BFLOAT16_RATIO
@@ -139,7 +146,7 @@ def test_choice_of_the_next_token(end_tokens, monkeypatch):
     model = tiny_model("mlra_4").to(DEVICE)
     counters = torch.tensor([7, 3, 7, 7, 6, 8, 8, 8, 8], dtype=torch.int32, device=DEVICE)
     cache = MLRACache(model.config, max_cache_len=20)
-    step = fused_mlra.FusedStep(model, cache, counters.clone())
+    step = step_mlra.FusedStep(model, cache, counters.clone())
     logits = torch.randn(4, 40_000, generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
     logits[0, [5, 17_000, 39_999]] = 50.0
     logits[1] = -torch.inf
@@ -158,16 +165,16 @@ def test_choice_of_the_next_token(end_tokens, monkeypatch):
 
 def test_what_streams_through_rings(monkeypatch):
     """Large weights whose rows bulk copies can take; the vectors must fit beside the rings."""
-    monkeypatch.setattr(hopper_linear_mlra, "RING_BYTES", 2**20)
+    monkeypatch.setattr(step_hopper_linear_mlra, "RING_BYTES", 2**20)
     weight = torch.zeros(1024, 1024, dtype=torch.bfloat16)
-    assert hopper_linear_mlra.streams([weight], 4)
-    assert hopper_linear_mlra.streams([weight[:256], weight[256:512]], 1)
-    assert not hopper_linear_mlra.streams([weight[:256]], 1)  # too small
-    assert not hopper_linear_mlra.streams([weight[:, :1000]], 1)  # rows apart
-    assert not hopper_linear_mlra.streams([torch.zeros(1024, 1001, dtype=torch.bfloat16)], 1)  # unaligned
+    assert step_hopper_linear_mlra.streams([weight], 4)
+    assert step_hopper_linear_mlra.streams([weight[:256], weight[256:512]], 1)
+    assert not step_hopper_linear_mlra.streams([weight[:256]], 1)  # too small
+    assert not step_hopper_linear_mlra.streams([weight[:, :1000]], 1)  # rows apart
+    assert not step_hopper_linear_mlra.streams([torch.zeros(1024, 1001, dtype=torch.bfloat16)], 1)  # unaligned
     wide = torch.zeros(64, 28672, dtype=torch.bfloat16)
-    assert hopper_linear_mlra.streams([wide], 1)
-    assert not hopper_linear_mlra.streams([wide], 2)
+    assert step_hopper_linear_mlra.streams([wide], 1)
+    assert not step_hopper_linear_mlra.streams([wide], 2)
 
 
 @pytest.mark.gpu
@@ -193,20 +200,20 @@ def test_gpu_linear_through_rings(inner, rows, vectors, dtype, monkeypatch):
         "norm": (weights[:1], norm, 0.7, None, 0.7 * normed @ w.T),
         "residual": (weights[:1], None, 1.0, before, exact @ w.T + 0.5 * before.double()),
     }
-    monkeypatch.setattr(hopper_linear_mlra, "RING_BYTES", 0)
+    monkeypatch.setattr(step_hopper_linear_mlra, "RING_BYTES", 0)
     limit = FUSED_FLOAT32_RATIO if dtype == torch.float32 else KERNEL_BF16_RATIO
     for name, (used, used_norm, scale, residual, expected) in cases.items():
-        assert hopper_linear_mlra.streams(used, vectors)
+        assert step_hopper_linear_mlra.streams(used, vectors)
         out = torch.full((vectors, rows), torch.nan, dtype=dtype, device="cuda")
         arguments = (used_norm, scale, residual, 0.5, multiprocessors, early)
-        hopper_linear_mlra.linear(x, used, out, *arguments)
+        step_hopper_linear_mlra.linear(x, used, out, *arguments)
         off = ((out - expected).abs() > 10 * limit * expected.abs().clamp(min=0.1)).nonzero().tolist()
         assert rms_ratio(expected, out.double()) < limit, f"{name}: {len(off)} outputs are off, first {off[:8]}"
 
 
 @pytest.mark.gpu
 def test_gpu_fused_step_through_rings(monkeypatch):
-    monkeypatch.setattr(hopper_linear_mlra, "RING_BYTES", 0)
+    monkeypatch.setattr(step_hopper_linear_mlra, "RING_BYTES", 0)
     assert compare("mlra_4", DEVICE)["logits"] < FUSED_FLOAT32_RATIO
 
 
@@ -255,14 +262,14 @@ def test_obstacles_name_what_is_in_the_way(monkeypatch):
     assert obstacle(model, 1) is None
     assert "sequences, not 99" in obstacle(model, 99)
     assert obstacle(model, 32) is None
-    monkeypatch.setattr(fused_mlra, "device_facts", lambda device: DeviceFacts(shared_bytes=48 * 2**10))
+    monkeypatch.setattr(step_mlra, "device_facts", lambda device: DeviceFacts(shared_bytes=48 * 2**10))
     assert obstacle(model, 2) is None
     assert "shared memory" in obstacle(model, 3)
-    monkeypatch.setattr(fused_mlra, "device_facts", lambda device: DeviceFacts(shared_bytes=64 * 2**10))
+    monkeypatch.setattr(step_mlra, "device_facts", lambda device: DeviceFacts(shared_bytes=64 * 2**10))
     assert obstacle(model, 32) is None
-    monkeypatch.setattr(fused_mlra, "device_facts", lambda device: DeviceFacts(tested=False))
+    monkeypatch.setattr(step_mlra, "device_facts", lambda device: DeviceFacts(tested=False))
     assert "never compiled" in obstacle(model, 1)
-    monkeypatch.setattr(fused_mlra, "device_facts", device_facts)
+    monkeypatch.setattr(step_mlra, "device_facts", device_facts)
     monkeypatch.setenv("MLRA_DECODE", "torch")
     assert obstacle(model, 1) == "decode implementation 'torch' was asked for"
     monkeypatch.setenv("MLRA_DECODE", "triton")

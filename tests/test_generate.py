@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from modeling_mlra import MLRACache
-from modeling_mlra.kernels_mlra import decode_calls
+from modeling_mlra.decode_mlra import decode_calls
 from modeling_mlra.library_mlra import cache_of
 from tests.models import VARIANTS, padded_batch, random_ids, tiny_model
 

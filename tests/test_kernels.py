@@ -11,9 +11,9 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from modeling_mlra import device_mlra, kernels_mlra, plans_mlra, triton_mlra
+from modeling_mlra import decode_mlra, decode_plans_mlra, decode_triton_mlra, device_mlra
+from modeling_mlra.decode_mlra import decode_calls, latent_attention
 from modeling_mlra.device_mlra import DeviceFacts
-from modeling_mlra.kernels_mlra import decode_calls, latent_attention
 from tests import tolerances
 from tests.paths import REPOSITORY
 
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []  # where there is one
 
 @pytest.fixture(autouse=True)
 def no_choice_from_outside(monkeypatch):
-    monkeypatch.delenv(kernels_mlra.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv(decode_mlra.ENVIRONMENT_VARIABLE, raising=False)
 
 
 def oracle(q_latent, q_rope, latents, k_rope, kv_end, kv_start=None, key_mask=None, *, scaling):
@@ -87,7 +87,7 @@ def poisoned(monkeypatch):
         tensor = empty(*args, **kwargs)
         return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
-    monkeypatch.setattr(triton_mlra.torch, "empty", poisoned_empty)
+    monkeypatch.setattr(decode_triton_mlra.torch, "empty", poisoned_empty)
 
 
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
@@ -171,14 +171,14 @@ def test_every_split_of_the_work(plan, programs_per_sm, poisoned):
     arguments, kv_end = inputs(5, 1, 4, 1, 3, 16, 16, 64, ends=[64, 3, 0, 40, 17])
     tuning = plan | {"BN": 16, "UNIT": 8, "num_warps": 4, "programs_per_sm": programs_per_sm * 4, "kernel": "plain"}
     moved = [x.to(DEVICE) for x in arguments]
-    result = triton_mlra.triton_latent_attention(*moved, kv_end.to(DEVICE), None, None, None, 0, 0.2, **tuning)
+    result = decode_triton_mlra.triton_latent_attention(*moved, kv_end.to(DEVICE), None, None, None, 0, 0.2, **tuning)
     assert ratio(result, oracle(*arguments, kv_end, scaling=0.2)) < FP32_RATIO
 
 
 def test_sequences_stay_whole_where_that_idles_few_programs(monkeypatch):
     """15 equal sequences on 16 programs' worth of multiprocessors: nothing is left for the second kernel to reduce."""
-    monkeypatch.setattr(triton_mlra, "device_facts", lambda device: DeviceFacts(multiprocessors=16))
-    monkeypatch.setattr(triton_mlra, "combine_kernel", MagicMock())
+    monkeypatch.setattr(decode_triton_mlra, "device_facts", lambda device: DeviceFacts(multiprocessors=16))
+    monkeypatch.setattr(decode_triton_mlra, "combine_kernel", MagicMock())
     arguments, kv_end = inputs(15, 1, 1, 1, 3, 16, 16, 64)
     result = run(arguments, kv_end, "triton", scaling=0.2)
     assert ratio(result, oracle(*arguments, kv_end, scaling=0.2)) < FP32_RATIO
@@ -261,7 +261,7 @@ def test_order_of_choice(monkeypatch):
 def test_impossible_requests_say_why(monkeypatch):
     with pytest.raises(ValueError, match="unknown decode implementation 'tritn'.*torch"):
         attend(implementation="tritn")
-    monkeypatch.setattr(kernels_mlra, "flash_attn_interface", None)
+    monkeypatch.setattr(decode_mlra, "flash_attn_interface", None)
     with pytest.raises(ImportError, match="flash_attn_interface.*not installed.*triton"):
         attend(implementation="flash_attention_3")
     monkeypatch.setattr(device_mlra, "INTERPRETED", False)
@@ -273,7 +273,7 @@ def test_impossible_requests_say_why(monkeypatch):
     monkeypatch.setattr(device_mlra, "triton_trouble", "module triton is not installed")
     with pytest.raises(ImportError, match="triton is not installed"):
         attend(implementation="triton")
-    monkeypatch.setattr(kernels_mlra, "hub_kernels", None)
+    monkeypatch.setattr(decode_mlra, "hub_kernels", None)
     with pytest.raises(ImportError, match="pip install kernels"):
         attend(implementation="org/repo")
 
@@ -311,7 +311,7 @@ class FakeFlashAttention3:
         query = q if qv is None else torch.cat([qv, q], -1)
         zero_rope = torch.zeros(*q.shape[:2], 1, q.shape[2], 16, dtype=q.dtype)
         no_keys = torch.zeros(*keys.shape[:2], 16, dtype=q.dtype)
-        full = kernels_mlra.reference_latent_attention(
+        full = decode_mlra.reference_latent_attention(
             query[:, :, None], zero_rope, keys, no_keys, cache_seqlens, scaling=softmax_scale
         )[:, :, 0]
         return full[..., : v_cache.shape[-1]]
@@ -322,7 +322,7 @@ class FakeFlashAttention3:
 )
 def test_flash_attention_3_forms(num_latents, width, forms, monkeypatch):
     fake = FakeFlashAttention3()
-    monkeypatch.setattr(kernels_mlra, "flash_attn_interface", fake)
+    monkeypatch.setattr(decode_mlra, "flash_attn_interface", fake)
     arguments, kv_end = inputs(2, 3, num_latents, 1, 2, width, 64, 20, ends=[20, 7])
     result = torch.ops.mlra.latent_attention_flash_attention_3(*arguments, kv_end, None, None, None, 0, 0.1)
     assert ratio(result, oracle(*arguments, kv_end, scaling=0.1)) < FP32_RATIO
@@ -331,15 +331,15 @@ def test_flash_attention_3_forms(num_latents, width, forms, monkeypatch):
 
 @pytest.mark.parametrize(("num_latents", "width"), [(1, 128), (2, 256), (1, 512), (4, 128), (2, 64)])
 def test_flash_attention_3_refuses_what_no_published_build_takes(num_latents, width, monkeypatch):
-    monkeypatch.setattr(kernels_mlra, "flash_attn_interface", FakeFlashAttention3())
+    monkeypatch.setattr(decode_mlra, "flash_attn_interface", FakeFlashAttention3())
     _, _, latents, k_rope = inputs(1, 1, num_latents, 1, 2, width, 64, 5, torch.bfloat16)[0]
     on_gpu = MagicMock(device=torch.device("cuda", 0), dtype=torch.bfloat16, requires_grad=False)
     inputs_there = (on_gpu, on_gpu, latents, k_rope)
     if (num_latents, width) in ((4, 128), (2, 64)):
         with pytest.raises(ValueError, match=f"latents of 256 or more.* not {num_latents} of {width}; use 'triton'"):
-            kernels_mlra.choose_implementation("flash_attention_3", *inputs_there)
+            decode_mlra.choose_implementation("flash_attention_3", *inputs_there)
     else:
-        assert kernels_mlra.choose_implementation("flash_attention_3", *inputs_there) == "flash_attention_3"
+        assert decode_mlra.choose_implementation("flash_attention_3", *inputs_there) == "flash_attention_3"
 
 
 HUB_KERNEL = """
@@ -379,7 +379,7 @@ def test_kernel_without_the_function_says_so(monkeypatch):
             assert (repository, revision) == ("org/repo", "v2")
             return object()
 
-    monkeypatch.setattr(kernels_mlra, "hub_kernels", Loader)
+    monkeypatch.setattr(decode_mlra, "hub_kernels", Loader)
     with pytest.raises(ValueError, match="no function `latent_attention`"):
         attend(implementation="org/repo@v2")
 
@@ -430,14 +430,14 @@ def test_kernels_compile_for_gpus_that_are_not_here(tmp_path):
     [(132, 1, 132), (33, 16, 32), (33, 5, 33), (132, 64, 128), (132, 128, 128), (33, 66, 33), (33, 40, 33)],
 )
 def test_shares_of_sequences_of_one_length(programs, batch, expected):
-    assert plans_mlra.even_programs(programs, batch) == expected
+    assert decode_plans_mlra.even_programs(programs, batch) == expected
 
 
 class SmallGPU:
     """Refuses the first launches of the decode kernel, as a GPU does where shared memory lacks."""
 
     def __init__(self, refusals):
-        self.refusals, self.tried, self.launch = refusals, [], triton_mlra._launch
+        self.refusals, self.tried, self.launch = refusals, [], decode_triton_mlra._launch
 
     def __call__(self, plan, *arguments):
         self.tried.append(plan)
@@ -451,8 +451,8 @@ def test_a_plan_that_does_not_fit_gives_way_to_a_smaller_one(monkeypatch):
     arguments, kv_end = inputs(1, 1, 2, 1, 3, 16, 16, 9)
     expected = oracle(*arguments, kv_end, scaling=0.2)
     small = SmallGPU(refusals=2)
-    monkeypatch.setattr(triton_mlra, "_launch", small)
-    monkeypatch.setattr(triton_mlra, "_fitting_plans", {})
+    monkeypatch.setattr(decode_triton_mlra, "_launch", small)
+    monkeypatch.setattr(decode_triton_mlra, "_fitting_plans", {})
     for _ in range(2):
         assert ratio(run(arguments, kv_end, "triton", scaling=0.2), expected) < FP32_RATIO
     best, second, third, again = small.tried
@@ -467,9 +467,9 @@ def test_a_plan_that_does_not_fit_gives_way_to_a_smaller_one(monkeypatch):
 def test_where_no_plan_fits_the_automatic_choice_is_torch_and_says_so_once(monkeypatch, caplog):
     arguments, kv_end = inputs(1, 1, 2, 1, 3, 16, 16, 9)
     small = SmallGPU(refusals=10**9)
-    monkeypatch.setattr(triton_mlra, "_launch", small)
-    monkeypatch.setattr(triton_mlra, "_fitting_plans", {})
-    monkeypatch.setattr(kernels_mlra, "_said", set())
+    monkeypatch.setattr(decode_triton_mlra, "_launch", small)
+    monkeypatch.setattr(decode_triton_mlra, "_fitting_plans", {})
+    monkeypatch.setattr(decode_mlra, "_said", set())
     moved = [x.to(DEVICE) for x in (*arguments, kv_end)]
     tries = []
     for _ in range(2):
@@ -487,8 +487,8 @@ def test_where_no_plan_fits_the_automatic_choice_is_torch_and_says_so_once(monke
     def broken(*arguments):
         raise torch.OutOfMemoryError("no memory left")
 
-    monkeypatch.setattr(triton_mlra, "_fitting_plans", {})
-    monkeypatch.setattr(triton_mlra, "_launch", broken)
+    monkeypatch.setattr(decode_triton_mlra, "_fitting_plans", {})
+    monkeypatch.setattr(decode_triton_mlra, "_launch", broken)
     with pytest.raises(torch.OutOfMemoryError):
         torch.ops.mlra.latent_attention_auto(*moved, None, None, None, 0, 0.2)
 
@@ -514,7 +514,7 @@ CARDS = {
     ],
 )
 def test_first_plans_of_the_plain_kernel(card, latents, width, itemsize, expected):
-    plan = plans_mlra.decode_plans(24, latents, 1, width, 64, itemsize, 4096, False, CARDS[card])[0]
+    plan = decode_plans_mlra.decode_plans(24, latents, 1, width, 64, itemsize, 4096, False, CARDS[card])[0]
     assert plan["kernel"] == "plain" and {name: plan[name] for name in expected} == expected
 
 
@@ -530,7 +530,7 @@ def test_gpu_shapes(num_latents, heads, length):
     for options in ({}, {"key_mask": mask, "kv_start": torch.tensor([3, 0, 0], dtype=torch.int32)}):
         used = holes if options else arguments
         exact = [x.double() for x in used]
-        expected = kernels_mlra.reference_latent_attention(
+        expected = decode_mlra.reference_latent_attention(
             *exact, kv_end, options.get("kv_start"), options.get("key_mask"), scaling=0.07
         )
         result = run(used, kv_end, "triton", scaling=0.07, **options)
@@ -541,7 +541,7 @@ def test_gpu_shapes(num_latents, heads, length):
 @pytest.mark.parametrize("batch", [1, 3, 100])
 @pytest.mark.parametrize(("num_latents", "groups", "heads", "length"), [(4, 1, 24, 1), (4, 1, 5, 6), (4, 2, 12, 2)])
 def test_gpu_two_latents_in_one_program(batch, num_latents, groups, heads, length, monkeypatch):
-    monkeypatch.setattr(plans_mlra, "PAIRED_ROWS", 0)
+    monkeypatch.setattr(decode_plans_mlra, "PAIRED_ROWS", 0)
     ends = [700 - 7 * b for b in range(batch)]
     arguments, kv_end = inputs(batch, length, num_latents, groups, heads, 128, 64, 700, torch.bfloat16, ends=ends)
     mask = torch.rand(batch, 700, generator=torch.Generator().manual_seed(1)) > 0.2
@@ -557,7 +557,7 @@ def test_gpu_two_latents_in_one_program(batch, num_latents, groups, heads, lengt
 
 def test_latents_share_programs_where_the_rotary_keys_are_read_often():
     def latents_of_a_program(cached, rows=24, latents=4, groups=1):
-        return plans_mlra.decode_plans(rows, latents, groups, 128, 64, 2, cached, True, CARDS["H100"])[0]["NL"]
+        return decode_plans_mlra.decode_plans(rows, latents, groups, 128, 64, 2, cached, True, CARDS["H100"])[0]["NL"]
 
     assert latents_of_a_program(2**20) == latents_of_a_program(2**20, rows=32, groups=2) == 2
     assert latents_of_a_program(2**17) == latents_of_a_program(2**20, rows=33) == 1
@@ -577,5 +577,5 @@ def test_gpu_captures_into_a_cuda_graph_and_follows_kv_end():
         kv_end.copy_(torch.tensor(ends, dtype=torch.int32))
         graph.replay()
         exact = [x.double() for x in arguments]
-        expected = kernels_mlra.reference_latent_attention(*exact, kv_end, scaling=0.07).cpu()
+        expected = decode_mlra.reference_latent_attention(*exact, kv_end, scaling=0.07).cpu()
         assert ratio(result, expected) < tolerances.KERNEL_BF16_RATIO

@@ -7,8 +7,8 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from modeling_mlra import MLRACache, modeling_mlra
+from modeling_mlra.decode_mlra import ENVIRONMENT_VARIABLE, decode_calls, latent_attention
 from modeling_mlra.generation_mlra import can_capture, reaches_all_rows
-from modeling_mlra.kernels_mlra import ENVIRONMENT_VARIABLE, decode_calls, latent_attention
 from modeling_mlra.library_mlra import CACHE
 from tests.models import VOCAB_SIZE, random_ids, rms_ratio, tiny_model
 from tests.tolerances import CACHE_LOGITS_RATIO

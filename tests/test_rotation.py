@@ -9,7 +9,7 @@ import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig
 
 from modeling_mlra import MLRACache, MLRAConfig, MLRAForCausalLM
-from modeling_mlra.kernels_mlra import ENVIRONMENT_VARIABLE, decode_calls
+from modeling_mlra.decode_mlra import ENVIRONMENT_VARIABLE, decode_calls
 from tests.models import random_ids, rms_ratio, tiny_config, tiny_model
 from tests.tolerances import CACHE_LOGITS_RATIO
 

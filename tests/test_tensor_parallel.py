@@ -22,8 +22,8 @@ from transformers import core_model_loading
 from transformers.distributed import DistributedConfig
 
 from modeling_mlra import MLRACache, MLRAConfig, MLRAForCausalLM
-from modeling_mlra.fused_mlra import obstacle
 from modeling_mlra.generation_mlra import captured_decode
+from modeling_mlra.step_mlra import obstacle
 from modeling_mlra.tensor_parallel_mlra import (
     check_tensor_parallel_size,
     register_parallel_styles,

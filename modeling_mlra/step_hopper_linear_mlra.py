@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from .decode_hopper_mlra import TensorDescriptor, gl, gluon
 from .device_mlra import launch, launch_options, triton
-from .hopper_mlra import TensorDescriptor, gl, gluon
 
 # Smaller weights are held in registers as a whole, and are there before a ring has turned
 RING_BYTES = 32 * 2**20
@@ -20,7 +20,7 @@ SHARED_BYTES = 227 * 2**10
 linear_kernel: Any = None
 
 if gluon is not None:
-    from .hopper_mlra import _barrier, _bulk_load, _program_release, _program_wait, fence_async_shared, mbarrier
+    from .decode_hopper_mlra import _barrier, _bulk_load, _program_release, _program_wait, fence_async_shared, mbarrier
 
     @gluon.jit
     def _copy_tiles(

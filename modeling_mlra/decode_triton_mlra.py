@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import torch
 
+from .decode_hopper_mlra import TensorDescriptor, gl, rows_kernel
+from .decode_plans_mlra import decode_plans, even_programs, fits_hopper, reduction_plan
 from .device_mlra import INTERPRETED, cannot_be_built, device_facts, launch, launch_options, tl, triton
-from .hopper_mlra import TensorDescriptor, gl, rows_kernel
-from .plans_mlra import decode_plans, even_programs, fits_hopper, reduction_plan
 
 if triton is not None:
     _UPCAST = tl.constexpr(INTERPRETED)  # the interpreter multiplies the bit patterns of bfloat16 operands

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .device_mlra import launch, launch_options, tl, triton
-from .fused_kernels_mlra import stacked
+from .step_kernels_mlra import stacked
 
 batch_linear_kernel: Any = None
 batch_value_kernel: Any = None
@@ -17,8 +17,8 @@ batch_value_kernel: Any = None
 ROWS = 64  # of a tile of weights: the height of the tensor cores' product on Hopper
 
 if triton is not None:
-    from .fused_kernels_mlra import _block_of, _wait
-    from .triton_mlra import _dot
+    from .decode_triton_mlra import _dot
+    from .step_kernels_mlra import _block_of, _wait
 
     @triton.jit
     def _vectors_tile(x, x_stride, first, K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, WIDTH: tl.constexpr):

@@ -1,6 +1,6 @@
 """Gluon kernels of the absorbed decode attention for Hopper GPUs: bulk tensor copies and warpgroup matrix products.
 
-They cover what the plain kernel in `triton_mlra` leaves slow on these GPUs, with its legend, division of work
+They cover what the plain kernel in `decode_triton_mlra` leaves slow on these GPUs, with its legend, division of work
 and reduction of partial results; everything they do not cover runs there.
 """
 

@@ -1,4 +1,4 @@
-"""Triton kernels of the fused decoding step, and their tiles; `fused_mlra` has the step, its numbering and legend.
+"""Triton kernels of the fused decoding step, and their tiles; `step_mlra` has the step, its numbering and legend.
 
 Each program loads its weights, and whatever else no kernel in front writes, before it waits for the kernel in front
 (programmatic dependent launch).
@@ -17,7 +17,7 @@ value_kernel: Any = None
 choose_kernel: Any = None
 
 if triton is not None:
-    from .triton_mlra import _dot, _parts_of, _rescale
+    from .decode_triton_mlra import _dot, _parts_of, _rescale
 
     @triton.jit
     def _wait(PDL: tl.constexpr):

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
+from .decode_triton_mlra import triton_latent_attention
 from .device_mlra import cannot_be_built, triton_missing
-from .triton_mlra import triton_latent_attention
 
 try:
     import flash_attn_interface

@@ -4,8 +4,9 @@ Decoding reads every weight once per step and computes almost nothing, so its ti
 what is lost between kernels. Here each program holds its tile of weights in registers before it waits for the kernel
 in front of it (programmatic dependent launch), so the memory stays busy across kernels; norms, rotations, the cache
 append, gates and residuals ride along, in float32. The parameters are the model's own. (On Hopper GPUs large weights
-stream through shared memory instead, `hopper_linear_mlra`.) More than two sequences go through tensor cores
-(`batch_linear_mlra`), and the partial results of kernel 4, which otherwise kernel 5 reduces, through one kernel more.
+stream through shared memory instead, `step_hopper_linear_mlra`.) More than two sequences go through tensor cores
+(`step_batch_linear_mlra`), and the partial results of kernel 4, which otherwise kernel 5 reduces, through one kernel
+more.
 
     1  [q_a | kv_a | k_rope | gate] = norm(x) W        5  o = alpha_attn * sum over branches of z W_uv, gated
     2  q = norm(q_a) W_qb                              6  x += o W_o
@@ -24,11 +25,15 @@ import weakref
 import torch
 from torch import nn
 
-from .batch_linear_mlra import linear as batch_linear
-from .batch_linear_mlra import padded
-from .batch_linear_mlra import value as batch_value
+from .decode_mlra import asked_implementation
+from .decode_triton_mlra import partial_results, triton_latent_attention
 from .device_mlra import device_facts, launch, launch_options, triton, triton_missing
-from .fused_kernels_mlra import (
+from .step_batch_linear_mlra import linear as batch_linear
+from .step_batch_linear_mlra import padded
+from .step_batch_linear_mlra import value as batch_value
+from .step_hopper_linear_mlra import linear as stream_linear
+from .step_hopper_linear_mlra import streams
+from .step_kernels_mlra import (
     absorb_kernel,
     choose_kernel,
     embed_kernel,
@@ -38,9 +43,6 @@ from .fused_kernels_mlra import (
     value_kernel,
     value_plan,
 )
-from .hopper_linear_mlra import linear as stream_linear
-from .hopper_linear_mlra import streams
-from .kernels_mlra import asked_implementation
 from .tensor_parallel_mlra import (
     gather_output,
     is_parallel,
@@ -50,7 +52,6 @@ from .tensor_parallel_mlra import (
     sum_output,
     tensor_parallel_mesh,
 )
-from .triton_mlra import partial_results, triton_latent_attention
 
 FEW_SEQUENCES = 2  # as many products are free beside the reading of the weights; more take tensor cores
 MAX_SEQUENCES = 32
