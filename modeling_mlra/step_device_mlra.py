@@ -48,6 +48,11 @@ def norm_of(module, scale: float) -> Norm:
     return Norm(local_tensor(module.weight), scale, module.variance_epsilon)
 
 
+def padded(vectors: int) -> int:
+    """Vectors of one matrix product."""
+    return max(16, triton.next_power_of_2(vectors))
+
+
 def constants(group):
     """A named tuple of numbers for a kernel's parameter of type `tl.constexpr`: all are known when it is compiled."""
     return group if INTERPRETED else type(group)(*map(tl.constexpr, group))

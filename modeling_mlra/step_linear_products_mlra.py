@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .device_mlra import launch, launch_options, tl, triton
-from .step_device_mlra import Machine, constants
+from .step_device_mlra import Machine, constants, padded
 from .step_maps_mlra import LinearMap, map_arguments, stacked
 
 product_linear_kernel: Any = None
@@ -156,11 +156,6 @@ def product_plan(blocks: int, inner: int, multiprocessors: int) -> dict[str, int
     """Columns of a tile and programs per row block, chosen on an H200 with `python -m scripts.bench_fused`."""
     programs = (4 if inner > 4096 else 2) * multiprocessors
     return {"WIDTH": 128, "STAGES": 3, "SPLITS": max(1, min(programs // blocks, inner // 512)), "num_warps": 4}
-
-
-def padded(vectors: int) -> int:
-    """Vectors of one matrix product."""
-    return max(16, triton.next_power_of_2(vectors))
 
 
 def run_as_products(linear_map: LinearMap, x, out, residual, machine: Machine) -> None:

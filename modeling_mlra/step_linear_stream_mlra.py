@@ -43,7 +43,7 @@ class Inputs(NamedTuple):
     full: Any
 
 
-if gluon is not None:
+if gluon is not None and triton is not None:
     from .decode_hopper_mlra import _barrier, _bulk_load, _program_release, _program_wait, fence_async_shared, mbarrier
     from .step_device_mlra import rms_factor, swiglu
     from .step_maps_mlra import widen

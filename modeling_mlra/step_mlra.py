@@ -33,29 +33,25 @@ from torch import nn
 from .decode_mlra import asked_implementation
 from .decode_triton_mlra import PartialResults, partial_results, triton_latent_attention
 from .device_mlra import device_facts, launch, launch_options, triton, triton_missing
-from .step_device_mlra import Vectors, constants, machine_of, norm_of
-from .step_kernels_mlra import (
-    AbsorbTile,
+from .step_attention_mlra import (
     AttentionShape,
     CachedRows,
-    ChoiceTile,
     Deal,
-    Ends,
     Parts,
-    ProductValueTile,
     Queries,
     Rope,
-    ValueTile,
     absorb_kernel,
-    choose_kernel,
-    embed_kernel,
+    absorb_plan,
     product_value_kernel,
+    product_value_plan,
     value_kernel,
     value_plan,
 )
+from .step_device_mlra import Vectors, constants, machine_of, norm_of
 from .step_linear_mlra import FEW_VECTORS, run
-from .step_linear_products_mlra import PRODUCT_SHARED_BYTES, padded
+from .step_linear_products_mlra import PRODUCT_SHARED_BYTES
 from .step_maps_mlra import LinearMap, weights_of
+from .step_tokens_mlra import Ends, choice_plan, choose_kernel, embed_kernel
 from .tensor_parallel_mlra import (
     gather_output,
     is_parallel,
@@ -180,13 +176,11 @@ class FusedStep:
         logits = self.logits_after(token_ids)
         if scores_of is not None:
             logits = scores_of(logits)
-        vocab_size, counts, ends = logits.shape[1], self.counters.numel(), end_tokens.numel()
-        block = min(16384, triton.next_power_of_2(vocab_size))
-        padded_counts, padded_ends = triton.next_power_of_2(counts), triton.next_power_of_2(max(1, ends))
+        vocab_size, ends = logits.shape[1], Ends(end_tokens, end_tokens.numel())
         self._launch(
-            choose_kernel, (self.num_tokens,), logits, vocab_size, unfinished, pad, Ends(end_tokens, ends), token_ids,
-            Vectors(sequences, sequences.stride(0)), column, self.counters, num_warps=16,
-            TILE=ChoiceTile(counts, padded_counts, padded_ends, block, triton.cdiv(vocab_size, block)),
+            choose_kernel, (self.num_tokens,), logits, vocab_size, unfinished, pad, ends, token_ids,
+            Vectors(sequences, sequences.stride(0)), column, self.counters,
+            TILE=choice_plan(vocab_size, self.counters.numel(), ends.number), num_warps=16,
         )  # fmt: skip
 
     def logits_after(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -238,18 +232,12 @@ class FusedStep:
     def absorb(self, layer: nn.Module, rows: torch.Tensor) -> None:
         attention, rotary = layer.self_attn, self.model.model.rotary_emb
         shape = self._attention_shape(attention)
-        padded_rank, padded_depth = (max(16, triton.next_power_of_2(width)) for width in (shape.R, shape.D))
-        columns = min(padded_rank, max(16, 8192 // padded_depth))
+        tile = absorb_plan(shape, self.few)
         self._launch(
-            absorb_kernel, (shape.L * shape.H, triton.cdiv(shape.R, columns) + self.num_tokens),
+            absorb_kernel, (shape.L * shape.H, triton.cdiv(shape.R, tile.RB) + self.num_tokens),
             self.queries, Vectors(self.downs, self.downs.stride(0)), self.q_width, *weights_of(attention.kv_b_proj),
             norm_of(attention.kv_a_layernorm, attention.alpha_kv), Rope(rotary.inv_freq, rotary.attention_scaling),
-            self.counters, CachedRows(rows, rows.stride(0), rows.stride(2)), SHAPE=shape,
-            TILE=AbsorbTile(
-                0 if self.few else padded(self.num_tokens), padded_depth, padded_rank, columns,
-                triton.next_power_of_2(shape.E // 2),
-            ),
-            num_warps=4,
+            self.counters, CachedRows(rows, rows.stride(0), rows.stride(2)), SHAPE=shape, TILE=tile, num_warps=4,
         )  # fmt: skip
 
     def attend(self, layer: nn.Module, rows: torch.Tensor) -> PartialResults | torch.Tensor:
@@ -277,22 +265,20 @@ class FusedStep:
         """Of what `attend` gave."""
         attention = layer.self_attn
         shape, (kv_b,) = self._attention_shape(attention), weights_of(attention.kv_b_proj)
-        heads, padded_rank = self.groups * shape.H, max(16, triton.next_power_of_2(shape.R))
-        output = kv_b, Vectors(self.downs[:, self.gate_at :], self.downs.stride(0)), self.heads, attention.alpha_attn
+        heads, gate = self.groups * shape.H, Vectors(self.downs[:, self.gate_at :], self.downs.stride(0))
+        output = kv_b, gate, self.heads, attention.alpha_attn
         if isinstance(attended, torch.Tensor):
-            block = max(16, min(32, triton.next_power_of_2(shape.V)))
+            whole = product_value_plan(shape)
             self._launch(
-                product_value_kernel, (heads, triton.cdiv(shape.V, block)), attended, *output, SHAPE=shape,
-                TILE=ProductValueTile(padded(self.num_tokens), padded_rank, block), num_warps=4,
+                product_value_kernel, (heads, triton.cdiv(shape.V, whole.VB)), attended, *output,
+                SHAPE=shape, TILE=whole, num_warps=4,
             )  # fmt: skip
             return
-        branches = triton.next_power_of_2(shape.C)
-        block = min(64, triton.next_power_of_2(shape.V), max(4, 16384 // (branches * padded_rank)))
-        plan = value_plan(attended.programs, branches * padded_rank)
+        tile, warps = value_plan(shape, attended.programs)
+        parts = Parts(attended.part, attended.lse, self.kv_end, self.kv_start)
         self._launch(
-            value_kernel, (heads, triton.cdiv(shape.V, block)),
-            Parts(attended.part, attended.lse, self.kv_end, self.kv_start), attended.programs, *output, SHAPE=shape,
-            TILE=ValueTile(branches, padded_rank, block, plan.pop("SPLITS")), DEAL=Deal(**attended.deal), **plan,
+            value_kernel, (heads, triton.cdiv(shape.V, tile.VB)), parts, attended.programs, *output,
+            SHAPE=shape, TILE=tile, DEAL=Deal(**attended.deal), num_warps=warps,
         )  # fmt: skip
 
     def out(self, layer: nn.Module) -> None:

@@ -118,7 +118,8 @@ def test_many_partial_results_of_each_sequence(variant, monkeypatch):
     plans = decode_triton_mlra.decode_plans
     changed = {"UNIT": 2, "MIN_UNITS": 1, "programs_per_sm": 4}
     monkeypatch.setattr(decode_triton_mlra, "decode_plans", lambda *arguments: [plans(*arguments)[0] | changed])
-    monkeypatch.setattr(step_mlra, "value_plan", lambda *_: {"SPLITS": 2, "num_warps": 4})
+    value_plan = step_mlra.value_plan
+    monkeypatch.setattr(step_mlra, "value_plan", lambda *a: (value_plan(*a)[0]._replace(SPLITS=2), 4))
     assert compare(variant, DEVICE)["logits"] < FUSED_FLOAT32_RATIO
 
 

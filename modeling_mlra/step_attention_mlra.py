@@ -1,4 +1,4 @@
-"""Triton kernels of the decoding step that are no linear maps, and their tiles; `step_mlra` has the steps and legend.
+"""Triton kernels of the steps `absorb` and `value`, around the attention; `step_mlra` has the steps and the legend.
 
 Each program loads its weights, and whatever else no kernel in front writes, before it waits for the kernel in front
 (programmatic dependent launch).
@@ -7,12 +7,11 @@ Each program loads its weights, and whatever else no kernel in front writes, bef
 from typing import Any, NamedTuple
 
 from .device_mlra import tl, triton
+from .step_device_mlra import padded
 
-embed_kernel: Any = None
 absorb_kernel: Any = None
 value_kernel: Any = None
 product_value_kernel: Any = None
-choose_kernel: Any = None
 
 
 class AttentionShape(NamedTuple):
@@ -55,16 +54,6 @@ class ProductValueTile(NamedTuple):
     VB: Any
 
 
-class ChoiceTile(NamedTuple):
-    """Counters and end tokens padded to powers of two; the vocabulary in CHUNKS of BLOCK."""
-
-    COUNTERS: Any
-    COUNTERS_P: Any
-    ENDS_P: Any
-    BLOCK: Any
-    CHUNKS: Any
-
-
 class Rope(NamedTuple):
     inv_freq: Any
     scale: Any
@@ -103,27 +92,10 @@ class Deal(NamedTuple):
     BIG: Any
 
 
-class Ends(NamedTuple):
-    """Tokens that end a sequence."""
-
-    tokens: Any
-    number: Any
-
-
 if triton is not None:
     from .decode_triton_mlra import _dot, _parts_of, _rescale
     from .step_device_mlra import rms_factor, wait_for_front
     from .step_maps_mlra import widen
-
-    @triton.jit
-    def embed_kernel(token_ids, stride, weight, hidden, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-        """The embeddings of the tokens, BLOCK numbers to a program; the kernel behind loads its weights meanwhile."""
-        if PDL:
-            tl.extra.cuda.gdc_launch_dependents()
-        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        token = tl.load(token_ids + tl.program_id(0) * stride).to(tl.int64)
-        row = tl.load(weight + token * WIDTH + columns, mask=columns < WIDTH, other=0.0)
-        tl.store(hidden + tl.program_id(0) * WIDTH + columns, row, mask=columns < WIDTH)
 
     @triton.jit
     def absorb_kernel(
@@ -139,23 +111,21 @@ if triton is not None:
         from column `kv_first` on.
         """
         latent, head = tl.program_id(0) // SHAPE.H, tl.program_id(0) % SHAPE.H
-        query_head = (latent // SHAPE.C) * SHAPE.H + head
         block, token = tl.program_id(1), tl.program_id(1) - (tl.num_programs(1) - SHAPE.M)
         if token < 0:
-            _absorb(queries, kv_b, latent, head, query_head, block, SHAPE, TILE, PDL)
+            _absorb(queries, kv_b, latent, head, block, SHAPE, TILE, PDL)
         else:
             _rotate_and_append(
-                queries, down, kv_first, norm, rope, counters, cache, latent, head, query_head, token, SHAPE, TILE, PDL
+                queries, down, kv_first, norm, rope, counters, cache, latent, head, token, SHAPE, TILE, PDL
             )
 
     @triton.jit
-    def _absorb(
-        queries, kv_b, latent, head, query_head, block, SHAPE: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr
-    ):
+    def _absorb(queries, kv_b, latent, head, block, SHAPE: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):
         """Token after token or (MP > 0) as one matrix product."""
         HEADS: tl.constexpr = SHAPE.L // SHAPE.C * SHAPE.H
         R: tl.constexpr = SHAPE.R
         D: tl.constexpr = SHAPE.D
+        query_head = (latent // SHAPE.C) * SHAPE.H + head
         depth, columns = tl.arange(0, TILE.DP), block * TILE.RB + tl.arange(0, TILE.RB)
         base = kv_b + (latent * SHAPE.H + head).to(tl.int64) * (D + SHAPE.V) * R
         mask = (depth < D)[:, None] & (columns < R)[None, :]
@@ -179,7 +149,7 @@ if triton is not None:
 
     @triton.jit
     def _rotate_and_append(
-        queries, down, kv_first, norm, rope, counters, cache, latent, head, query_head, token,
+        queries, down, kv_first, norm, rope, counters, cache, latent, head, token,
         SHAPE: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """A token's rotary query of one head; the first head also appends its latent, the first of all its key."""
@@ -187,6 +157,7 @@ if triton is not None:
         R: tl.constexpr = SHAPE.R
         D: tl.constexpr = SHAPE.D
         E: tl.constexpr = SHAPE.E
+        query_head = (latent // SHAPE.C) * SHAPE.H + head
         index, half = tl.arange(0, TILE.RP), tl.arange(0, TILE.EP)
         gamma = tl.load(norm.gamma + latent * R + index, mask=index < R, other=0.0).to(tl.float32)
         frequency = tl.load(rope.inv_freq + half, mask=half < E // 2, other=0.0)
@@ -323,45 +294,22 @@ if triton is not None:
         target = out + (m * (SHAPE.L // SHAPE.C) * H * V)[None, :] + column[:, None]
         tl.store(target, y.to(out.dtype.element_ty), mask=mask)
 
-    @triton.jit
-    def _first_of_the_largest(logits, vocab_size, TILE: tl.constexpr):
-        index = tl.arange(0, TILE.BLOCK)
-        top = tl.full([TILE.BLOCK], float("-inf"), tl.float32)
-        at = index
-        for i in tl.static_range(TILE.CHUNKS):
-            here = i * TILE.BLOCK + index
-            score = tl.load(logits + here, mask=here < vocab_size, other=float("-inf")).to(tl.float32)
-            score = tl.where(score != score, float("inf"), score)  # as torch.argmax takes NaN
-            at = tl.where(score > top, here, at)
-            top = tl.maximum(score, top)
-        return tl.min(tl.where(top == tl.max(top, 0), at, vocab_size), 0).to(tl.int64)
 
-    @triton.jit
-    def choose_kernel(
-        logits, vocab_size, unfinished, pad, ends, token_ids, sequences, column, counters,
-        TILE: tl.constexpr, PDL: tl.constexpr,
-    ):  # fmt: skip
-        """The first of the most likely tokens of one sequence, or `pad` behind its end; appends it and counts."""
-        m = tl.program_id(0)
-        wait_for_front(PDL)
-        token = _first_of_the_largest(logits + m * vocab_size, vocab_size, TILE)
-        going_on = tl.load(unfinished + m)
-        token = tl.where(going_on != 0, token, pad)
-        end = tl.arange(0, TILE.ENDS_P)
-        hit = (tl.load(ends.tokens + end, mask=end < ends.number, other=0) == token) & (end < ends.number)
-        tl.store(unfinished + m, tl.where(tl.max(hit.to(tl.int32), 0) != 0, 0, going_on))
-        place = tl.load(column + m)
-        tl.store(sequences.data + m * sequences.stride + place, token)
-        tl.store(column + m, place + 1)
-        tl.store(token_ids + m, token)
-        if m == 0:
-            number = tl.arange(0, TILE.COUNTERS_P)
-            count = tl.load(counters + number, mask=number < TILE.COUNTERS, other=0)
-            tl.store(counters + number, count + 1, mask=number < TILE.COUNTERS)
+def absorb_plan(shape: AttentionShape, one_by_one: bool) -> AbsorbTile:
+    rank, depth = (max(16, triton.next_power_of_2(width)) for width in (shape.R, shape.D))
+    columns = min(rank, max(16, 8192 // depth))
+    return AbsorbTile(0 if one_by_one else padded(shape.M), depth, rank, columns, triton.next_power_of_2(shape.E // 2))
 
 
-def value_plan(programs: int, width: int) -> dict[str, int]:
-    """How many partial results of `width` numbers are reduced at once, chosen on an H200 with
+def value_plan(shape: AttentionShape, programs: int) -> tuple[ValueTile, int]:
+    """Tile and warps for the partial results of so many programs, chosen on an H200 with
     `python -m scripts.bench_fused`."""
-    splits, warps = (2048, 4) if programs <= 16 else (8192, 8)
-    return {"SPLITS": max(2, splits // width), "num_warps": warps}
+    branches, rank = triton.next_power_of_2(shape.C), max(16, triton.next_power_of_2(shape.R))
+    block = min(64, triton.next_power_of_2(shape.V), max(4, 16384 // (branches * rank)))
+    numbers, warps = (2048, 4) if programs <= 16 else (8192, 8)
+    return ValueTile(branches, rank, block, max(2, numbers // (branches * rank))), warps
+
+
+def product_value_plan(shape: AttentionShape) -> ProductValueTile:
+    block = max(16, min(32, triton.next_power_of_2(shape.V)))
+    return ProductValueTile(padded(shape.M), max(16, triton.next_power_of_2(shape.R)), block)
