@@ -490,6 +490,11 @@ class MLRAForCausalLM(MLRAPreTrainedModel, GenerationMixin):
             model_kwargs[CACHE].made_for_call = True
         return result
 
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
+        """Not with rows that move to the CPU and back: compiled, such steps end the process, for every model."""
+        is_offloaded = getattr(model_kwargs.get(CACHE), "offloading", False)
+        return not is_offloaded and super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+
     def _sample(self, input_ids, *args, generation_config, synced_gpus=False, **kwargs):
         """Greedy decoding and sampling: the captured loop where it can run, else the library's."""
         settings = {"generation_config": generation_config, "synced_gpus": synced_gpus}

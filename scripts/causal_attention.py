@@ -19,6 +19,7 @@ from scripts.cli import UserError
 
 try:
     from flash_attn.cute import flash_attn_func as flash_attention_4
+    from flash_attn.cute.interface import _flash_attn_bwd as flash_attention_4_backward
 except ImportError:
     flash_attention_4 = None
 
@@ -55,7 +56,7 @@ def scaled_dot_product(backend: str) -> Callable:
 
 def block_mask(length: int, device: torch.device) -> BlockMask:
     """The causal mask of FlexAttention, made once for each length: not while compiling."""
-    place = length, str(device)
+    place = length, device.type
     if place not in BLOCK_MASKS:
         BLOCK_MASKS[place] = create_block_mask(
             lambda batch, head, query, key: query >= key, None, None, length, length, device=device
@@ -64,17 +65,61 @@ def block_mask(length: int, device: torch.device) -> BlockMask:
 
 
 def flex(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    mask = BLOCK_MASKS[query.shape[2], str(query.device)]
+    mask = BLOCK_MASKS[query.shape[2], query.device.type]
     attend = flex_attention if torch.compiler.is_compiling() else torch.compile(flex_attention)
     has_groups = query.shape[1] != key.shape[1]
     return attend(query, key, value, block_mask=mask, scale=scaling, enable_gqa=has_groups).transpose(1, 2), None
 
 
-@torch.compiler.disable
+@torch.library.custom_op("mlra_scripts::flash_attention_4", mutates_args=())
+def flash_4_forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """FlashAttention-4 as one operator, which a compiled layer need not break at: `[B, T, h, D]`, and log-sum-exp."""
+    return flash_attention_4(query, key, value, softmax_scale=scaling, causal=True, return_lse=True)
+
+
+@torch.library.custom_op("mlra_scripts::flash_attention_4_backward", mutates_args=())
+def flash_4_backward(
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    inputs = query, key, value, output, gradient.contiguous(), lse
+    return flash_attention_4_backward(*inputs, softmax_scale=scaling, causal=True)[:3]
+
+
+@flash_4_forward.register_fake
+def _(query, key, value, scaling):
+    batch, length, heads, _ = query.shape
+    lse = query.new_empty(batch, heads, length, dtype=torch.float32)
+    return query.new_empty(batch, length, heads, value.shape[-1]), lse
+
+
+@flash_4_backward.register_fake
+def _(gradient, query, key, value, output, lse, scaling):
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
+
+
+def keep_for_backward(ctx, inputs, output):
+    *tensors, ctx.scaling = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def backward(ctx, gradient, _):
+    return *flash_4_backward(gradient, *ctx.saved_tensors, ctx.scaling), None
+
+
+flash_4_forward.register_autograd(backward, setup_context=keep_for_backward)
+
+
 def flash_4(module, query, key, value, attention_mask, scaling=None, **kwargs):
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    output = flash_attention_4(query, key, value, softmax_scale=scaling, causal=True)
-    return output[0] if isinstance(output, tuple) else output, None
+    return flash_4_forward(query, key, value, scaling)[0], None
 
 
 def causal_attention(backend: str) -> str:

@@ -151,6 +151,17 @@ def test_offloaded_cache_is_the_latent_one(implementation):
     assert isinstance(cache, StaticCache) == (implementation == "offloaded_static")
 
 
+@pytest.mark.parametrize("offloading", [False, True])
+def test_no_compiled_steps_with_rows_that_move(offloading):
+    """The library compiles every static cache; with an offloaded one that ends the process on a GPU."""
+    model = tiny_model()
+    compiled = CompileConfig()
+    compiled._compile_all_devices = True
+    settings = GenerationConfig(compile_config=compiled)
+    kwargs = {CACHE: MLRACache(model.config, max_cache_len=8, offloading=offloading)}
+    assert model._valid_auto_compile_criteria(kwargs, settings) is not offloading
+
+
 @pytest.mark.parametrize("is_static", [False, True])
 def test_rows_move_to_the_cpu_and_back(is_static):
     model = tiny_model()

@@ -291,4 +291,4 @@ def test_obstacles_name_what_is_in_the_way(monkeypatch):
     model.model.layers[0].self_attn.o_proj = nn.Sequential(model.model.layers[0].self_attn.o_proj)
     assert "o_proj" in obstacle(model, 1)
     dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    assert "'dynamic'" in obstacle(tiny_model(dtype=torch.bfloat16, rope_parameters=dynamic), 1)
+    assert "'dynamic'" in obstacle(tiny_model(dtype=torch.bfloat16, rope_parameters=dynamic).to(DEVICE), 1)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from scripts.causal_attention import causal_attention
 from scripts.train import set_recomputation
@@ -211,3 +212,38 @@ def test_compiled_training_runs_cudnn(recompute):
             call(ids, labels=ids, use_cache=False, skip_logits=True).loss.backward()
     kernel = "aten::_scaled_dot_product_cudnn_attention"
     assert runs(profile, kernel) == runs(profile, kernel + "_backward") == 2 * 4
+
+
+def test_flash_attention_4_is_one_differentiable_operator(monkeypatch):
+    """Its plumbing with plain mathematics in the place of the GPU's kernels: compiled whole, torch's own gradients."""
+
+    def forward(query, key, value, softmax_scale, causal, return_lse):
+        assert causal and return_lse
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        scores = query @ key.transpose(2, 3) * softmax_scale
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
+        return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), scores.logsumexp(-1)
+
+    def backward(query, key, value, output, gradient, lse, softmax_scale, causal):
+        query, key, value, output, gradient = (x.transpose(1, 2) for x in (query, key, value, output, gradient))
+        weights = (query @ key.transpose(2, 3) * softmax_scale - lse[..., None]).exp().tril()
+        d_weights = gradient @ value.transpose(2, 3) - (gradient * output).sum(-1, keepdim=True)
+        d_scores = weights * d_weights * softmax_scale
+        gradients = d_scores @ key, d_scores.transpose(2, 3) @ query, weights.transpose(2, 3) @ gradient
+        return tuple(x.transpose(1, 2).contiguous() for x in gradients)
+
+    monkeypatch.setattr("scripts.causal_attention.flash_attention_4", forward)
+    monkeypatch.setattr("scripts.causal_attention.flash_attention_4_backward", backward, raising=False)
+    attend = ALL_ATTENTION_FUNCTIONS[causal_attention("fa4")]
+    inputs = [torch.randn(2, 3, 16, width, dtype=torch.float64, requires_grad=True) for width in (8, 8, 5)]
+    compiled = torch.compile(
+        lambda *x: attend(None, *x, None, scaling=0.3)[0].sin(), fullgraph=True, backend="aot_eager"
+    )
+    expected = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True, scale=0.3)
+    expected = expected.transpose(1, 2).sin()
+    output = compiled(*inputs)
+    gradient = torch.randn_like(output)
+    torch.testing.assert_close(output, expected, rtol=0, atol=MATHEMATICS_ATOL)
+    pairs = zip(*(torch.autograd.grad(x, inputs, gradient) for x in (output, expected)), strict=True)
+    for found, exact in pairs:
+        torch.testing.assert_close(found, exact, rtol=0, atol=MATHEMATICS_ATOL)
