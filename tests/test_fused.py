@@ -180,13 +180,15 @@ def test_which_kernel_runs_a_linear_map(monkeypatch):
     assert way(weight, machine=hopper._replace(hopper=False)) == "run_in_registers"
     assert way(weight, vectors=3) == "run_as_products"
     assert way(weight[:256], weight[256:512], swiglu=True) == "run_as_stream"
-    assert way(weight, weight) == "run_in_registers"  # stacked
     assert way(weight[:256]) == "run_in_registers"  # too small
     assert way(weight[:, :1000]) == "run_in_registers"  # rows apart
     assert way(torch.zeros(1024, 1001, dtype=torch.bfloat16)) == "run_in_registers"  # unaligned
     wide = torch.zeros(64, 28672, dtype=torch.bfloat16)
     assert way(wide) == "run_as_stream"
     assert way(wide, vectors=2) == "run_in_registers"
+    monkeypatch.setattr(step_linear_stream_mlra, "RING_SHARED_BYTES", 2**20)
+    assert way(wide, vectors=2) == "run_as_stream"
+    assert way(weight, weight) == "run_in_registers"  # stacked
 
 
 @pytest.mark.gpu
