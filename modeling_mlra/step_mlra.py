@@ -3,21 +3,26 @@
 Decoding reads every weight once per step and computes almost nothing, so its time is weight bytes over bandwidth plus
 what is lost between kernels. Here each program holds its tile of weights in registers before it waits for the kernel
 in front of it (programmatic dependent launch), so the memory stays busy across kernels; norms, rotations, the cache
-append, gates and residuals ride along, in float32. The parameters are the model's own. (On Hopper GPUs large weights
-stream through shared memory instead, `step_hopper_linear_mlra`.) More than two sequences go through tensor cores
-(`step_batch_linear_mlra`), and the partial results of kernel 4, which otherwise kernel 5 reduces, through one kernel
-more.
+append, gates and residuals ride along, in float32. The parameters are the model's own. Linear maps take one of three
+kernels (`step_linear_mlra`), by their number of vectors, their size and the GPU.
 
-    1  [q_a | kv_a | k_rope | gate] = norm(x) W        5  o = alpha_attn * sum over branches of z W_uv, gated
-    2  q = norm(q_a) W_qb                              6  x += o W_o
-    3  q_latent = q_nope W_uk; RoPE; append the row    7  m = silu(norm(x) W_gate) * (norm(x) W_up)
-    4  z = latent_attention(...)                       8  x += m W_down
+    down       [q_a | kv_a | k_rope | gate] = norm(x) W
+    query      q = norm(q_a) W_qb
+    absorb     q_latent = q_nope W_uk; RoPE; append the row
+    attend     z = latent_attention(...)
+    value      o = alpha_attn * sum over branches of z W_uv, gated
+    out        x += o W_o
+    gate_up    m = silu(norm(x) W_gate) * (norm(x) W_up)
+    down_proj  x += m W_down
 
-Under tensor parallelism each rank runs these kernels on its share of latents, heads, MLP and vocabulary. Kernels 6 and
-8 then add its part of the product to an equal part of the residual, and an all-reduce behind each gives x.
+`attend` leaves partial results. For a few sequences `value` merges them; otherwise a kernel of its own does.
 
-Legend: M sequences, K and N widths of a linear map, G groups, C branches, L = G * C latents, H heads per group,
-R latent, D_N / E / V positionless key, RoPE and value widths.
+Under tensor parallelism each rank runs these kernels on its share of latents, heads, MLP and vocabulary. `out` and
+`down_proj` then add its part of the product to an equal part of the residual, and an all-reduce behind each gives x.
+
+Legend of all `step_*` files: M tokens of all sequences, T of each; K inputs of a linear map, n rows of one of its
+weights; G groups, C branches, L = G * C latents, H heads per latent; R latent, D / E / V positionless key, RoPE and
+value widths; a name with P behind is padded to a power of two. "Rows" without more are those of a weight.
 """
 
 import weakref
@@ -26,23 +31,27 @@ import torch
 from torch import nn
 
 from .decode_mlra import asked_implementation
-from .decode_triton_mlra import partial_results, triton_latent_attention
+from .decode_triton_mlra import PartialResults, partial_results, triton_latent_attention
 from .device_mlra import device_facts, launch, launch_options, triton, triton_missing
-from .step_batch_linear_mlra import linear as batch_linear
-from .step_batch_linear_mlra import padded
-from .step_batch_linear_mlra import value as batch_value
-from .step_hopper_linear_mlra import linear as stream_linear
-from .step_hopper_linear_mlra import streams
-from .step_kernels_mlra import (
+from .step_attention_mlra import (
+    AttentionShape,
+    CachedRows,
+    Deal,
+    Parts,
+    Queries,
+    Rope,
     absorb_kernel,
-    choose_kernel,
-    embed_kernel,
-    linear_kernel,
-    linear_plan,
-    stacked,
+    absorb_plan,
+    product_value_kernel,
+    product_value_plan,
     value_kernel,
     value_plan,
 )
+from .step_device_mlra import Vectors, constants, machine_of, norm_of
+from .step_linear_mlra import FEW_VECTORS, run
+from .step_linear_products_mlra import PRODUCT_SHARED_BYTES
+from .step_maps_mlra import LinearMap, weights_of
+from .step_tokens_mlra import Ends, choice_plan, choose_kernel, embed_kernel
 from .tensor_parallel_mlra import (
     gather_output,
     is_parallel,
@@ -53,9 +62,7 @@ from .tensor_parallel_mlra import (
     tensor_parallel_mesh,
 )
 
-FEW_SEQUENCES = 2  # as many products are free beside the reading of the weights; more take tensor cores
 MAX_SEQUENCES = 32
-SHARED_BYTES = 56 * 2**10  # what the products of so many vectors take for their buffers of weights
 
 
 def obstacle(model: nn.Module, num_sequences: int) -> str | None:
@@ -69,8 +76,9 @@ def obstacle(model: nn.Module, num_sequences: int) -> str | None:
         return f"it takes bfloat16 or float16 weights, not {model.dtype}"
     if num_sequences > MAX_SEQUENCES:
         return f"it takes up to {MAX_SEQUENCES} sequences, not {num_sequences}"
-    if num_sequences > FEW_SEQUENCES and device_facts(model.device).shared_bytes < SHARED_BYTES:
-        return f"more than {FEW_SEQUENCES} sequences take {SHARED_BYTES} bytes of shared memory, which this GPU lacks"
+    if num_sequences > FEW_VECTORS and device_facts(model.device).shared_bytes < PRODUCT_SHARED_BYTES:
+        needed = f"{PRODUCT_SHARED_BYTES} bytes of shared memory"
+        return f"more than {FEW_VECTORS} sequences take {needed}, which this GPU lacks"
     if config.hidden_act != "silu":
         return f"it computes the activation 'silu', not {config.hidden_act!r}"
     if model.model.rotary_emb.rope_type in ("dynamic", "longrope"):
@@ -93,7 +101,8 @@ def obstacle(model: nn.Module, num_sequences: int) -> str | None:
 class FusedStep:
     """The kernels of one decoding step, bound to a model, a cache and buffers for M tokens, T of each sequence.
 
-    More than one token of a sequence are candidates to be verified together: each sees those in front of it.
+    More than one token of a sequence are candidates to be verified together: each sees those in front of it. Every
+    step of a layer is a method, and takes what the one in front has left in the buffers.
 
     Args:
         model: an `MLRAForCausalLM` that has no `obstacle`; of a tensor-parallel one every rank makes its step.
@@ -111,29 +120,29 @@ class FusedStep:
         self.kv_start, self.key_mask = kv_start, key_mask
         self.tokens_each = tokens_each
         self.num_tokens = (counters.numel() - 1) * tokens_each // (tokens_each + 1)
-        self.few = self.num_tokens <= FEW_SEQUENCES
         self.mesh = tensor_parallel_mesh(model)
         self.residual_share = 1.0 if self.mesh is None else 1 / self.mesh.size()
-        self.local_sizes = local_sizes(model.model.layers[0].self_attn)
-        latents, heads_per_latent, groups = self.local_sizes
+        latents, heads_per_latent, groups = local_sizes(model.model.layers[0].self_attn)
+        self.latents, self.heads_per_latent, self.groups = latents, heads_per_latent, groups
         heads = groups * heads_per_latent
-        self.widths_a = [config.q_lora_rank, latents * config.latent_head_dim, config.qk_rope_head_dim]
-        if config.attn_output_gate:
-            self.widths_a.append(heads * config.v_head_dim)
+        self.q_width = config.q_lora_rank
+        self.gate_at = config.q_lora_rank + latents * config.latent_head_dim + config.qk_rope_head_dim
+        gate_width = heads * config.v_head_dim if config.attn_output_gate else 0
 
         def buffer(width):
             return torch.empty(self.num_tokens, width, dtype=model.dtype, device=counters.device)
 
-        self.hidden, self.a = buffer(config.hidden_size), buffer(sum(self.widths_a))
-        self.q, self.q_rope = buffer(heads * config.qk_head_dim), buffer(heads * config.qk_rope_head_dim)
-        self.q_latent = buffer(latents * heads_per_latent * config.latent_head_dim)
+        self.hidden, self.downs = buffer(config.hidden_size), buffer(self.gate_at + gate_width)
+        self.queries = Queries(
+            buffer(heads * config.qk_head_dim),
+            buffer(latents * heads_per_latent * config.latent_head_dim),
+            buffer(heads * config.qk_rope_head_dim),
+        )
         self.heads = buffer(heads * config.v_head_dim)
         self.mlp = buffer(local_tensor(model.model.layers[0].mlp.up_proj.weight).shape[0])
         self.logits = buffer(local_tensor(model.lm_head.weight).shape[0])
         self.device = counters.device
-        facts = device_facts(self.device)
-        self.multiprocessors, self.early, self.hopper = facts.multiprocessors, facts.early, facts.hopper
-        self.arrived = torch.zeros(4 * self.multiprocessors, dtype=torch.int32, device=counters.device)
+        self.machine = machine_of(self.device)
 
     @property
     def model(self) -> nn.Module:
@@ -143,9 +152,14 @@ class FusedStep:
     def cache(self):
         return self._cache()
 
+    @property
+    def few(self) -> bool:
+        """Whether tokens go through the small kernels one by one."""
+        return self.num_tokens <= FEW_VECTORS
+
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Logits `[M, vocab_size]` after `token_ids` `[M]`; appends their rows to the cache and counts them."""
-        logits = self._logits_after(token_ids)
+        logits = self.logits_after(token_ids)
         self.counters.add_(self.tokens_each)
         return logits
 
@@ -159,39 +173,36 @@ class FusedStep:
             sequences: int64 `[M, S]`; the tokens go to column `column[m]`, int64 `[M]`, which moves on.
             scores_of: a function of the logits whose largest value is taken instead of the logits' own, for sampling.
         """
-        logits = self._logits_after(token_ids)
+        logits = self.logits_after(token_ids)
         if scores_of is not None:
             logits = scores_of(logits)
-        block = min(16384, triton.next_power_of_2(logits.shape[1]))
-        launch(
-            self.device, choose_kernel, (self.num_tokens,),
-            logits, logits.shape[1], unfinished, pad, end_tokens, end_tokens.numel(), token_ids,
-            sequences, sequences.stride(0), column, self.counters,
-            COUNTERS=self.counters.numel(), COUNTERS_P=triton.next_power_of_2(self.counters.numel()),
-            ENDS=triton.next_power_of_2(max(1, end_tokens.numel())), BLOCK=block,
-            CHUNKS=triton.cdiv(logits.shape[1], block), PDL=self.early, num_warps=16, **launch_options(self.early),
+        vocab_size, ends = logits.shape[1], Ends(end_tokens, end_tokens.numel())
+        self._launch(
+            choose_kernel, (self.num_tokens,), logits, vocab_size, unfinished, pad, ends, token_ids,
+            Vectors(sequences, sequences.stride(0)), column, self.counters,
+            TILE=choice_plan(vocab_size, self.counters.numel(), ends.number), num_warps=16,
         )  # fmt: skip
 
-    def _logits_after(self, token_ids: torch.Tensor) -> torch.Tensor:
+    def logits_after(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Logits `[M, vocab_size]` after `token_ids` `[M]`, whose rows are appended but not yet counted."""
         base = self.model.model
-        self._embed(local_tensor(base.embed_tokens.weight), token_ids)
+        self.embed(token_ids)
         for layer, cache_layer in zip(base.layers, self.cache.layers, strict=True):
-            self._attention(layer, cache_layer.rows)
-            self._add(layer.self_attn.o_proj, self.heads)
-            mlp, norm = layer.mlp, layer.post_attention_layernorm
-            self._linear(self.hidden, [mlp.gate_proj, mlp.up_proj], self.mlp, norm=norm, swiglu=True)
-            self._add(mlp.down_proj, self.mlp)
-        self._linear(self.hidden, [self.model.lm_head], self.logits, norm=base.norm)
+            self.attention(layer, cache_layer.rows)
+            self.out(layer)
+            self.gate_up(layer)
+            self.down_proj(layer)
+        self._run(LinearMap(weights_of(self.model.lm_head), base.norm), self.hidden, self.logits)
         return self.logits if self.mesh is None else gather_output(self.logits, self.mesh.get_group())
 
-    def _embed(self, weight: torch.Tensor, token_ids: torch.Tensor) -> None:
+    def embed(self, token_ids: torch.Tensor) -> None:
         """The embedding of each token, from the rank that keeps its row."""
+        weight = local_tensor(self.model.model.embed_tokens.weight)
         if self.mesh is None:
             width, block = weight.shape[1], 256
-            launch(
-                self.device, embed_kernel, (self.num_tokens, triton.cdiv(width, block)),
-                token_ids, token_ids.stride(0), weight, self.hidden,
-                WIDTH=width, BLOCK=block, PDL=self.early, num_warps=1,
+            self._launch(
+                embed_kernel, (self.num_tokens, triton.cdiv(width, block)),
+                token_ids, token_ids.stride(0), weight, self.hidden, WIDTH=width, BLOCK=block, num_warps=1,
             )  # fmt: skip
             return
         rows = token_ids - self.mesh.get_local_rank() * weight.shape[0]
@@ -199,103 +210,112 @@ class FusedStep:
         torch.index_select(weight, 0, rows.clamp(0, weight.shape[0] - 1), out=self.hidden)
         sum_output(self.hidden.mul_(kept[:, None]), self.mesh.get_group())
 
-    def _add(self, layer, x) -> None:
-        """hidden += layer(x), the input features of `layer` split over the ranks."""
-        self._linear(x, [layer], self.hidden, residual=self.hidden)
-        if self.mesh is not None:
-            sum_output(self.hidden, self.mesh.get_group())
+    def attention(self, layer: nn.Module, rows: torch.Tensor) -> None:
+        """`down` to `value` of a layer and its cached rows `[B, 1, S, width]`."""
+        self.down(layer)
+        self.query(layer)
+        self.absorb(layer, rows)
+        self.value(layer, self.attend(layer, rows))
 
-    def _linear(self, x, layers, out, norm=None, scale=1.0, swiglu=False, residual=None):
-        weights = [local_tensor(layer.weight) for layer in layers]
-        one_map = len(weights) == 1 or swiglu
-        if self.few and self.hopper and one_map and streams(weights, self.num_tokens):
-            stream_linear(
-                x, weights, out, norm, scale, residual, self.residual_share, self.multiprocessors, self.early
-            )
-            return
-        if not self.few:
-            batch_linear(
-                x, weights, out, norm, scale, swiglu, residual, self.residual_share, self.arrived,
-                self.multiprocessors, self.early,
-            )  # fmt: skip
-            return
-        inner = weights[0].shape[1]
-        plan = linear_plan(inner, swiglu, residual is not None, self.num_tokens)
-        blocks, stack = stacked(weights, plan["ROWS"], swiglu)
-        launch(
-            self.device, linear_kernel, (blocks,),
-            x, x.stride(0), x if norm is None else norm.weight, scale, 0.0 if norm is None else norm.variance_epsilon,
-            out if residual is None else residual, self.residual_share, out, out.stride(0), *stack,
-            K=inner, M=self.num_tokens, NORM=norm is not None, SWIGLU=swiglu,
-            RESIDUAL=residual is not None, PDL=self.early, **plan, **launch_options(self.early),
-        )  # fmt: skip
-
-    def _attention(self, layer, rows):
+    def down(self, layer: nn.Module) -> None:
         attention = layer.self_attn
-        config, batch = attention.config, self.num_tokens
-        latents, heads, groups = self.local_sizes
-        branches, rank, rope = latents // groups, config.latent_head_dim, config.qk_rope_head_dim
-        kv_b, latent_gamma = (local_tensor(m.weight) for m in (attention.kv_b_proj, attention.kv_a_layernorm))
-        nope, value = config.qk_nope_head_dim, config.v_head_dim
         first = [attention.q_a_proj, attention.kv_a_proj, attention.k_rope_proj]
-        if config.attn_output_gate:
+        if attention.config.attn_output_gate:
             first.append(attention.g_proj)
-        self._linear(self.hidden, first, self.a, norm=layer.input_layernorm)
-        self._linear(
-            self.a[:, : config.q_lora_rank], [attention.q_b_proj], self.q,
-            norm=attention.q_a_layernorm, scale=attention.alpha_q,
-        )  # fmt: skip
-        padded_rank, padded_nope = (max(16, triton.next_power_of_2(width)) for width in (rank, nope))
-        columns = min(padded_rank, max(16, 8192 // padded_nope))
-        rotary = self.model.model.rotary_emb
-        launch(
-            self.device, absorb_kernel, (latents * heads, triton.cdiv(rank, columns) + batch),
-            self.q, self.a, self.a.stride(0), config.q_lora_rank, kv_b, latent_gamma, rotary.inv_freq,
-            self.counters, self.q_latent, self.q_rope,
-            rows, rows.stride(0), rows.stride(2), attention.alpha_kv, attention.kv_a_layernorm.variance_epsilon,
-            rotary.attention_scaling, M=batch, T=self.tokens_each, MP=0 if self.few else padded(batch),
-            L=latents, C=branches, H=heads, R=rank, DN=nope, E=rope, V=value, DNP=padded_nope, RP=padded_rank,
-            RB=columns, EP=triton.next_power_of_2(rope // 2), PDL=self.early, num_warps=4,
-            **launch_options(self.early),
-        )  # fmt: skip
-        gate = self.a[:, sum(self.widths_a[:3]) :]
-        shape = {"M": batch, "L": latents, "C": branches, "H": heads, "R": rank, "DN": nope, "V": value}
-        shape |= {"RP": padded_rank, "GATE": config.attn_output_gate, "PDL": self.early}
-        z = self._latent_attention(attention, rows)
-        if not self._reduces_parts():
-            batch_value(z, kv_b, gate, self.heads, attention.alpha_attn, shape)
-            return
-        padded_branches = triton.next_power_of_2(branches)
-        block = min(64, triton.next_power_of_2(value), max(4, 16384 // (padded_branches * padded_rank)))
-        launch(
-            self.device, value_kernel, (groups * heads, triton.cdiv(value, block)),
-            z.part, z.lse, *self._lengths(), kv_b, gate, gate.stride(0), self.heads, attention.alpha_attn, z.programs,
-            CP=padded_branches, VB=block, **shape, **value_plan(z.programs, padded_branches * padded_rank), **z.deal,
-            **launch_options(self.early),
+        self._run(LinearMap(weights_of(*first), layer.input_layernorm), self.hidden, self.downs)
+
+    def query(self, layer: nn.Module) -> None:
+        attention = layer.self_attn
+        query_map = LinearMap(weights_of(attention.q_b_proj), attention.q_a_layernorm, attention.alpha_q)
+        self._run(query_map, self.downs[:, : self.q_width], self.queries.q)
+
+    def absorb(self, layer: nn.Module, rows: torch.Tensor) -> None:
+        attention, rotary = layer.self_attn, self.model.model.rotary_emb
+        shape = self._attention_shape(attention)
+        tile = absorb_plan(shape, self.few)
+        self._launch(
+            absorb_kernel, (shape.L * shape.H, triton.cdiv(shape.R, tile.RB) + self.num_tokens),
+            self.queries, Vectors(self.downs, self.downs.stride(0)), self.q_width, *weights_of(attention.kv_b_proj),
+            norm_of(attention.kv_a_layernorm, attention.alpha_kv), Rope(rotary.inv_freq, rotary.attention_scaling),
+            self.counters, CachedRows(rows, rows.stride(0), rows.stride(2)), SHAPE=shape, TILE=tile, num_warps=4,
         )  # fmt: skip
 
-    def _reduces_parts(self) -> bool:
-        """Whether kernel 5 itself reduces the partial results of kernel 4."""
-        return self.few and self.tokens_each == 1
-
-    def _lengths(self):
-        return self.counters[1 + self.num_tokens :], self.kv_start
-
-    def _latent_attention(self, attention, rows):
-        """Kernel 4: the partial results of a few sequences, which kernel 5 reduces, or the results of more.
+    def attend(self, layer: nn.Module, rows: torch.Tensor) -> PartialResults | torch.Tensor:
+        """Partial results for `value` to merge, or else the results `[M / T, T, L, H, R]`.
 
         Older rows and lengths are settled: of what it reads, the kernels in front of it in this step write this
         token's rows only, and no step begins before the one before has ended (`embed_kernel` is launched in the
         ordinary way).
         """
+        attention = layer.self_attn
         config, shape = attention.config, (-1, self.tokens_each)
-        latents, heads, groups = self.local_sizes
-        split, cached = latents * config.latent_head_dim, rows.squeeze(1)
+        split, cached = self.latents * config.latent_head_dim, rows.squeeze(1)
         arguments = (
-            self.q_latent.view(*shape, latents, heads, config.latent_head_dim),
-            self.q_rope.view(*shape, groups, heads, config.qk_rope_head_dim),
-            cached[..., :split].unflatten(-1, (latents, -1)),
+            self.queries.latent.view(*shape, self.latents, self.heads_per_latent, config.latent_head_dim),
+            self.queries.rope.view(*shape, self.groups, self.heads_per_latent, config.qk_rope_head_dim),
+            cached[..., :split].unflatten(-1, (self.latents, -1)),
             cached[..., split:],
-            *self._lengths(), self.key_mask, None, 0, attention.scaling, True,
+            self.kv_end, self.kv_start, self.key_mask, None, 0, attention.scaling, True,
         )  # fmt: skip
-        return partial_results(None, *arguments) if self._reduces_parts() else triton_latent_attention(*arguments)
+        if self.few and self.tokens_each == 1:
+            return partial_results(None, *arguments)
+        return triton_latent_attention(*arguments)
+
+    def value(self, layer: nn.Module, attended: PartialResults | torch.Tensor) -> None:
+        """Of what `attend` gave."""
+        attention = layer.self_attn
+        shape, (kv_b,) = self._attention_shape(attention), weights_of(attention.kv_b_proj)
+        heads, gate = self.groups * shape.H, Vectors(self.downs[:, self.gate_at :], self.downs.stride(0))
+        output = kv_b, gate, self.heads, attention.alpha_attn
+        if isinstance(attended, torch.Tensor):
+            whole = product_value_plan(shape)
+            self._launch(
+                product_value_kernel, (heads, triton.cdiv(shape.V, whole.VB)), attended, *output,
+                SHAPE=shape, TILE=whole, num_warps=4,
+            )  # fmt: skip
+            return
+        tile, warps = value_plan(shape, attended.programs)
+        parts = Parts(attended.part, attended.lse, self.kv_end, self.kv_start)
+        self._launch(
+            value_kernel, (heads, triton.cdiv(shape.V, tile.VB)), parts, attended.programs, *output,
+            SHAPE=shape, TILE=tile, DEAL=Deal(**attended.deal), num_warps=warps,
+        )  # fmt: skip
+
+    def out(self, layer: nn.Module) -> None:
+        self._add_to_hidden(layer.self_attn.o_proj, self.heads)
+
+    def gate_up(self, layer: nn.Module) -> None:
+        weights = weights_of(layer.mlp.gate_proj, layer.mlp.up_proj)
+        self._run(LinearMap(weights, layer.post_attention_layernorm, swiglu=True), self.hidden, self.mlp)
+
+    def down_proj(self, layer: nn.Module) -> None:
+        self._add_to_hidden(layer.mlp.down_proj, self.mlp)
+
+    @property
+    def kv_end(self) -> torch.Tensor:
+        """Each sequence's number of rows in use."""
+        return self.counters[1 + self.num_tokens :]
+
+    def _attention_shape(self, attention: nn.Module) -> AttentionShape:
+        config = attention.config
+        return AttentionShape(
+            M=self.num_tokens, T=self.tokens_each, L=self.latents, C=self.latents // self.groups,
+            H=self.heads_per_latent, R=config.latent_head_dim, D=config.qk_nope_head_dim, E=config.qk_rope_head_dim,
+            V=config.v_head_dim, GATE=config.attn_output_gate,
+        )  # fmt: skip
+
+    def _add_to_hidden(self, layer: nn.Module, x: torch.Tensor) -> None:
+        """hidden += layer(x), the input features of `layer` split over the ranks."""
+        linear_map = LinearMap(weights_of(layer), residual_share=self.residual_share)
+        self._run(linear_map, x, self.hidden, residual=self.hidden)
+        if self.mesh is not None:
+            sum_output(self.hidden, self.mesh.get_group())
+
+    def _run(self, linear_map: LinearMap, x: torch.Tensor, out: torch.Tensor, residual=None) -> None:
+        run(linear_map, x, out, self.machine, residual)
+
+    def _launch(self, kernel, grid: tuple, *arguments, **options) -> None:
+        """A kernel that waits on the device for the one in front; named tuples among the options are constants."""
+        options = {name: constants(x) if isinstance(x, tuple) else x for name, x in options.items()}
+        early = self.machine.early
+        launch(self.device, kernel, grid, *arguments, PDL=early, **options, **launch_options(early))

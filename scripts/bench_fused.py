@@ -1,8 +1,8 @@
-"""Time the fused decoding step and its kernels one by one, for several plans, on the released MLRA-4 shape.
+"""Time the fused decoding step and the steps of a layer one by one, for several plans, on the released MLRA-4 shape.
 
     python -m scripts.bench_fused --output evals/results/fused_h200
 
-Each kernel runs for all 24 layers in one CUDA graph, so that weights come from memory and not from the L2 cache. The
+Each runs for all 24 layers in one CUDA graph, so that weights come from memory and not from the L2 cache. The
 step is checked against the modules in float32 first, with and without rings of weights, and not timed if it is wrong.
 """
 
@@ -34,7 +34,15 @@ if __name__ == "__main__":
 import torch
 import triton
 
-from modeling_mlra import MLRACache, MLRAForCausalLM, step_batch_linear_mlra, step_hopper_linear_mlra, step_mlra
+from modeling_mlra import (
+    MLRACache,
+    MLRAForCausalLM,
+    step_linear_mlra,
+    step_linear_products_mlra,
+    step_linear_registers_mlra,
+    step_linear_stream_mlra,
+    step_mlra,
+)
 from scripts.bench_decode import read_ceiling
 from scripts.bench_generate import FilledCache, build, seconds
 from tests.fused_checks import compare
@@ -64,9 +72,9 @@ def filled_step(model: MLRAForCausalLM, context: int, sequences: int) -> tuple[M
 
 def rings(from_megabytes: int, **changed):
     """Weights from a size on through rings, with a changed plan; 2**20 megabytes stand for none."""
-    ring_plan = step_hopper_linear_mlra.ring_plan
+    ring_plan = step_linear_stream_mlra.ring_plan
     return patch.multiple(
-        step_hopper_linear_mlra,
+        step_linear_stream_mlra,
         RING_BYTES=from_megabytes * 2**20,
         ring_plan=lambda *arguments: ring_plan(*arguments) | changed,
     )
@@ -74,27 +82,27 @@ def rings(from_megabytes: int, **changed):
 
 def tiles(of_residual: bool, **changed):
     """Changed tiles for one of the two kinds of the kernel that holds its weights in registers."""
-    linear_plan = step_mlra.linear_plan
+    register_plan = step_linear_registers_mlra.register_plan
 
-    def plan(inner, swiglu, residual, vectors):
-        return linear_plan(inner, swiglu, residual, vectors) | (changed if residual == of_residual else {})
+    def plan(linear_map, vectors, residual):
+        return register_plan(linear_map, vectors, residual) | (changed if residual == of_residual else {})
 
-    return patch.multiple(step_mlra, linear_plan=plan)
+    return patch.multiple(step_linear_registers_mlra, register_plan=plan)
 
 
 def products(splits: int = 1, **changed):
     """Changed tiles of the products of many vectors, and `splits` times as many programs for the small weights."""
-    batch_linear_plan = step_batch_linear_mlra.batch_linear_plan
+    product_plan = step_linear_products_mlra.product_plan
 
     def plan(blocks, inner, multiprocessors):
-        return batch_linear_plan(blocks, inner, multiprocessors * splits) | changed
+        return product_plan(blocks, inner, multiprocessors * splits) | changed
 
-    return patch.multiple(step_batch_linear_mlra, batch_linear_plan=plan)
+    return patch.multiple(step_linear_products_mlra, product_plan=plan)
 
 
 def variants(sequences: int) -> dict:
     """Name -> what to time the step under."""
-    if sequences > step_mlra.FEW_SEQUENCES:
+    if sequences > step_linear_mlra.FEW_VECTORS:
         return {
             "shipped": contextlib.nullcontext(),
             **{f"{n} buffers": products(STAGES=n) for n in (2, 4)},
@@ -114,53 +122,21 @@ def variants(sequences: int) -> dict:
     }
 
 
-def kernels(step: step_mlra.FusedStep) -> dict:
-    """Name -> (function of a layer and its cache rows, bytes of weights it reads)."""
-    model, rank = step.model, step.model.config.q_lora_rank
-
-    def size(*layers):
-        return sum(layer.weight.nbytes for layer in layers)
-
-    layer = model.model.layers[0]
+def steps(step: step_mlra.FusedStep) -> dict:
+    """Step of a layer -> (what runs it for a layer and its cache rows, the linear layers whose weights it reads)."""
+    layer = step.model.model.layers[0]
     attention, mlp = layer.self_attn, layer.mlp
-    first = ("q_a_proj", "kv_a_proj", "k_rope_proj")
-
+    first = (attention.q_a_proj, attention.kv_a_proj, attention.k_rope_proj)
     return {
-        "1 latents of query and cache": (
-            lambda layer, rows: step._linear(
-                step.hidden, [getattr(layer.self_attn, name) for name in first], step.a, norm=layer.input_layernorm
-            ),
-            size(*(getattr(attention, name) for name in first)),
-        ),
-        "2 queries": (
-            lambda layer, rows: step._linear(
-                step.a[:, :rank], [layer.self_attn.q_b_proj], step.q, norm=layer.self_attn.q_a_layernorm
-            ),
-            size(attention.q_b_proj),
-        ),
-        "4 latent attention": (lambda layer, rows: step._latent_attention(layer.self_attn, rows), 0),
-        "1-5 attention": (
-            lambda layer, rows: step._attention(layer, rows),
-            size(*(getattr(attention, n) for n in (*first, "q_b_proj", "kv_b_proj"))),
-        ),
-        "6 output projection": (
-            lambda layer, rows: step._linear(
-                step.heads, [layer.self_attn.o_proj], step.hidden, residual=step.hidden
-            ),
-            size(attention.o_proj),
-        ),
-        "7 gate and up": (
-            lambda layer, rows: step._linear(
-                step.hidden, [layer.mlp.gate_proj, layer.mlp.up_proj], step.mlp,
-                norm=layer.post_attention_layernorm, swiglu=True,
-            ),
-            size(mlp.gate_proj, mlp.up_proj),
-        ),
-        "8 down": (
-            lambda layer, rows: step._linear(step.mlp, [layer.mlp.down_proj], step.hidden, residual=step.hidden),
-            size(mlp.down_proj),
-        ),
-    }  # fmt: skip
+        "down": (lambda layer, rows: step.down(layer), first),
+        "query": (lambda layer, rows: step.query(layer), (attention.q_b_proj,)),
+        "absorb": (step.absorb, ()),
+        "attend": (step.attend, ()),
+        "down to value": (step.attention, (*first, attention.q_b_proj, attention.kv_b_proj)),
+        "out": (lambda layer, rows: step.out(layer), (attention.o_proj,)),
+        "gate_up": (lambda layer, rows: step.gate_up(layer), (mlp.gate_proj, mlp.up_proj)),
+        "down_proj": (lambda layer, rows: step.down_proj(layer), (mlp.down_proj,)),
+    }
 
 
 @torch.no_grad()
@@ -171,7 +147,7 @@ def benchmark(arguments: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         raise UserError("this benchmark needs a CUDA device and found none")
     ways = {"registers": rings(2**20), "rings": rings(0)}
-    if arguments.sequences > step_mlra.FEW_SEQUENCES:
+    if arguments.sequences > step_linear_mlra.FEW_VECTORS:
         ways = {"tensor cores": contextlib.nullcontext()}
     checks = {}
     for name, way in ways.items():
@@ -191,7 +167,7 @@ def benchmark(arguments: argparse.Namespace) -> int:
         "check": checks,
         "read_ceiling_GB_s": read_ceiling(),
         "step_ms": {},
-        "kernels_us": {},
+        "steps_us": {},
     }
     tokens = torch.zeros(arguments.sequences, dtype=torch.long, device="cuda")
 
@@ -206,18 +182,19 @@ def benchmark(arguments: argparse.Namespace) -> int:
             with variant:
                 times[name] = step_ms(step, context)
             print(f"{context} {name}: {times[name]:.3f} ms", flush=True)
-        step.early = False
+        machine, step.machine = step.machine, step.machine._replace(early=False)
         times["without programmatic dependent launch"] = step_ms(step, context)
-        step.early = True
+        step.machine = machine
         if context == arguments.contexts[0]:
             layers = list(zip(model.model.layers, step.cache.layers, strict=True))
-            for name, (function, weight_bytes) in kernels(step).items():
+            for name, (function, read) in steps(step).items():
                 taken = graph_seconds(lambda: [function(a, b.rows) for a, b in layers]) / len(layers)  # noqa: B023
-                report["kernels_us"][name] = {"us": taken * 1e6}
-                if weight_bytes:
-                    report["kernels_us"][name]["weights_GB_s"] = weight_bytes / taken / 1e9
+                report["steps_us"][name] = {"us": taken * 1e6}
+                if read:
+                    weight_bytes = sum(linear.weight.nbytes for linear in read)
+                    report["steps_us"][name]["weights_GB_s"] = weight_bytes / taken / 1e9
         del cache, step
-    print(json.dumps({key: report[key] for key in ("read_ceiling_GB_s", "step_ms", "kernels_us")}, indent=1))
+    print(json.dumps({key: report[key] for key in ("read_ceiling_GB_s", "step_ms", "steps_us")}, indent=1))
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")

@@ -265,12 +265,12 @@ def measure_decode(model: MLRAForCausalLM, batch: int, context: int, replays: in
             )
 
     result["kernel_us_per_layer"] = median_time(kernels, device, replays) / len(layers)
-    if fused:  # kernels 1 to 6 and their all-reduce
+    if fused:  # from `down` to `out` and its all-reduce
 
         def attention():
             for layer, cached in zip(layers, cache.layers, strict=True):
-                step.run._attention(layer, cached.rows)
-                step.run._add(layer.self_attn.o_proj, step.run.heads)
+                step.run.attention(layer, cached.rows)
+                step.run.out(layer)
 
         result["attention_us_per_layer"] = median_time(attention, device, replays) / len(layers)
     if device.type == "cuda" and (latents, width, rope) == (1, 512, 64):

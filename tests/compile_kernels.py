@@ -32,8 +32,9 @@ from modeling_mlra import (
     MLRAForCausalLM,
     decode_triton_mlra,
     device_mlra,
-    step_batch_linear_mlra,
-    step_hopper_linear_mlra,
+    step_linear_products_mlra,
+    step_linear_registers_mlra,
+    step_linear_stream_mlra,
     step_mlra,
 )
 from modeling_mlra.device_mlra import DeviceFacts
@@ -45,9 +46,10 @@ TYPES |= {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
 PARTS = {"wgmma.mma_async": "matrix products", "cp.async.bulk.tensor": "bulk copies", "griddepcontrol.wait": "waits"}
 KERNELS = (
     (decode_triton_mlra, ("decode_kernel", "rows_kernel", "combine_kernel")),
-    (step_mlra, ("embed_kernel", "linear_kernel", "absorb_kernel", "value_kernel", "choose_kernel")),
-    (step_batch_linear_mlra, ("batch_linear_kernel", "batch_value_kernel")),
-    (step_hopper_linear_mlra, ("linear_kernel",)),
+    (step_mlra, ("embed_kernel", "absorb_kernel", "value_kernel", "product_value_kernel", "choose_kernel")),
+    (step_linear_registers_mlra, ("register_linear_kernel",)),
+    (step_linear_products_mlra, ("product_linear_kernel",)),
+    (step_linear_stream_mlra, ("stream_linear_kernel",)),
 )
 
 
@@ -96,8 +98,11 @@ class Result(NamedTuple):
         )
 
 
-def signature(parameter, value) -> tuple[str, list]:
-    """Type of an argument as the compiler names it, and what it may take for granted."""
+def signature(parameter, value) -> tuple:
+    """Type of an argument as the compiler names it, and what it may take for granted; of a named tuple, of each."""
+    if isinstance(value, tuple) and not parameter.is_constexpr:
+        types, known = zip(*(signature(parameter, field) for field in value), strict=True)
+        return type(value)(*types), type(value)(*known)
     if parameter.is_constexpr or value is None or isinstance(value, bool):
         return "constexpr", []
     if isinstance(value, torch.Tensor):
@@ -109,6 +114,15 @@ def signature(parameter, value) -> tuple[str, list]:
     if parameter.do_not_specialize:
         return "i32", []
     return ("constexpr", []) if value == 1 else ("i32", [["tt.divisibility", 16]] if value % 16 == 0 else [])
+
+
+def leaves(path: tuple, types, value, known):
+    """Where each number of an argument stands, with its type, itself and what is known of it."""
+    if not isinstance(types, tuple):
+        yield path, types, value, known
+        return
+    for index, of_field in enumerate(zip(types, value, known, strict=True)):
+        yield from leaves((*path, index), *of_field)
 
 
 def registers_and_spills(compiled) -> tuple[int, int]:
@@ -147,11 +161,13 @@ class Compiler:
         assert values.keys() == set(names), f"{kernel.__name__}: {set(names) ^ values.keys()}"
         types, constants, attributes = {}, {}, {}
         for index, parameter in enumerate(kernel.params):
-            types[parameter.name], known = signature(parameter, values[parameter.name])
-            if types[parameter.name] == "constexpr":
-                constants[(index,)] = values[parameter.name]
-            if known:
-                attributes[(index,)] = known
+            value = values[parameter.name]
+            types[parameter.name], known = signature(parameter, value)
+            for path, of_type, at_path, has in leaves((index,), types[parameter.name], value, known):
+                if of_type == "constexpr":
+                    constants[path] = at_path
+                if has:
+                    attributes[path] = has
         options = {k: v for k, v in keywords.items() if k not in names or k == "num_warps"}
         key = f"{kernel.__name__} {types} {constants} {options}"
         if key not in self.seen:

@@ -8,13 +8,17 @@ from modeling_mlra import (
     MLRACache,
     decode_plans_mlra,
     decode_triton_mlra,
-    step_batch_linear_mlra,
-    step_hopper_linear_mlra,
+    step_linear_mlra,
+    step_linear_products_mlra,
+    step_linear_registers_mlra,
+    step_linear_stream_mlra,
     step_mlra,
 )
 from modeling_mlra.device_mlra import DeviceFacts, device_facts
 from modeling_mlra.generation_mlra import captured_decodes
 from modeling_mlra.modeling_mlra import MLRARMSNorm
+from modeling_mlra.step_device_mlra import machine_of
+from modeling_mlra.step_maps_mlra import LinearMap
 from modeling_mlra.step_mlra import obstacle
 from tests.fused_checks import compare, verify_together
 from tests.models import VARIANTS, random_ids, rms_ratio, tiny_model
@@ -72,8 +76,8 @@ def test_several_tokens_of_a_sequence(variant, setting, batch, tokens_each):
 )
 def test_linear_of_many_vectors(inner, sizes, vectors, dtype, monkeypatch):
     """Against float64: tiles that end inside, sums of one program and of several, which count anew."""
-    multiprocessors, early, *_ = device_facts(torch.device(DEVICE))
-    plan = step_batch_linear_mlra.batch_linear_plan
+    machine = machine_of(torch.device(DEVICE))
+    plan = step_linear_products_mlra.product_plan
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -81,31 +85,30 @@ def test_linear_of_many_vectors(inner, sizes, vectors, dtype, monkeypatch):
 
     norm = MLRARMSNorm(inner, 1e-6).to(DEVICE, dtype)
     norm.weight.data.copy_(normal(inner))
-    x, weights = normal(vectors, inner + 8)[:, :inner], [normal(rows, inner) / inner**0.5 for rows in sizes]
+    x, weights = normal(vectors, inner + 8)[:, :inner], tuple(normal(rows, inner) / inner**0.5 for rows in sizes)
     exact, stacked = x.double(), torch.cat(weights).double()
     normed = exact * (exact.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * norm.weight.double()
     before, up = normal(vectors, sum(sizes)), normal(sizes[0], inner) / inner**0.5
     gated = nn.functional.silu(normed @ weights[0].double().T) * (normed @ up.double().T)
     cases = {
-        "norm": (weights, norm, 0.7, False, None, 0.7 * normed @ stacked.T),
-        "swiglu": ([weights[0], up], norm, 1.0, True, None, gated),
-        "residual": (weights, None, 1.0, False, before, exact @ stacked.T + 0.5 * before.double()),
+        "norm": (LinearMap(weights, norm, 0.7), None, 0.7 * normed @ stacked.T),
+        "swiglu": (LinearMap((weights[0], up), norm, swiglu=True), None, gated),
+        "residual": (LinearMap(weights, residual_share=0.5), before, exact @ stacked.T + 0.5 * before.double()),
     }
     limit = FUSED_FLOAT32_RATIO if dtype == torch.float32 else KERNEL_BF16_RATIO
     for splits in (1, 3):
         changed = {"SPLITS": splits, "WIDTH": 128 if DEVICE == "cuda" else 32}
-        monkeypatch.setattr(step_batch_linear_mlra, "batch_linear_plan", lambda *a, c=changed: plan(*a) | c)
-        for name, (used, used_norm, scale, swiglu, residual, expected) in cases.items():
+        monkeypatch.setattr(step_linear_products_mlra, "product_plan", lambda *a, c=changed: plan(*a) | c)
+        for name, (linear_map, residual, expected) in cases.items():
             out = torch.full(expected.shape, torch.nan, dtype=dtype, device=DEVICE)
-            arrived = torch.zeros(64, dtype=torch.int32, device=DEVICE)
-            arguments = (used_norm, scale, swiglu, residual, 0.5, arrived, multiprocessors, early)
-            step_batch_linear_mlra.linear(x, used, out, *arguments)
+            step_linear_mlra.run(linear_map, x, out, machine, residual)
             assert rms_ratio(expected, out.double()) < limit, f"{name}, {splits} programs"
-            assert not arrived.any()
+            assert not machine.arrived.any()
 
 
 def test_rows_in_several_chunks(monkeypatch):
-    monkeypatch.setattr(step_mlra, "linear_plan", lambda *_: {"ROWS": 8, "WIDTH": 8, "AHEAD": 2, "num_warps": 4})
+    plan = {"ROWS": 8, "WIDTH": 8, "AHEAD": 2, "num_warps": 4}
+    monkeypatch.setattr(step_linear_registers_mlra, "register_plan", lambda *_: dict(plan))
     assert compare("mlra_4", DEVICE)["logits"] < FUSED_FLOAT32_RATIO
 
 
@@ -115,7 +118,8 @@ def test_many_partial_results_of_each_sequence(variant, monkeypatch):
     plans = decode_triton_mlra.decode_plans
     changed = {"UNIT": 2, "MIN_UNITS": 1, "programs_per_sm": 4}
     monkeypatch.setattr(decode_triton_mlra, "decode_plans", lambda *arguments: [plans(*arguments)[0] | changed])
-    monkeypatch.setattr(step_mlra, "value_plan", lambda *_: {"SPLITS": 2, "num_warps": 4})
+    value_plan = step_mlra.value_plan
+    monkeypatch.setattr(step_mlra, "value_plan", lambda *a: (value_plan(*a)[0]._replace(SPLITS=2), 4))
     assert compare(variant, DEVICE)["logits"] < FUSED_FLOAT32_RATIO
 
 
@@ -151,7 +155,7 @@ def test_choice_of_the_next_token(end_tokens, monkeypatch):
     logits[0, [5, 17_000, 39_999]] = 50.0
     logits[1] = -torch.inf
     logits[3, [30_000, 31_000]] = torch.tensor([torch.inf, torch.nan], dtype=logits.dtype, device=DEVICE)
-    monkeypatch.setattr(step, "_logits_after", lambda token_ids: logits)
+    monkeypatch.setattr(step, "logits_after", lambda token_ids: logits)
     tokens = torch.zeros(4, dtype=torch.long, device=DEVICE)
     unfinished, column = torch.tensor([1, 1, 0, 1], device=DEVICE), torch.tensor([[2], [2], [2], [2]], device=DEVICE)
     sequences = torch.full((4, 4), -1, device=DEVICE)
@@ -163,18 +167,28 @@ def test_choice_of_the_next_token(end_tokens, monkeypatch):
     assert torch.equal(step.counters, counters + 1)
 
 
-def test_what_streams_through_rings(monkeypatch):
-    """Large weights whose rows bulk copies can take; the vectors must fit beside the rings."""
-    monkeypatch.setattr(step_hopper_linear_mlra, "RING_BYTES", 2**20)
+def test_which_kernel_runs_a_linear_map(monkeypatch):
+    """Through rings go large weights whose rows bulk copies can take; the vectors must fit beside the rings."""
+    monkeypatch.setattr(step_linear_stream_mlra, "RING_BYTES", 2**20)
+    hopper = machine_of(torch.device(DEVICE))._replace(hopper=True)
+
+    def way(*weights, vectors=1, machine=hopper, **settings):
+        return step_linear_mlra.runner_of(LinearMap(weights, **settings), vectors, machine).__name__
+
     weight = torch.zeros(1024, 1024, dtype=torch.bfloat16)
-    assert step_hopper_linear_mlra.streams([weight], 4)
-    assert step_hopper_linear_mlra.streams([weight[:256], weight[256:512]], 1)
-    assert not step_hopper_linear_mlra.streams([weight[:256]], 1)  # too small
-    assert not step_hopper_linear_mlra.streams([weight[:, :1000]], 1)  # rows apart
-    assert not step_hopper_linear_mlra.streams([torch.zeros(1024, 1001, dtype=torch.bfloat16)], 1)  # unaligned
+    assert way(weight) == way(weight, vectors=2) == "run_as_stream"
+    assert way(weight, machine=hopper._replace(hopper=False)) == "run_in_registers"
+    assert way(weight, vectors=3) == "run_as_products"
+    assert way(weight[:256], weight[256:512], swiglu=True) == "run_as_stream"
+    assert way(weight[:256]) == "run_in_registers"  # too small
+    assert way(weight[:, :1000]) == "run_in_registers"  # rows apart
+    assert way(torch.zeros(1024, 1001, dtype=torch.bfloat16)) == "run_in_registers"  # unaligned
     wide = torch.zeros(64, 28672, dtype=torch.bfloat16)
-    assert step_hopper_linear_mlra.streams([wide], 1)
-    assert not step_hopper_linear_mlra.streams([wide], 2)
+    assert way(wide) == "run_as_stream"
+    assert way(wide, vectors=2) == "run_in_registers"
+    monkeypatch.setattr(step_linear_stream_mlra, "RING_SHARED_BYTES", 2**20)
+    assert way(wide, vectors=2) == "run_as_stream"
+    assert way(weight, weight) == "run_in_registers"  # stacked
 
 
 @pytest.mark.gpu
@@ -183,7 +197,7 @@ def test_what_streams_through_rings(monkeypatch):
 @pytest.mark.parametrize(("inner", "rows"), [(1000, 20), (1024, 8 * 132 * 2), (3072, 9880), (9880, 3072)])
 def test_gpu_linear_through_rings(inner, rows, vectors, dtype, monkeypatch):
     """Against float64; rows and columns that end inside a tile, one and many turns of the rings."""
-    multiprocessors, early, *_ = device_facts(torch.device("cuda", 0))
+    machine = machine_of(torch.device("cuda", 0))
     generator = torch.Generator("cuda").manual_seed(0)
 
     def normal(*shape):
@@ -191,29 +205,28 @@ def test_gpu_linear_through_rings(inner, rows, vectors, dtype, monkeypatch):
 
     norm = MLRARMSNorm(inner, 1e-6).to("cuda", dtype)
     norm.weight.data.copy_(normal(inner))
-    x, weights = normal(vectors, inner), [normal(rows, inner) / inner**0.5 for _ in range(2)]
+    x, weights = normal(vectors, inner), tuple(normal(rows, inner) / inner**0.5 for _ in range(2))
     exact, (w, u) = x.double(), (weight.double() for weight in weights)
     normed = exact * (exact.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * norm.weight.double()
     before = normal(vectors, rows)
     cases = {
-        "swiglu": (weights, norm, 1.0, None, nn.functional.silu(normed @ w.T) * (normed @ u.T)),
-        "norm": (weights[:1], norm, 0.7, None, 0.7 * normed @ w.T),
-        "residual": (weights[:1], None, 1.0, before, exact @ w.T + 0.5 * before.double()),
+        "swiglu": (LinearMap(weights, norm, swiglu=True), None, nn.functional.silu(normed @ w.T) * (normed @ u.T)),
+        "norm": (LinearMap(weights[:1], norm, 0.7), None, 0.7 * normed @ w.T),
+        "residual": (LinearMap(weights[:1], residual_share=0.5), before, exact @ w.T + 0.5 * before.double()),
     }
-    monkeypatch.setattr(step_hopper_linear_mlra, "RING_BYTES", 0)
+    monkeypatch.setattr(step_linear_stream_mlra, "RING_BYTES", 0)
     limit = FUSED_FLOAT32_RATIO if dtype == torch.float32 else KERNEL_BF16_RATIO
-    for name, (used, used_norm, scale, residual, expected) in cases.items():
-        assert step_hopper_linear_mlra.streams(used, vectors)
+    for name, (linear_map, residual, expected) in cases.items():
+        assert step_linear_stream_mlra.streams(linear_map, vectors)
         out = torch.full((vectors, rows), torch.nan, dtype=dtype, device="cuda")
-        arguments = (used_norm, scale, residual, 0.5, multiprocessors, early)
-        step_hopper_linear_mlra.linear(x, used, out, *arguments)
+        step_linear_mlra.run(linear_map, x, out, machine, residual)
         off = ((out - expected).abs() > 10 * limit * expected.abs().clamp(min=0.1)).nonzero().tolist()
         assert rms_ratio(expected, out.double()) < limit, f"{name}: {len(off)} outputs are off, first {off[:8]}"
 
 
 @pytest.mark.gpu
 def test_gpu_fused_step_through_rings(monkeypatch):
-    monkeypatch.setattr(step_hopper_linear_mlra, "RING_BYTES", 0)
+    monkeypatch.setattr(step_linear_stream_mlra, "RING_BYTES", 0)
     assert compare("mlra_4", DEVICE)["logits"] < FUSED_FLOAT32_RATIO
 
 

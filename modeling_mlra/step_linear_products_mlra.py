@@ -1,0 +1,175 @@
+"""Linear maps of more than a few vectors, on tensor cores.
+
+The products stay cheap beside the reading of the weights, which is what the time of a step is made of. So that every
+multiprocessor reads, the columns of small weights are split over programs; the last one to arrive adds up their sums.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from .device_mlra import launch, launch_options, tl, triton
+from .step_device_mlra import Machine, constants, padded
+from .step_maps_mlra import LinearMap, map_arguments, stacked
+
+product_linear_kernel: Any = None
+
+ROWS = 64  # of a tile of weights: the height of the tensor cores' product on Hopper
+PRODUCT_SHARED_BYTES = 56 * 2**10  # what a program takes for its buffers of weights
+
+
+class ProductTile(NamedTuple):
+    """ROWS x WIDTH weights times MP vectors, STAGES of them on their way; SPLITS programs share a row block."""
+
+    MP: Any
+    ROWS: Any
+    WIDTH: Any
+    SPLITS: Any
+    STAGES: Any
+
+
+class Sums(NamedTuple):
+    """Room for what the programs of a row block leave for the last of them: sums and sums of squares, and a count."""
+
+    products: Any
+    squares: Any
+    arrived: Any
+
+
+if triton is not None:
+    from .decode_triton_mlra import _dot
+    from .step_device_mlra import rms_factor, swiglu, wait_for_front
+    from .step_maps_mlra import block_of
+
+    @triton.jit
+    def _vectors_tile(x, x_stride, first, K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, WIDTH: tl.constexpr):
+        """WIDTH columns from `first` on of the vectors [M, K], as [MP, WIDTH]."""
+        m, columns = tl.arange(0, MP), first + tl.arange(0, WIDTH)
+        mask = (m < M)[:, None] & (columns < K)[None, :]
+        return tl.load(x + (m * x_stride)[:, None] + columns[None, :], mask=mask, other=0.0)
+
+    @triton.jit
+    def _add_products(acc, squares, tile, gamma, x, first, SHAPE: tl.constexpr, TILE: tl.constexpr):
+        """Adds a tile's products with all vectors to [rows, MP], and the vectors' squares to [MP]."""
+        vectors = _vectors_tile(x.data, x.stride, first, SHAPE.K, SHAPE.M, TILE.MP, TILE.WIDTH)
+        if SHAPE.NORM:
+            exact = vectors.to(tl.float32)
+            squares += tl.sum(exact * exact, 1)
+            vectors = (exact * gamma.to(tl.float32)).to(vectors.dtype)
+        return _dot(tile, tl.trans(vectors), acc), squares
+
+    @triton.jit
+    def _products_of_all(x, norm, source, known, split, SHAPE: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):
+        """Sums [ROWS, MP] over a program's columns of the rows at `source`, and of the vectors' squares [MP].
+
+        The first tile is there before the wait, the others come through STAGES buffers.
+        """
+        WIDTH: tl.constexpr = TILE.WIDTH
+        PER_SPLIT: tl.constexpr = ((SHAPE.K + WIDTH - 1) // WIDTH + TILE.SPLITS - 1) // TILE.SPLITS * WIDTH
+        columns = tl.arange(0, WIDTH)[None, :]
+        start = split * PER_SPLIT
+        stop = tl.minimum(start + PER_SPLIT, SHAPE.K)
+        tile = tl.load(source + start + columns, mask=known & (start + columns < SHAPE.K), other=0.0)
+        gammas = _vectors_tile(norm.gamma, 0, start, SHAPE.K, 1, 1, WIDTH) if SHAPE.NORM else 1.0
+        wait_for_front(PDL)
+        acc = tl.zeros([TILE.ROWS, TILE.MP], tl.float32)
+        squares = tl.zeros([TILE.MP], tl.float32)
+        acc, squares = _add_products(acc, squares, tile, gammas, x, start, SHAPE, TILE)
+        if SHAPE.NORM:
+            gammas = _vectors_tile(norm.gamma, 0, start + WIDTH, SHAPE.K, 1, 1, WIDTH)
+        for k in tl.range(start + WIDTH, stop, WIDTH, num_stages=TILE.STAGES):
+            tile = tl.load(source + k + columns, mask=known & (k + columns < SHAPE.K), other=0.0)
+            acc, squares = _add_products(acc, squares, tile, gammas, x, k, SHAPE, TILE)
+            if SHAPE.NORM:
+                gammas = _vectors_tile(norm.gamma, 0, k + WIDTH, SHAPE.K, 1, 1, WIDTH)
+        return acc, squares
+
+    @triton.jit
+    def _places(sums, block, TILE: tl.constexpr):
+        """Where the first program of a row block leaves its sums; those of the next follow."""
+        index, m = tl.arange(0, TILE.ROWS), tl.arange(0, TILE.MP)
+        places = sums.products + (block * TILE.SPLITS * TILE.ROWS + index)[:, None] * TILE.MP + m[None, :]
+        return places, sums.squares + block * TILE.SPLITS * TILE.MP + m
+
+    @triton.jit
+    def _leave(acc, squares, sums, block, split, SHAPE: tl.constexpr, TILE: tl.constexpr):
+        """Stores a program's sums; how many of its row block have done so before."""
+        products_at, squares_at = _places(sums, block, TILE)
+        tl.store(products_at + split * TILE.ROWS * TILE.MP, acc)
+        if SHAPE.NORM:
+            tl.store(squares_at + split * TILE.MP, squares)
+        tl.debug_barrier()  # all of the program's sums are there before it counts as arrived
+        return tl.atomic_add(sums.arrived + block, 1, sem="acq_rel")
+
+    @triton.jit
+    def _add_up(sums, block, SHAPE: tl.constexpr, TILE: tl.constexpr):
+        """The sums of all programs of a row block, of which none is still to arrive."""
+        products_at, squares_at = _places(sums, block, TILE)
+        tl.store(sums.arrived + block, 0)
+        acc = tl.zeros([TILE.ROWS, TILE.MP], tl.float32)
+        squares = tl.zeros([TILE.MP], tl.float32)
+        for i in tl.static_range(TILE.SPLITS):
+            acc += tl.load(products_at + i * TILE.ROWS * TILE.MP, cache_modifier=".cg")
+            if SHAPE.NORM:
+                squares += tl.load(squares_at + i * TILE.MP, cache_modifier=".cg")
+        return acc, squares
+
+    @triton.jit
+    def product_linear_kernel(
+        x, norm, out, stack, apart, sums, SHAPE: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr
+    ):
+        """A linear map of a block of rows, of all M vectors at once, padded to MP. Products take 16-bit numbers: a
+        normed vector is rounded after its multiplication by gamma, as in the modules.
+
+        Of a SwiGLU half of a tile's rows are each weight's, w1 lying `apart` numbers behind w0 (all rows then have one
+        base, and are read in whole vectors).
+        """
+        index, m = tl.arange(0, TILE.ROWS), tl.arange(0, TILE.MP)
+        SHARE: tl.constexpr = TILE.ROWS // 2 if SHAPE.SWIGLU else TILE.ROWS
+        block, split = tl.program_id(0), tl.program_id(1)
+        w, n, first, inside = stack.w0, stack.n0, 0, block
+        if not SHAPE.SWIGLU:
+            w, n, first, inside = block_of(block, stack, TILE.ROWS)
+        rows = inside * SHARE + index % SHARE
+        offsets = rows.to(tl.int64) * SHAPE.K
+        if SHAPE.SWIGLU:
+            offsets += (index // SHARE) * apart
+        y, squares = _products_of_all(x, norm, w + offsets[:, None], (rows < n)[:, None], split, SHAPE, TILE, PDL)
+        if TILE.SPLITS > 1:
+            if _leave(y, squares, sums, block, split, SHAPE, TILE) < TILE.SPLITS - 1:
+                return
+            y, squares = _add_up(sums, block, SHAPE, TILE)
+        if SHAPE.NORM:
+            y *= rms_factor(squares, SHAPE.K, norm)[None, :]
+        if SHAPE.SWIGLU:
+            gate, up = tl.split(tl.permute(tl.reshape(y, [2, SHARE, TILE.MP]), (1, 2, 0)))
+            y = swiglu(gate, up)
+        rows = inside * SHARE + tl.arange(0, SHARE)
+        target = m[None, :] * out.stride + first + rows[:, None]
+        mask = (rows < n)[:, None] & (m < SHAPE.M)[None, :]
+        if SHAPE.RESIDUAL:
+            y += tl.load(out.residual + target, mask=mask, other=0.0).to(tl.float32) * out.share
+        tl.store(out.data + target, y.to(out.data.dtype.element_ty), mask=mask)
+
+
+def product_plan(blocks: int, inner: int, multiprocessors: int) -> dict[str, int]:
+    """Columns of a tile and programs per row block, chosen on an H200 with `python -m scripts.bench_fused`."""
+    programs = (4 if inner > 4096 else 2) * multiprocessors
+    return {"WIDTH": 128, "STAGES": 3, "SPLITS": max(1, min(programs // blocks, inner // 512)), "num_warps": 4}
+
+
+def run_as_products(linear_map: LinearMap, x, out, residual, machine: Machine) -> None:
+    """`step_linear_mlra.run` for more than a few vectors."""
+    weights, width = linear_map.weights, padded(x.shape[0])
+    blocks, stack = stacked(linear_map, ROWS // 2 if linear_map.swiglu else ROWS)
+    plan = {"MP": width, "ROWS": ROWS} | product_plan(blocks, linear_map.inner, machine.multiprocessors)
+    tile = ProductTile(*(plan.pop(name) for name in ProductTile._fields))
+    assert tile.SPLITS == 1 or blocks <= machine.arrived.numel(), f"{blocks} row blocks"
+    room = torch.empty(blocks * tile.SPLITS * width * (ROWS + 1), dtype=torch.float32, device=x.device)
+    sums = Sums(room, room[blocks * tile.SPLITS * width * ROWS :], machine.arrived)
+    apart = (weights[1].data_ptr() - weights[0].data_ptr()) // weights[0].element_size() if linear_map.swiglu else 0
+    *arguments, shape = map_arguments(linear_map, x, out, residual)
+    launch(
+        x.device, product_linear_kernel, (blocks, tile.SPLITS), *arguments, stack, apart, sums,
+        SHAPE=shape, TILE=constants(tile), PDL=machine.early, **plan, **launch_options(machine.early),
+    )  # fmt: skip

@@ -1,0 +1,114 @@
+"""Linear maps of a few vectors on any GPU: each program holds its tile of weights in registers before it waits."""
+
+from typing import Any, NamedTuple
+
+from .device_mlra import launch, launch_options, tl, triton
+from .step_device_mlra import Machine, constants
+from .step_maps_mlra import LinearMap, map_arguments, stacked
+
+register_linear_kernel: Any = None
+
+
+class RegisterTile(NamedTuple):
+    """Rows are read in chunks of WIDTH columns: the first AHEAD before the wait, each later one AHEAD chunks ahead."""
+
+    ROWS: Any
+    WIDTH: Any
+    AHEAD: Any
+
+
+if triton is not None:
+    from .step_device_mlra import rms_factor, swiglu, wait_for_front
+    from .step_maps_mlra import block_of, columns_of, weight_tile, widen
+
+    @triton.jit
+    def _tiles(pair, rows, n, chunk, SHAPE: tl.constexpr, TILE: tl.constexpr):
+        """One chunk of columns of the weight, of a SwiGLU of both."""
+        tiles = (weight_tile(pair[0], rows, n, chunk * TILE.WIDTH, SHAPE.K, TILE.WIDTH),)
+        if SHAPE.SWIGLU:
+            tiles = tiles + (weight_tile(pair[1], rows, n, chunk * TILE.WIDTH, SHAPE.K, TILE.WIDTH),)  # type: ignore[assignment]
+        return tiles
+
+    @triton.jit
+    def _products_of_one(
+        x, gamma, pair, rows, n, early, early_gamma, SHAPE: tl.constexpr, TILE: tl.constexpr, CHUNKS: tl.constexpr
+    ):
+        """Sums over the chunks of each weight's products with one vector [ROWS, WIDTH], and of its squares [WIDTH]."""
+        PARTS: tl.constexpr = 2 if SHAPE.SWIGLU else 1
+        tiles = early
+        accs = ()
+        for _part in tl.static_range(PARTS):
+            accs = accs + (tl.zeros([TILE.ROWS, TILE.WIDTH], tl.float32),)  # type: ignore[assignment]
+        squares = tl.zeros([TILE.WIDTH], tl.float32)
+        for i in tl.static_range(CHUNKS):
+            if i + TILE.AHEAD < CHUNKS:
+                tiles = tiles + _tiles(pair, rows, n, i + TILE.AHEAD, SHAPE, TILE)
+            row = columns_of(x, i * TILE.WIDTH, SHAPE.K, TILE.WIDTH).to(tl.float32)
+            if SHAPE.NORM:
+                squares += row * row
+                if i < TILE.AHEAD:
+                    row *= early_gamma[i].to(tl.float32)
+                else:
+                    row *= columns_of(gamma, i * TILE.WIDTH, SHAPE.K, TILE.WIDTH).to(tl.float32)
+            sums = ()
+            for part in tl.static_range(PARTS):
+                sums = sums + (accs[part] + widen(tiles[i * PARTS + part]) * row[None, :],)  # type: ignore[assignment]
+            accs = sums
+        return accs, squares
+
+    @triton.jit
+    def register_linear_kernel(x, norm, out, stack, SHAPE: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):
+        """A linear map of a block of rows, one vector after the other."""
+        CHUNKS: tl.constexpr = (SHAPE.K + TILE.WIDTH - 1) // TILE.WIDTH
+        w, n, first, block = stack.w0, stack.n0, 0, tl.program_id(0)
+        if not SHAPE.SWIGLU:
+            w, n, first, block = block_of(block, stack, TILE.ROWS)
+        pair = (w, stack.w1)
+        rows = block * TILE.ROWS + tl.arange(0, TILE.ROWS)
+        early, early_gamma = (), ()
+        for i in tl.static_range(min(TILE.AHEAD, CHUNKS)):
+            early = early + _tiles(pair, rows, n, i, SHAPE, TILE)
+            if SHAPE.NORM:
+                early_gamma = early_gamma + (columns_of(norm.gamma, i * TILE.WIDTH, SHAPE.K, TILE.WIDTH),)  # type: ignore[assignment]
+        wait_for_front(PDL)
+        for m in tl.static_range(SHAPE.M):
+            target = m * out.stride + first + rows
+            if SHAPE.RESIDUAL:
+                before = tl.load(out.residual + target, mask=rows < n, other=0.0).to(tl.float32)
+            accs, squares = _products_of_one(
+                x.data + m * x.stride, norm.gamma, pair, rows, n, early, early_gamma, SHAPE, TILE, CHUNKS
+            )
+            factor = rms_factor(tl.sum(squares), SHAPE.K, norm) if SHAPE.NORM else 1.0
+            y = tl.sum(accs[0], axis=1) * factor
+            if SHAPE.SWIGLU:
+                y = swiglu(y, tl.sum(accs[1], axis=1) * factor)
+            if SHAPE.RESIDUAL:
+                y += before * out.share
+            tl.store(out.data + target, y.to(out.data.dtype.element_ty), mask=rows < n)
+
+
+def register_plan(linear_map: LinearMap, vectors: int, residual: bool) -> dict[str, int]:
+    """Rows and columns of a program's tile, chosen on an H200 with `python -m scripts.bench_fused`.
+
+    Whole rows are there before the wait where a norm or two weights share the input. Few registers let more programs
+    of `down` start beside the last ones of the layer in front.
+    """
+    inner = linear_map.inner
+    width = triton.next_power_of_2(inner)
+    rows = 4096 // min(1024, width) if residual else (8192 if linear_map.swiglu else 16384) // width
+    if residual or inner <= 3072:
+        width = min(1024, width)
+    plan = {"ROWS": max(1, rows), "WIDTH": width, "AHEAD": 2 if residual else 3, "num_warps": 4}
+    return plan | ({"maxnreg": 88} if vectors == 1 and not residual and 1024 < inner <= 3072 else {})
+
+
+def run_in_registers(linear_map: LinearMap, x, out, residual, machine: Machine) -> None:
+    """`step_linear_mlra.run` for a few vectors."""
+    plan = register_plan(linear_map, x.shape[0], residual is not None)
+    tile = RegisterTile(*(plan.pop(name) for name in RegisterTile._fields))
+    blocks, stack = stacked(linear_map, tile.ROWS)
+    *arguments, shape = map_arguments(linear_map, x, out, residual)
+    launch(
+        x.device, register_linear_kernel, (blocks,), *arguments, stack,
+        SHAPE=shape, TILE=constants(tile), PDL=machine.early, **plan, **launch_options(machine.early),
+    )  # fmt: skip

@@ -1,0 +1,81 @@
+"""Triton kernels of a decoding step that read and choose tokens; `step_mlra` has the steps and the legend."""
+
+from typing import Any, NamedTuple
+
+from .device_mlra import tl, triton
+
+embed_kernel: Any = None
+choose_kernel: Any = None
+
+
+class ChoiceTile(NamedTuple):
+    """Counters and end tokens padded to powers of two; the vocabulary in CHUNKS of BLOCK."""
+
+    COUNTERS: Any
+    COUNTERS_P: Any
+    ENDS_P: Any
+    BLOCK: Any
+    CHUNKS: Any
+
+
+class Ends(NamedTuple):
+    """Tokens that end a sequence."""
+
+    tokens: Any
+    number: Any
+
+
+if triton is not None:
+    from .step_device_mlra import wait_for_front
+
+    @triton.jit
+    def embed_kernel(token_ids, stride, weight, hidden, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+        """The embeddings of the tokens, BLOCK numbers to a program; the kernel behind loads its weights meanwhile."""
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        token = tl.load(token_ids + tl.program_id(0) * stride).to(tl.int64)
+        row = tl.load(weight + token * WIDTH + columns, mask=columns < WIDTH, other=0.0)
+        tl.store(hidden + tl.program_id(0) * WIDTH + columns, row, mask=columns < WIDTH)
+
+    @triton.jit
+    def _first_of_the_largest(logits, vocab_size, TILE: tl.constexpr):
+        index = tl.arange(0, TILE.BLOCK)
+        top = tl.full([TILE.BLOCK], float("-inf"), tl.float32)
+        at = index
+        for i in tl.static_range(TILE.CHUNKS):
+            here = i * TILE.BLOCK + index
+            score = tl.load(logits + here, mask=here < vocab_size, other=float("-inf")).to(tl.float32)
+            score = tl.where(score != score, float("inf"), score)  # as torch.argmax takes NaN
+            at = tl.where(score > top, here, at)
+            top = tl.maximum(score, top)
+        return tl.min(tl.where(top == tl.max(top, 0), at, vocab_size), 0).to(tl.int64)
+
+    @triton.jit
+    def choose_kernel(
+        logits, vocab_size, unfinished, pad, ends, token_ids, sequences, column, counters,
+        TILE: tl.constexpr, PDL: tl.constexpr,
+    ):  # fmt: skip
+        """The first of the most likely tokens of one sequence, or `pad` behind its end; appends it and counts."""
+        m = tl.program_id(0)
+        wait_for_front(PDL)
+        token = _first_of_the_largest(logits + m * vocab_size, vocab_size, TILE)
+        going_on = tl.load(unfinished + m)
+        token = tl.where(going_on != 0, token, pad)
+        end = tl.arange(0, TILE.ENDS_P)
+        hit = (tl.load(ends.tokens + end, mask=end < ends.number, other=0) == token) & (end < ends.number)
+        tl.store(unfinished + m, tl.where(tl.max(hit.to(tl.int32), 0) != 0, 0, going_on))
+        place = tl.load(column + m)
+        tl.store(sequences.data + m * sequences.stride + place, token)
+        tl.store(column + m, place + 1)
+        tl.store(token_ids + m, token)
+        if m == 0:
+            number = tl.arange(0, TILE.COUNTERS_P)
+            count = tl.load(counters + number, mask=number < TILE.COUNTERS, other=0)
+            tl.store(counters + number, count + 1, mask=number < TILE.COUNTERS)
+
+
+def choice_plan(vocab_size: int, num_counters: int, num_ends: int) -> ChoiceTile:
+    block, power = min(16384, triton.next_power_of_2(vocab_size)), triton.next_power_of_2
+    chunks = triton.cdiv(vocab_size, block)
+    return ChoiceTile(num_counters, power(num_counters), power(max(1, num_ends)), block, chunks)
