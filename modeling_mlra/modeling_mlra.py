@@ -323,6 +323,7 @@ class MLRAAttention(nn.Module):
 
             output, weights = recompute_inputs(attend, q_latent, latents, k_rope, self.kv_b_proj())
         else:
+            assert query is not None
             output, weights = self.attend_expanded(query, latents, k_rope, self.kv_b_proj(), mask, **kwargs)
 
         output = output.reshape(*hidden_states.shape[:2], -1)  # [B, T, G*H*V]
