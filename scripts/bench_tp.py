@@ -68,8 +68,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.integrations.tensor_parallel import apply_tensor_parallelism
 
 from modeling_mlra import MLRACache, MLRAConfig, MLRAForCausalLM
+from modeling_mlra.capture_step_mlra import DecodingStep
 from modeling_mlra.decode_mlra import latent_attention
-from modeling_mlra.generation_mlra import DecodingStep, captured_decodes
+from modeling_mlra.generation_mlra import captured_decodes
 from modeling_mlra.tensor_parallel_mlra import (
     check_tensor_parallel_size,
     local_sizes,
