@@ -404,7 +404,7 @@ def draw(path: Path, timed: dict[str, dict], gpu: str) -> None:
     bars = axes.barh(list(timed), [values["share_of_989"] for values in timed.values()])
     axes.bar_label(bars, [f"{values['tokens_per_s']:,.0f} tokens/s" for values in timed.values()], padding=3)
     axes.invert_yaxis()
-    axes.margins(x=0.25)
+    axes.margins(x=0.35)
     axes.set(xlabel=f"model FLOPs as a share of 989 TFLOP/s, one {gpu}")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=120, metadata={"Software": None})
