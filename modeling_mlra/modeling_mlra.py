@@ -4,6 +4,8 @@ Prefill and training run the expanded form through the library's attention inter
 on the latent cache (`attention_mlra`). Both use the same parameters.
 """
 
+from contextlib import nullcontext
+
 import torch
 import transformers
 from torch import nn
@@ -29,6 +31,7 @@ from .attention_mlra import MAX_ABSORBED_QUERIES, absorbed_attention, expanded_a
 from .cache_mlra import MLRACache, check_prefix
 from .capture_mlra import free_spares
 from .configuration_mlra import MLRAConfig
+from .device_mlra import on_device
 from .forwards_mlra import captured_forwards, captured_logits
 from .generation_mlra import can_capture, captured_decode
 from .library_mlra import (
@@ -240,7 +243,10 @@ class MLRAAttention(nn.Module):
                 latents, k_rope = latents[0], k_rope[0]
             return latents, k_rope, attention_mask if rows is None else rows
         has_prefix = absorbed or not isinstance(past := cache.get_seq_length(self.layer_idx), int) or past > 0
-        cached = cache.update(latents.unsqueeze(1), k_rope.unsqueeze(1), self.layer_idx)
+        # Kernels of other packages, as those of a quantized cache, are launched on the current device
+        starts_others = not (isinstance(cache, MLRACache) or torch.compiler.is_compiling())
+        with on_device(latents.device) if starts_others else nullcontext():
+            cached = cache.update(latents.unsqueeze(1), k_rope.unsqueeze(1), self.layer_idx)
         if not has_prefix:
             return latents, k_rope, attention_mask
         latents, k_rope = cached[0].squeeze(1), cached[1].squeeze(1)
