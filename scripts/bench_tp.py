@@ -254,12 +254,10 @@ def measure_decode(model: MLRAForCausalLM, batch: int, context: int, replays: in
 
     def kernels():
         for layer in cache.layers:
-            held = layer.rows[:, 0]
             latent_attention(
                 q_latent,
                 q_rope,
-                held[..., : latents * width].unflatten(-1, (latents, width)),
-                held[..., latents * width :],
+                *layer.format.views(layer.rows[:, 0], latents),
                 kv_end=in_use,
                 scaling=config.score_scaling,
                 implementation=config.decode_implementation,
