@@ -52,6 +52,7 @@ from transformers.cache_utils import Cache
 from evals.common import CONFIGURATIONS, PUBLISHED, environment, markdown_table, publish_table, write_json
 from modeling_mlra import MLRACache, MLRAConfig, MLRAForCausalLM
 from modeling_mlra.library_mlra import CACHE
+from modeling_mlra.rows_mlra import RowFormat
 from modeling_mlra.tensor_parallel_mlra import tensor_parallel_layout
 
 TABLE = PUBLISHED["cache"]
@@ -100,7 +101,7 @@ def latent_share(config: MLRAConfig, devices: int) -> tuple[Share, MLRAConfig]:
     latents, r, e = groups * branches, config.latent_head_dim, config.qk_rope_head_dim
     latent_flops = 2 * latents * heads * r * 2
     share = Share(
-        numbers=latents * r + e,
+        numbers=RowFormat.of_config(config, latents).width,
         flops=latent_flops + 2 * groups * heads * e,
         flops_per_branch=latent_flops + 2 * latents * heads * e,
     )

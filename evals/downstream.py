@@ -1,6 +1,7 @@
 """Zero-shot accuracy with lm-evaluation-harness: the paper's seven tasks, or any others.
 
     python -m evals.downstream --model DIR [--published] [--output results.json]
+    python -m evals.downstream --model DIR --local build/tasks                      # evals.local_tasks: no network
     python -m evals.downstream --model DIR --tasks my_task --include-path FOLDER --limit 100
     accelerate launch -m evals.downstream --model DIR                               # data parallel, one copy per GPU
     torchrun --nproc-per-node 4 -m evals.downstream --model DIR --tensor-parallel   # one copy over all GPUs
@@ -38,7 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = cli.Parser("evals.downstream", __doc__)
     parser.add_argument("--model", type=Path, required=True, help="model folder")
     parser.add_argument("--tasks", nargs="+", help="tasks or groups of the harness (default: the paper's seven)")
-    parser.add_argument("--include-path", type=Path, metavar="DIR", help="folder with more tasks")
+    folder = parser.add_mutually_exclusive_group()
+    folder.add_argument("--include-path", type=Path, metavar="DIR", help="folder with more tasks")
+    folder.add_argument("--local", type=Path, metavar="DIR", help="folder of evals.local_tasks; use no other tasks")
     parser.add_argument("--limit", type=float, help="so many samples per task; below 1, that share of them")
     parser.add_argument(
         "--published", action="store_true", help="numerics of the paper: float32 weights, bfloat16 autocast"
@@ -85,19 +88,30 @@ GROUP_FILE = TASK_FOLDER / "mlra_zero_shot.yaml"
 SHARE = re.compile(r"(^|_)(acc|em|f1|exact_match|pass(@|_at_)\d+)(_|$)")
 
 
-def find_tasks(names: list[str], include_path: Path | None) -> "TaskManager":
+def find_tasks(names: list[str], include_path: Path | None, local: Path | None = None) -> "TaskManager":
     """A task manager that knows all `names`; the harness's own tasks are read only if a local folder lacks one.
+
+    Args:
+        include_path: a folder with more tasks.
+        local: one that must have all that evals/tasks has not.
 
     Raises:
         UserError: for a task that is unknown, or a folder that is not there.
     """
     folders = [TASK_FOLDER]
-    if include_path is not None:
-        if not include_path.is_dir():
-            raise UserError(f"--include-path {include_path} is no folder")
-        folders.append(include_path)
+    for option, folder in (("--include-path", include_path), ("--local", local)):
+        if folder is not None:
+            if not folder.is_dir():
+                raise UserError(f"{option} {folder} is no folder")
+            folders.append(folder)
     manager = TaskManager(include_path=folders, include_defaults=False)
-    if not all(name in manager.all_subtasks for name in names):
+    if local is not None:
+        missing = [name for name in names if name not in manager.all_tasks]
+        if missing:
+            raise UserError(
+                f"{local} has no task {missing[0]}: `python -m evals.local_tasks --output {local}` writes it"
+            )
+    elif not all(name in manager.all_subtasks for name in names):
         manager = TaskManager(include_path=folders)
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
@@ -178,7 +192,7 @@ def evaluate(args: argparse.Namespace) -> None:
     for name in (name for name in names if name in results.entries):
         print(f"{name}: already in {args.output}", file=sys.stderr)
     if todo:
-        manager = find_tasks(todo, args.include_path)
+        manager = find_tasks(todo, args.include_path, args.local)
         harness = load_harness_model(args)
         # Every process has read the file by now, so that all of them do the same tasks.
         if torch.distributed.is_initialized():

@@ -56,14 +56,17 @@ def fastest_sdpa(query: torch.Tensor, attention_mask: torch.Tensor | None) -> Ab
 def up_projections(kv_b_weight: torch.Tensor, num_latents: int, nope_dim: int, v_dim: int):
     """Split the latent up-projection `[L*H*(N+V), R]` into `W_uk [L, H, N, R]` and `W_uv [L, H, V, R]` (views)."""
     weight = kv_b_weight.view(num_latents, -1, nope_dim + v_dim, kv_b_weight.shape[-1])  # [L, H, N + V, R]
-    return weight.split([nope_dim, v_dim], dim=2)
+    return weight.split_with_sizes([nope_dim, v_dim], dim=2)
 
 
 def branch_sum(head_outputs: torch.Tensor, num_groups: int, alpha: float) -> torch.Tensor:
     """Sum the branches of each head: `[B, T, L, H, V]` to `[B, T, G*H, V]`, scaled by alpha_attn (paper, eq. 8)."""
     batch, queries, latents, heads, v_dim = head_outputs.shape
-    summed = head_outputs.view(batch, queries, num_groups, latents // num_groups, heads, v_dim).sum(dim=3)
-    return summed.reshape(batch, queries, num_groups * heads, v_dim) * alpha
+    summed = head_outputs
+    if latents > num_groups:
+        summed = head_outputs.view(batch, queries, num_groups, latents // num_groups, heads, v_dim).sum(dim=3)
+    summed = summed.reshape(batch, queries, num_groups * heads, v_dim)
+    return summed if alpha == 1.0 else summed * alpha
 
 
 def sum_scaled(terms: Sequence[torch.Tensor], alpha: float) -> torch.Tensor:
@@ -208,10 +211,12 @@ def absorbed_attention(
     num_groups = q_nope.shape[2] // heads
     branches = num_latents // num_groups
     w_uk, w_uv = up_projections(kv_b_weight, num_latents, nope_dim, v_dim)
-    q_nope, q_rope = (part.view(batch, queries, num_groups, heads, -1) for part in (q_nope, q_rope))
+    q_nope = q_nope.view(batch, queries, num_groups, heads, -1)
+    q_rope = q_rope.view(batch, queries, num_groups, heads, -1)
 
     # q_latent[l, i] = W_uk[l, i]^T q_nope[i], batched over (l, i): [L*H, B*T, N] x [L*H, N, R]
-    q_nope = q_nope.unsqueeze(3).expand(-1, -1, -1, branches, -1, -1)
+    if branches > 1:
+        q_nope = q_nope.unsqueeze(3).expand(-1, -1, -1, branches, -1, -1)
     q_nope = q_nope.reshape(batch * queries, num_latents * heads, nope_dim).transpose(0, 1)
     q_latent = torch.bmm(q_nope, w_uk.flatten(0, 1)).transpose(0, 1)
     q_latent = q_latent.reshape(batch, queries, num_latents, heads, rank)

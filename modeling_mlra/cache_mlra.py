@@ -14,6 +14,8 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache, StaticLayer
 from transformers.configuration_utils import PreTrainedConfig
 
+from .rows_mlra import RowFormat
+
 
 def ordinary_tensors() -> AbstractContextManager:
     """Where a tensor made is an ordinary one, even under `torch.inference_mode()`.
@@ -35,7 +37,7 @@ class LatentRows:
     device: torch.device
     is_initialized = False
     supports_early_init = False  # the library would allocate keys and values of heads
-    widths = (0, 0)  # of a row of latents and of a rotary key
+    format: RowFormat  # from the first update on
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -133,9 +135,9 @@ class MLRADynamicLayer(LatentRows, CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.widths = key_states.shape[-1], value_states.shape[-1]
+        self.format = RowFormat.of(key_states, value_states)
         with ordinary_tensors():
-            self._set_rows(key_states.new_empty(key_states.shape[0], 1, 0, sum(self.widths)))
+            self._set_rows(key_states.new_empty(key_states.shape[0], 1, 0, self.format.width))
         self.is_initialized = True
 
     def _set_rows(self, rows: torch.Tensor) -> None:
@@ -146,10 +148,10 @@ class MLRADynamicLayer(LatentRows, CacheLayerMixin):
         if index in self._assigned or not self.is_initialized:
             return self._assigned.get(index)
         self._num_seen = max(self._num_seen, self._length)
-        return self._rows[:, :, : self._length].split(self.widths, dim=-1)[index]
+        return self.format.split(self._rows[:, :, : self._length])[index]
 
     def _assignable(self, index: int) -> tuple[int | None, ...]:
-        return None, 1, None, self.widths[index] if self.is_initialized else None
+        return None, 1, None, (self.format.latents, self.format.rope)[index] if self.is_initialized else None
 
     def _take(self, index: int, part) -> None:
         self._assigned[index] = part
@@ -159,7 +161,7 @@ class MLRADynamicLayer(LatentRows, CacheLayerMixin):
             self._assigned.clear()
             self.lazy_initialization(*parts)
             with ordinary_tensors():
-                self._set_rows(torch.cat(parts, dim=-1))
+                self._set_rows(self.format.join(*parts))
             self._length = part.shape[2]
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
@@ -178,7 +180,7 @@ class MLRADynamicLayer(LatentRows, CacheLayerMixin):
         """
         if not self.is_initialized and not self._assigned:
             self.lazy_initialization(key_states, value_states)
-        rows, new_rows = self.rows, torch.cat([key_states, value_states], dim=-1)
+        rows, new_rows = self.rows, self.format.join(key_states, value_states)
         if rows.shape[0] != new_rows.shape[0]:
             raise ValueError(f"the cache holds {rows.shape[0]} sequences, and these tokens are of {new_rows.shape[0]}")
         start, end = self._length, self._length + new_rows.shape[2]
@@ -191,7 +193,7 @@ class MLRADynamicLayer(LatentRows, CacheLayerMixin):
                 self._grow(self._reserved if self._reserved >= end else end + max(end // 4, self.min_growth))
             self._rows[:, :, start:end] = new_rows
         self._length = end
-        return self._rows[:, :, :end].split(self.widths, dim=-1)
+        return self.format.split(self._rows[:, :, :end])
 
     def reserve(self, capacity: int) -> None:
         """Have room for `capacity` rows: now, or from the first update on. Rows move if there are some already."""
@@ -276,7 +278,8 @@ class MLRAStaticLayer(LatentRows, StaticLayer):
         fixed = cls(layer.rows.shape[2])
         fixed.dtype, fixed.device = layer.rows.dtype, layer.rows.device
         fixed.batch_size, fixed.num_heads = layer.rows.shape[:2]
-        fixed.widths = fixed.k_head_dim, fixed.v_head_dim = layer.widths
+        fixed.format = layer.format
+        fixed.k_head_dim, fixed.v_head_dim = layer.format.latents, layer.format.rope
         fixed.cumulative_length = fixed.cumulative_length.to(fixed.device)
         fixed._set_rows(layer.rows)
         fixed.is_initialized = True
@@ -286,8 +289,9 @@ class MLRAStaticLayer(LatentRows, StaticLayer):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size, self.num_heads = key_states.shape[:2]
-        self.widths = self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
-        self._allocate(key_states.new_empty(self.batch_size, 1, 0, sum(self.widths)))
+        self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
+        self.format = RowFormat.of(key_states, value_states)
+        self._allocate(key_states.new_empty(self.batch_size, 1, 0, self.format.width))
         self.is_initialized = True
 
     def _allocate(self, rows: torch.Tensor) -> None:
@@ -303,7 +307,7 @@ class MLRAStaticLayer(LatentRows, StaticLayer):
         self.rows = rows
 
     def _part(self, index: int):
-        return self.rows.split(self.widths, dim=-1)[index] if self.is_initialized else None
+        return self.format.split(self.rows)[index] if self.is_initialized else None
 
     def _assignable(self, index: int) -> tuple[int | None, ...]:
         if not self.is_initialized:
@@ -333,8 +337,8 @@ class MLRAStaticLayer(LatentRows, StaticLayer):
         positions = torch.arange(num_new, device=self.device) + self.cumulative_length
         self.cumulative_length.add_(num_new)
         self._is_empty = False
-        self.rows.index_copy_(2, positions, torch.cat([key_states, value_states], dim=-1))
-        return self.rows[..., : self.k_head_dim], self.rows[..., self.k_head_dim :]
+        self.rows.index_copy_(2, positions, self.format.join(key_states, value_states))
+        return self.format.split(self.rows)
 
     def set_seq_length(self, length: int) -> None:
         self.cumulative_length.fill_(length)
@@ -417,8 +421,7 @@ class MLRACache(Cache):
             for _ in range(config.num_hidden_layers)
         ]
         Cache.__init__(self, layers=layers, offloading=offloading, offload_only_non_sliding=False)
-        dtype = config.dtype or torch.get_default_dtype()  # of a loaded model it is a name
-        self._row_bytes = config.cache_row_dim * getattr(torch, str(dtype).removeprefix("torch.")).itemsize
+        self._row_bytes = RowFormat.of_config(config).nbytes
 
     def bytes_per_token(self) -> int:
         """Bytes one more token of one sequence takes in this cache, all layers together.
@@ -426,10 +429,7 @@ class MLRACache(Cache):
         Before the first forward it follows from the configuration; afterwards from the rows really kept, which under
         tensor parallelism are this device's share.
         """
-        return sum(
-            layer.rows.shape[-1] * layer.rows.element_size() if layer.is_initialized else self._row_bytes
-            for layer in self.layers
-        )
+        return sum(layer.format.nbytes if layer.is_initialized else self._row_bytes for layer in self.layers)
 
     def set_seq_length(self, length: int) -> None:
         """Declare the first `length` rows of each layer to be the ones in use, whoever wrote them."""

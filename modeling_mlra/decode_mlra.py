@@ -17,6 +17,7 @@ import torch
 
 from .decode_triton_mlra import triton_latent_attention
 from .device_mlra import cannot_be_built, triton_missing
+from .rows_mlra import as_one_row, is_one_row
 
 try:
     import flash_attn_interface
@@ -82,17 +83,15 @@ def _flash_attention_3(
     """FlashAttention-3's decode entry: one call on the rows [c | k_rope] themselves, or one `qv` call per latent.
     `settled` makes no difference: its kernels start when the one in front has ended."""
     decode_calls["flash_attention_3"] += 1
-    _, length, num_latents, _, width = q_latent.shape
+    _, length, num_latents, _, _ = q_latent.shape
     attend = flash_attn_interface.flash_attn_with_kvcache
     paged = {}
     if block_table is not None:
         latents, k_rope = latents.unflatten(0, (-1, page_size)), k_rope.unflatten(0, (-1, page_size))
         paged = {"page_table": block_table}
     common = {"cache_seqlens": kv_end, "softmax_scale": scaling, "causal": length > 1, **paged}
-    if _is_one_row(latents, k_rope):
-        shape = (*k_rope.shape[:2], 1, width + k_rope.shape[-1])
-        rows = latents.as_strided(shape, (*latents.stride()[:2], shape[-1], 1))
-        z = attend(torch.cat([q_latent[:, :, 0], q_rope[:, :, 0]], -1), rows, rows[..., :width], **common)
+    if is_one_row(latents, k_rope):
+        z = attend(torch.cat([q_latent[:, :, 0], q_rope[:, :, 0]], -1), *as_one_row(latents, k_rope), **common)
         return z[:, :, None]
     group = num_latents // q_rope.shape[2]
     results = [
@@ -100,17 +99,6 @@ def _flash_attention_3(
         for s in range(num_latents)
     ]
     return torch.stack(results, dim=2)
-
-
-def _is_one_row(latents, k_rope) -> bool:
-    """Whether one latent and the rotary key lie side by side in the same rows: a 192/128 attention as they are."""
-    width = latents.shape[-1]
-    return (
-        latents.shape[-2] == 1
-        and (width, k_rope.shape[-1]) == (128, 64)
-        and latents.stride()[:-2] == k_rope.stride()[:-1]
-        and k_rope.storage_offset() - latents.storage_offset() == width
-    )
 
 
 def _triton(*arguments):
@@ -186,7 +174,7 @@ def _obstacle(name, q_latent, q_rope, latents, k_rope, kv_start, key_mask) -> st
             return f"it runs bfloat16 or float16 on CUDA only, not {q_latent.dtype} on {q_latent.device.type}"
         if kv_start is not None or key_mask is not None:
             return "it takes no left padding and no key mask; use 'triton' or 'torch'"
-        if latents.shape[-1] < MIN_FLASH_WIDTH and not _is_one_row(latents, k_rope):
+        if latents.shape[-1] < MIN_FLASH_WIDTH and not is_one_row(latents, k_rope):
             return (
                 f"its published builds take latents of {MIN_FLASH_WIDTH} or more, or one latent of 128 beside its "
                 f"rotary key of 64, not {latents.shape[-2]} of {latents.shape[-1]}; use 'triton'"
@@ -217,7 +205,7 @@ def choose_implementation(implementation, q_latent, q_rope, latents, k_rope, kv_
         obstacle = _obstacle("triton", *inputs)
         if obstacle is None:
             return "auto"
-        one_row = flash_attn_interface is not None and _is_one_row(latents, k_rope)
+        one_row = flash_attn_interface is not None and is_one_row(latents, k_rope)
         chosen = "flash_attention_3" if one_row and _obstacle("flash_attention_3", *inputs) is None else "torch"
         _warn_once(f"latent attention falls back to '{chosen}': 'triton' cannot run because {obstacle}")
         return chosen

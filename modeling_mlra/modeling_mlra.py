@@ -4,6 +4,8 @@ Prefill and training run the expanded form through the library's attention inter
 on the latent cache (`attention_mlra`). Both use the same parameters.
 """
 
+from contextlib import nullcontext
+
 import torch
 import transformers
 from torch import nn
@@ -29,6 +31,7 @@ from .attention_mlra import MAX_ABSORBED_QUERIES, absorbed_attention, expanded_a
 from .cache_mlra import MLRACache, check_prefix
 from .capture_mlra import free_spares
 from .configuration_mlra import MLRAConfig
+from .device_mlra import on_device
 from .forwards_mlra import captured_forwards, captured_logits
 from .generation_mlra import can_capture, captured_decode
 from .library_mlra import (
@@ -62,9 +65,10 @@ class MLRARMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if hidden_states.dtype == self.weight.dtype:
-            return rms_norm(hidden_states, self.variance_epsilon, self.weight)
-        return self.weight * rms_norm(hidden_states, self.variance_epsilon)  # mixed precision
+        weight = self.weight
+        if hidden_states.dtype == weight.dtype:
+            return rms_norm(hidden_states, self.variance_epsilon, weight)
+        return weight * rms_norm(hidden_states, self.variance_epsilon)  # mixed precision
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
@@ -79,8 +83,9 @@ class MLRALatentRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        split = latents.unflatten(-1, self.weight.shape)
-        return (self.weight * rms_norm(split, self.variance_epsilon)).flatten(-2)
+        weight = self.weight
+        split = latents.view(*latents.shape[:-1], *weight.shape)
+        return (weight * rms_norm(split, self.variance_epsilon)).flatten(-2)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
@@ -88,11 +93,16 @@ class MLRALatentRMSNorm(nn.Module):
 
 def rms_norm(hidden_states: torch.Tensor, eps: float, weight: torch.Tensor | None = None) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) over the last dimension, times weight: in float32 or wider, returned in x's dtype."""
-    width = hidden_states.shape[-1:]
-    if torch.is_autocast_enabled(hidden_states.device.type):  # would return float32
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            return nn.functional.rms_norm(hidden_states, width, weight, eps)
-    return nn.functional.rms_norm(hidden_states, width, weight, eps)
+    width, device_type = hidden_states.shape[-1:], hidden_states.device.type
+    if torch.is_autocast_enabled(device_type):  # would return float32
+        with torch.autocast(device_type, enabled=False):
+            return torch.rms_norm(hidden_states, width, weight, eps)
+    return torch.rms_norm(hidden_states, width, weight, eps)
+
+
+def scaled(x: torch.Tensor, factor: float) -> torch.Tensor:
+    """x * factor, without a kernel for a factor of 1."""
+    return x if factor == 1.0 else x * factor
 
 
 class MLRAMLP(nn.Module):
@@ -163,7 +173,10 @@ class MLRAAttention(nn.Module):
         self.is_causal = True
         self.num_key_value_groups = 1
         self.recompute_inputs = False  # in training: keep no queries, keys and values for the backward pass
-        self.qk_head_dim = config.qk_head_dim
+        # Read once: an attribute of a configuration takes longer to look up than some kernels to run
+        self.qk_head_dim, self.v_head_dim = config.qk_head_dim, config.v_head_dim
+        self.qk_head_dims = config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.latent_head_dim, self.has_gate = config.latent_head_dim, config.attn_output_gate
         self.scaling = config.score_scaling
         self.alpha_q = self.alpha_kv = self.alpha_attn = 1.0
         if config.latent_scaling:
@@ -179,16 +192,95 @@ class MLRAAttention(nn.Module):
         self.k_rope_proj = nn.Linear(config.hidden_size, config.qk_rope_head_dim, bias=False)
         self.kv_a_layernorm = MLRALatentRMSNorm(config.num_latent_heads, config.latent_head_dim, eps)
         self.kv_b_proj = MLRALatentUpProjection(config)
-        if config.attn_output_gate:
+        if self.has_gate:
             self.g_proj = nn.Linear(config.hidden_size, heads * config.v_head_dim, bias=False)
         self.o_proj = nn.Linear(heads * config.v_head_dim, config.hidden_size, bias=False)
         self.o_proj.starts_at_zero = True
 
     def project_query(self, q_latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries `[B, T, G*H, N]` of `[B, T, q_lora_rank]`; their rotary part `[B, T, G*H, E]`, not yet rotated."""
-        query = self.q_b_proj(q_latent).unflatten(-1, (-1, self.qk_head_dim))
-        q_nope, q_rope = query.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], dim=-1)
+        query = self.q_b_proj(q_latent).view(*q_latent.shape[:-1], -1, self.qk_head_dim)
+        q_nope, q_rope = query.split_with_sizes(self.qk_head_dims, dim=-1)
         return q_nope, q_rope
+
+    def project(
+        self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, makes_query: bool = True
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None, torch.Tensor, torch.Tensor]:
+        """All that attention needs of the new tokens `[B, T, d]`.
+
+        Returns:
+            What queries are made of, `[B, T, q_lora_rank]`; the queries `[B, T, G*H, N]` and `[B, T, G*H, E]` (None
+            without `makes_query`); latents `[B, T, L*R]`; rotary keys `[B, T, E]`; all rotated.
+        """
+        q_latent = scaled(self.q_a_layernorm(self.q_a_proj(hidden_states)), self.alpha_q)
+        latents = scaled(self.kv_a_layernorm(self.kv_a_proj(hidden_states)), self.alpha_kv)
+        k_rope = self.k_rope_proj(hidden_states).unsqueeze(2)  # [B, T, 1, E]
+        query = None
+        if makes_query:
+            q_nope, q_rope = self.project_query(q_latent)
+            heads = q_rope.shape[2]
+            rotated = apply_rotary_pos_emb(torch.cat([q_rope, k_rope], dim=2), cos, sin)
+            q_rope, k_rope = rotated.split_with_sizes([heads, 1], dim=2)
+            query = q_nope, q_rope
+        else:
+            k_rope = apply_rotary_pos_emb(k_rope, cos, sin)
+        # Under autocast too, a row is of one dtype: that of every product with it
+        return q_latent, query, latents.to(k_rope.dtype), k_rope.squeeze(2)
+
+    def read_cache(
+        self,
+        cache: Cache,
+        latents: torch.Tensor,
+        k_rope: torch.Tensor,
+        attention_mask: "torch.Tensor | CacheRows | None",
+        absorbed: bool,
+        kwargs: dict,
+    ) -> tuple[torch.Tensor, torch.Tensor, "torch.Tensor | CacheRows | None"]:
+        """Store the new rows; all rows to read, `[B, S, L*R]` and `[B, S, E]`, and what may be attended to of them."""
+        if is_paged(cache):  # continuous batching
+            latents, k_rope, rows = update_paged(cache, latents, k_rope, self.layer_idx, self.config, kwargs)
+            if rows is not None and rows.row_table is not None:
+                latents, k_rope = latents[0], k_rope[0]
+            return latents, k_rope, attention_mask if rows is None else rows
+        has_prefix = absorbed or not isinstance(past := cache.get_seq_length(self.layer_idx), int) or past > 0
+        # Kernels of other packages, as those of a quantized cache, are launched on the current device
+        starts_others = not (isinstance(cache, MLRACache) or torch.compiler.is_compiling())
+        with on_device(latents.device) if starts_others else nullcontext():
+            cached = cache.update(latents.unsqueeze(1), k_rope.unsqueeze(1), self.layer_idx)
+        if not has_prefix:
+            return latents, k_rope, attention_mask
+        latents, k_rope = cached[0].squeeze(1), cached[1].squeeze(1)
+        if isinstance(attention_mask, torch.Tensor) and (width := attention_mask.shape[-1]) < latents.shape[1]:
+            latents, k_rope = latents[:, :width], k_rope[:, :width]
+        return latents, k_rope, attention_mask
+
+    def attend_expanded(
+        self,
+        query: tuple[torch.Tensor, torch.Tensor],
+        latents: torch.Tensor,
+        k_rope: torch.Tensor,
+        kv_b_weight: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Head outputs `[B, T, G*H, V]` by the library's attention interface, and weights where it gives them."""
+        implementation = (self.config._attn_implementation or "eager").removeprefix("paged|")
+        return expanded_attention(
+            self,
+            torch.cat(query, dim=-1),
+            latents,
+            k_rope,
+            kv_b_weight,
+            attention_mask,
+            ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward),
+            gives_weights=implementation == "eager",
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            nope_dim=self.qk_head_dims[0],
+            v_dim=self.v_head_dim,
+            scaling=self.scaling,
+            alpha=self.alpha_attn,
+            **kwargs,
+        )
 
     @takes_cache_by_any_name
     def forward(
@@ -200,46 +292,18 @@ class MLRAAttention(nn.Module):
         absorbed: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        config = self.config
-        batch, length = hidden_states.shape[:2]
         cos, sin = position_embeddings
+        paged = is_paged(cache)
+        recomputes = self.recompute_inputs and torch.is_grad_enabled() and not (absorbed or paged)
+        q_latent, query, latents, k_rope = self.project(hidden_states, cos, sin, makes_query=not recomputes)
+        mask = attention_mask
+        if cache is not None:
+            latents, k_rope, mask = self.read_cache(cache, latents, k_rope, mask, absorbed, kwargs)
+        if paged and isinstance(mask, CacheRows):  # every request has one new token: [1, T, ...] becomes [T, 1, ...]
+            assert query is not None
+            absorbed, query = True, (query[0].transpose(0, 1), query[1].transpose(0, 1))
+        latents = latents.view(*latents.shape[:-1], -1, self.latent_head_dim)  # [B, S, L, R]
 
-        q_latent = self.q_a_layernorm(self.q_a_proj(hidden_states)) * self.alpha_q
-        latents = self.kv_a_layernorm(self.kv_a_proj(hidden_states)) * self.alpha_kv  # [B, T, L*R]
-        k_rope = self.k_rope_proj(hidden_states).unsqueeze(2)  # [B, T, 1, E]
-        is_recomputed = self.recompute_inputs and torch.is_grad_enabled() and not (absorbed or is_paged(cache))
-        if is_recomputed:
-            query, k_rope = None, apply_rotary_pos_emb(k_rope, cos, sin)
-        else:
-            q_nope, q_rope = self.project_query(q_latent)
-            rotated = apply_rotary_pos_emb(torch.cat([q_rope, k_rope], dim=2), cos, sin)
-            q_rope, k_rope = rotated.split([q_rope.shape[2], 1], dim=2)
-            query = q_nope, q_rope
-        k_rope = k_rope.squeeze(2)  # [B, T, E]
-        latents = latents.to(k_rope.dtype)  # under autocast too, a row is of one dtype: that of every product with it
-
-        if cache is not None and not is_paged(cache):
-            has_prefix = not isinstance(past := cache.get_seq_length(self.layer_idx), int) or past > 0
-            cached = cache.update(latents.unsqueeze(1), k_rope.unsqueeze(1), self.layer_idx)
-            if has_prefix:
-                latents, k_rope = cached[0].squeeze(1), cached[1].squeeze(1)  # [B, S, L*R], [B, S, E]
-                if isinstance(attention_mask, torch.Tensor) and attention_mask.shape[-1] < latents.shape[1]:
-                    latents, k_rope = latents[:, : attention_mask.shape[-1]], k_rope[:, : attention_mask.shape[-1]]
-        if is_paged(cache):  # continuous batching
-            latents, k_rope, rows = update_paged(cache, latents, k_rope, self.layer_idx, config, kwargs)
-            if rows is not None:  # every request has one new token: [1, T, ...] becomes [T, 1, ...]
-                absorbed, attention_mask = True, rows
-                query = q_nope.transpose(0, 1), q_rope.transpose(0, 1)
-                if rows.row_table is not None:
-                    latents, k_rope = latents[0], k_rope[0]
-        latents = latents.unflatten(-1, (-1, config.latent_head_dim))  # [B, S, L, R]
-
-        sizes: dict = {
-            "nope_dim": config.qk_nope_head_dim,
-            "v_dim": config.v_head_dim,
-            "scaling": self.scaling,
-            "alpha": self.alpha_attn,
-        }
         if absorbed:
             assert query is not None
             output, weights = absorbed_attention(
@@ -248,36 +312,28 @@ class MLRAAttention(nn.Module):
                 latents,
                 k_rope,
                 self.kv_b_proj(),
-                attention_mask,
+                mask,
                 eager_attention_forward,
-                implementation=config.decode_implementation,
-                **sizes,
+                nope_dim=self.qk_head_dims[0],
+                v_dim=self.v_head_dim,
+                scaling=self.scaling,
+                alpha=self.alpha_attn,
+                implementation=self.config.decode_implementation,
             )
+        elif recomputes:
+
+            def attend(q_latent, *keys_and_values):
+                q_nope, q_rope = self.project_query(q_latent)
+                query = q_nope, apply_rotary_pos_emb(q_rope, cos, sin)
+                return self.attend_expanded(query, *keys_and_values, mask, **kwargs)
+
+            output, weights = recompute_inputs(attend, q_latent, latents, k_rope, self.kv_b_proj())
         else:
-            implementation = (config._attn_implementation or "eager").removeprefix("paged|")
-            attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+            assert query is not None
+            output, weights = self.attend_expanded(query, latents, k_rope, self.kv_b_proj(), mask, **kwargs)
 
-            def attend(query, q_latent, *keys_and_values):
-                if query is None:
-                    q_nope, q_rope = self.project_query(q_latent)
-                    query = q_nope, apply_rotary_pos_emb(q_rope, cos, sin)
-                return expanded_attention(
-                    self,
-                    torch.cat(query, dim=-1),
-                    *keys_and_values,
-                    attention_mask,
-                    attention_interface,
-                    gives_weights=implementation == "eager",
-                    dropout=config.attention_dropout if self.training else 0.0,
-                    **sizes,
-                    **kwargs,
-                )
-
-            inputs = query, q_latent, latents, k_rope, self.kv_b_proj()
-            output, weights = recompute_inputs(attend, *inputs) if is_recomputed else attend(*inputs)
-
-        output = output.reshape(batch, length, -1)  # [B, T, G*H*V]
-        if config.attn_output_gate:
+        output = output.reshape(*hidden_states.shape[:2], -1)  # [B, T, G*H*V]
+        if self.has_gate:
             output = torch.sigmoid(self.g_proj(hidden_states)) * output
         return self.o_proj(output), weights
 
@@ -396,7 +452,7 @@ class MLRAModel(MLRAPreTrainedModel):
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=positions)
-        for decoder_layer in self.layers[: self.config.num_hidden_layers]:
+        for decoder_layer in list(self.layers)[: self.config.num_hidden_layers]:
             hidden_states = decoder_layer(
                 hidden_states,
                 position_embeddings=position_embeddings,

@@ -12,6 +12,7 @@ from torch import nn
 
 from .library_mlra import update_pages
 from .masks_mlra import CacheRows
+from .rows_mlra import RowFormat
 
 
 def update_paged(
@@ -34,9 +35,8 @@ def update_paged(
         ValueError: see `update_pages`.
     """
     heads, half = config.num_key_value_heads, config.num_key_value_heads * config.head_dim
-    widths = [latents.shape[-1], k_rope.shape[-1]]
-    row = torch.cat([latents, k_rope], dim=-1)
-    row = nn.functional.pad(row, (0, 2 * half - sum(widths)))
+    row_format = RowFormat.of(latents, k_rope)
+    row = nn.functional.pad(row_format.join(latents, k_rope), (0, 2 * half - row_format.width))
     new_keys, new_values = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in row.split(half, dim=-1))
     keys, values = update_pages(cache, new_keys, new_values, layer_idx, kwargs)
     block_table, _, _ = (kwargs.pop(name, None) for name in ("block_table", "read_index", "write_index"))
@@ -44,14 +44,14 @@ def update_paged(
 
     if block_table is not None:
         rows = exchange_by_table(kwargs.pop("k_cache"), kwargs.pop("v_cache"), row[0], block_table, lengths)
-        return *rows[..., : sum(widths)].split(widths, dim=-1), CacheRows(lengths)
+        return *row_format.split(rows), CacheRows(lengths)
     rows = torch.cat([keys.reshape(1, -1, half), values.reshape(1, -1, half)], dim=-1)
     by_request = None
     if kwargs["max_length_q"] == 1 and len(lengths) == latents.shape[1]:
         first = kwargs["cu_seq_lens_k"][:-1, None]
         places = first + torch.arange(kwargs["max_length_k"], device=first.device)
         by_request = CacheRows(lengths, row_table=places.to(torch.int32))
-    return *rows[..., : sum(widths)].split(widths, dim=-1), by_request
+    return *row_format.split(rows), by_request
 
 
 def exchange_by_table(

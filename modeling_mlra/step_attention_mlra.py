@@ -67,6 +67,14 @@ class Queries(NamedTuple):
     rope: Any
 
 
+class Head(NamedTuple):
+    """A head of a latent; `query` counts the heads of the rotary queries, which the branches of a group share."""
+
+    latent: Any
+    index: Any
+    query: Any
+
+
 class CachedRows(NamedTuple):
     data: Any
     batch_stride: Any
@@ -110,46 +118,44 @@ if triton is not None:
         wait: no kernel of the step writes it but the last. `down` holds what that step gave, the latents of the cache
         from column `kv_first` on.
         """
-        latent, head = tl.program_id(0) // SHAPE.H, tl.program_id(0) % SHAPE.H
+        latent, index = tl.program_id(0) // SHAPE.H, tl.program_id(0) % SHAPE.H
+        head = Head(latent, index, (latent // SHAPE.C) * SHAPE.H + index)
         block, token = tl.program_id(1), tl.program_id(1) - (tl.num_programs(1) - SHAPE.M)
         if token < 0:
-            _absorb(queries, kv_b, latent, head, block, SHAPE, TILE, PDL)
+            _absorb(queries, kv_b, head, block, SHAPE, TILE, PDL)
         else:
-            _rotate_and_append(
-                queries, down, kv_first, norm, rope, counters, cache, latent, head, token, SHAPE, TILE, PDL
-            )
+            _rotate_and_append(queries, down, kv_first, norm, rope, counters, cache, head, token, SHAPE, TILE, PDL)
 
     @triton.jit
-    def _absorb(queries, kv_b, latent, head, block, SHAPE: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):
+    def _absorb(queries, kv_b, head, block, SHAPE: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):
         """Token after token or (MP > 0) as one matrix product."""
         HEADS: tl.constexpr = SHAPE.L // SHAPE.C * SHAPE.H
         R: tl.constexpr = SHAPE.R
         D: tl.constexpr = SHAPE.D
-        query_head = (latent // SHAPE.C) * SHAPE.H + head
         depth, columns = tl.arange(0, TILE.DP), block * TILE.RB + tl.arange(0, TILE.RB)
-        base = kv_b + (latent * SHAPE.H + head).to(tl.int64) * (D + SHAPE.V) * R
+        base = kv_b + (head.latent * SHAPE.H + head.index).to(tl.int64) * (D + SHAPE.V) * R
         mask = (depth < D)[:, None] & (columns < R)[None, :]
         weight = tl.load(base + depth[:, None] * R + columns[None, :], mask=mask, other=0.0)
         wait_for_front(PDL)
         if TILE.MP > 0:
             vectors = tl.arange(0, TILE.MP)
-            of_query = ((vectors * HEADS + query_head) * (D + SHAPE.E))[:, None] + depth[None, :]
+            of_query = ((vectors * HEADS + head.query) * (D + SHAPE.E))[:, None] + depth[None, :]
             known = (vectors < SHAPE.M)[:, None]
             nopes = tl.load(queries.q + of_query, mask=known & (depth < D)[None, :], other=0.0)
             sums = _dot(nopes, weight, None).to(weight.dtype)
-            of_latent = (((vectors * SHAPE.L + latent) * SHAPE.H + head) * R)[:, None] + columns[None, :]
+            of_latent = (((vectors * SHAPE.L + head.latent) * SHAPE.H + head.index) * R)[:, None] + columns[None, :]
             tl.store(queries.latent + of_latent, sums, mask=known & (columns < R)[None, :])
         else:
             for m in tl.static_range(SHAPE.M):
-                source = queries.q + (m * HEADS + query_head) * (D + SHAPE.E) + depth
+                source = queries.q + (m * HEADS + head.query) * (D + SHAPE.E) + depth
                 nope = tl.load(source, mask=depth < D, other=0.0)
                 z = tl.sum(widen(weight) * nope.to(tl.float32)[:, None], axis=0)
-                target = queries.latent + ((m * SHAPE.L + latent) * SHAPE.H + head) * R + columns
+                target = queries.latent + ((m * SHAPE.L + head.latent) * SHAPE.H + head.index) * R + columns
                 tl.store(target, z.to(weight.dtype), mask=columns < R)
 
     @triton.jit
     def _rotate_and_append(
-        queries, down, kv_first, norm, rope, counters, cache, latent, head, token,
+        queries, down, kv_first, norm, rope, counters, cache, head, token,
         SHAPE: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """A token's rotary query of one head; the first head also appends its latent, the first of all its key."""
@@ -157,27 +163,26 @@ if triton is not None:
         R: tl.constexpr = SHAPE.R
         D: tl.constexpr = SHAPE.D
         E: tl.constexpr = SHAPE.E
-        query_head = (latent // SHAPE.C) * SHAPE.H + head
         index, half = tl.arange(0, TILE.RP), tl.arange(0, TILE.EP)
-        gamma = tl.load(norm.gamma + latent * R + index, mask=index < R, other=0.0).to(tl.float32)
+        gamma = tl.load(norm.gamma + head.latent * R + index, mask=index < R, other=0.0).to(tl.float32)
         frequency = tl.load(rope.inv_freq + half, mask=half < E // 2, other=0.0)
         place = (tl.load(counters) + token % SHAPE.T).to(tl.int64)
         row = cache.data + (token // SHAPE.T).to(tl.int64) * cache.batch_stride + place * cache.row_stride
         angle = tl.load(counters + 1 + token).to(tl.float32) * frequency
         cos, sin = tl.cos(angle) * rope.scale, tl.sin(angle) * rope.scale
-        rotates_query = half < tl.where(latent % SHAPE.C == 0, E // 2, 0)
-        keeps_latent = index < tl.where(head == 0, R, 0)
+        rotates_query = half < tl.where(head.latent % SHAPE.C == 0, E // 2, 0)
+        keeps_latent = index < tl.where(head.index == 0, R, 0)
         keeps_key = half < tl.where(tl.program_id(0) == 0, E // 2, 0)
         wait_for_front(PDL)
         # All loads first: none then waits for another
-        query = queries.q + (token * HEADS + query_head) * (D + E) + D + half
+        query = queries.q + (token * HEADS + head.query) * (D + E) + D + half
         q1, q2 = _halves(query, rotates_query, E)
         source = down.data + token * down.stride + kv_first
-        c = tl.load(source + latent * R + index, mask=keeps_latent, other=0.0).to(tl.float32)
+        c = tl.load(source + head.latent * R + index, mask=keeps_latent, other=0.0).to(tl.float32)
         k1, k2 = _halves(source + SHAPE.L * R + half, keeps_key, E)
-        _rotate(queries.rope + (token * HEADS + query_head) * E + half, q1, q2, cos, sin, rotates_query, E)
+        _rotate(queries.rope + (token * HEADS + head.query) * E + half, q1, q2, cos, sin, rotates_query, E)
         c = c * gamma * rms_factor(tl.sum(c * c), R, norm)
-        tl.store(row + latent * R + index, c.to(cache.data.dtype.element_ty), mask=keeps_latent)
+        tl.store(row + head.latent * R + index, c.to(cache.data.dtype.element_ty), mask=keeps_latent)
         _rotate(row + SHAPE.L * R + half, k1, k2, cos, sin, keeps_key, E)
 
     @triton.jit

@@ -33,6 +33,7 @@ from torch import nn
 from .decode_mlra import asked_implementation
 from .decode_triton_mlra import PartialResults, partial_results, triton_latent_attention
 from .device_mlra import device_facts, launch, launch_options, triton, triton_missing
+from .rows_mlra import RowFormat
 from .step_attention_mlra import (
     AttentionShape,
     CachedRows,
@@ -125,8 +126,9 @@ class FusedStep:
         latents, heads_per_latent, groups = local_sizes(model.model.layers[0].self_attn)
         self.latents, self.heads_per_latent, self.groups = latents, heads_per_latent, groups
         heads = groups * heads_per_latent
+        self.row_format = RowFormat.of_config(config, latents, model.dtype)
         self.q_width = config.q_lora_rank
-        self.gate_at = config.q_lora_rank + latents * config.latent_head_dim + config.qk_rope_head_dim
+        self.gate_at = config.q_lora_rank + self.row_format.width
         gate_width = heads * config.v_head_dim if config.attn_output_gate else 0
 
         def buffer(width):
@@ -249,12 +251,10 @@ class FusedStep:
         """
         attention = layer.self_attn
         config, shape = attention.config, (-1, self.tokens_each)
-        split, cached = self.latents * config.latent_head_dim, rows.squeeze(1)
         arguments = (
             self.queries.latent.view(*shape, self.latents, self.heads_per_latent, config.latent_head_dim),
             self.queries.rope.view(*shape, self.groups, self.heads_per_latent, config.qk_rope_head_dim),
-            cached[..., :split].unflatten(-1, (self.latents, -1)),
-            cached[..., split:],
+            *self.row_format.views(rows.squeeze(1), self.latents),
             self.kv_end, self.kv_start, self.key_mask, None, 0, attention.scaling, True,
         )  # fmt: skip
         if self.few and self.tokens_each == 1:

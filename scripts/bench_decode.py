@@ -42,6 +42,7 @@ if __name__ == "__main__":
 import torch
 
 from modeling_mlra.decode_mlra import latent_attention, reference_latent_attention
+from modeling_mlra.rows_mlra import RowFormat
 
 try:
     import triton
@@ -121,13 +122,13 @@ class Inputs:
     def latent(self, i: int):
         """`q_latent, q_rope, latents, k_rope` of set i; all latents form one group."""
         case, rows = self.case, self.rows[i]
-        latents = rows[..., : case.latents * case.width].unflatten(-1, (case.latents, case.width))
+        latents, k_rope = RowFormat(case.latents * case.width, case.rope, rows.dtype).views(rows, case.latents)
         queries = self.queries[i].unflatten(2, (case.latents, case.heads))
         return (
             queries[..., : case.width].contiguous(),
             queries[:, :, :1, :, case.width :].contiguous(),
             latents,
-            rows[..., case.latents * case.width :],
+            k_rope,
         )
 
     def reference(self, i: int) -> torch.Tensor:

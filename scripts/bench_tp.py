@@ -68,8 +68,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.integrations.tensor_parallel import apply_tensor_parallelism
 
 from modeling_mlra import MLRACache, MLRAConfig, MLRAForCausalLM
+from modeling_mlra.capture_step_mlra import DecodingStep
 from modeling_mlra.decode_mlra import latent_attention
-from modeling_mlra.generation_mlra import DecodingStep, captured_decodes
+from modeling_mlra.generation_mlra import captured_decodes
 from modeling_mlra.tensor_parallel_mlra import (
     check_tensor_parallel_size,
     local_sizes,
@@ -253,12 +254,10 @@ def measure_decode(model: MLRAForCausalLM, batch: int, context: int, replays: in
 
     def kernels():
         for layer in cache.layers:
-            held = layer.rows[:, 0]
             latent_attention(
                 q_latent,
                 q_rope,
-                held[..., : latents * width].unflatten(-1, (latents, width)),
-                held[..., latents * width :],
+                *layer.format.views(layer.rows[:, 0], latents),
                 kv_end=in_use,
                 scaling=config.score_scaling,
                 implementation=config.decode_implementation,

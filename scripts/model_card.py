@@ -7,6 +7,7 @@ from string import Template
 import torch
 
 from modeling_mlra import MLRAConfig, MLRAForCausalLM
+from modeling_mlra.rows_mlra import RowFormat
 from scripts.variants import ATTENTIONS
 from tokenization.build import NUM_TOKENS
 
@@ -116,13 +117,8 @@ def render_card(
     """
     with torch.device("meta"):
         parameters = MLRAForCausalLM(config).num_parameters()
-    latents, branches, r, e = (
-        config.num_latent_heads,
-        config.num_branches,
-        config.latent_head_dim,
-        config.qk_rope_head_dim,
-    )
-    per_row = config.num_hidden_layers * 2  # 16-bit numbers
+    latents, branches = config.num_latent_heads, config.num_branches
+    row = RowFormat.of_config(config, dtype=torch.bfloat16)
     expanded = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
     padded = config.vocab_size - (min(config.vocab_size, NUM_TOKENS) if tokens is None else tokens)
     roles = {name: getattr(config, f"{name}_token_id") for name in ("bos", "eos", "pad")}
@@ -150,7 +146,7 @@ def render_card(
         heads=config.num_attention_heads,
         latents=latents,
         branches=branches,
-        latent_dim=r,
+        latent_dim=config.latent_head_dim,
         query_rank=config.q_lora_rank,
         mlp_width=config.intermediate_size,
         vocab=config.vocab_size,
@@ -158,10 +154,10 @@ def render_card(
         branches_words="one latent" if branches == 1 else f"{branches} latents, one per branch",
         scaling_note="" if config.latent_scaling else " This is the ablation without scaling of latents and outputs.",
         gate_note=" Head outputs pass a sigmoid gate." if config.attn_output_gate else "",
-        row=config.cache_row_dim,
-        cache_bytes=f"{config.cache_row_dim * per_row:,}",
-        expanded_bytes=f"{expanded * per_row:,}",
-        **{f"row_tp{devices}": -(-latents // devices) * r + e for devices in (1, 2, 4, 8)},
+        row=row.width,
+        cache_bytes=f"{config.num_hidden_layers * row.nbytes:,}",
+        expanded_bytes=f"{config.num_hidden_layers * expanded * row.dtype.itemsize:,}",
+        **{f"row_tp{devices}": RowFormat.of_config(config, -(-latents // devices)).width for devices in (1, 2, 4, 8)},
         published=published_section(name) if name else "",
         token_roles=token_roles,
         suppressed=f"{padded} embedding rows have no token; `generation_config.json` keeps them from being chosen."

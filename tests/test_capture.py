@@ -16,9 +16,10 @@ from transformers import (
 )
 
 import modeling_mlra.modeling_mlra
-from modeling_mlra import MLRACache, capture_mlra, generation_mlra
+from modeling_mlra import MLRACache, capture_mlra, capture_step_mlra, generation_mlra
+from modeling_mlra.capture_choice_mlra import choice_of_logits_alone
 from modeling_mlra.capture_mlra import Replay, fingerprint, size_class
-from modeling_mlra.generation_mlra import captured_decode, captured_decodes, choice_of_logits_alone
+from modeling_mlra.generation_mlra import captured_decode, captured_decodes
 from modeling_mlra.library_mlra import CACHE, cache_of
 from tests.models import padded_batch, random_ids, tiny_model
 
@@ -40,7 +41,7 @@ def captured(model, ids, **settings):
 @pytest.fixture
 def fused(monkeypatch):
     """The fused step in float32, its kernels interpreted where there is no GPU, and the loop as on a GPU."""
-    monkeypatch.setattr(generation_mlra, "runs_fused", lambda *_: True)
+    monkeypatch.setattr(capture_step_mlra, "runs_fused", lambda *_: True)
     monkeypatch.setattr(modeling_mlra.modeling_mlra, "can_capture", can_capture_anywhere)
 
 
@@ -65,7 +66,7 @@ def test_captured_loop_equals_the_library_loop(recorded, lag, kind, implementati
     `recorded`: with scores and a penalty that reads the sequence, so that tokens are chosen outside the graph. `kind`:
     the model's modules, or the fused step, interpreted, which also chooses the tokens.
     """
-    monkeypatch.setattr(generation_mlra, "runs_fused", lambda *_: kind == "fused")
+    monkeypatch.setattr(capture_step_mlra, "runs_fused", lambda *_: kind == "fused")
 
     class Recorder:
         def __init__(self):
@@ -152,6 +153,21 @@ def test_captured_loop_says_what_it_needs():
         captured(model, random_ids(1, 4), cache_implementation=None, cache=MLRACache(model.config, max_cache_len=6))
 
 
+@pytest.mark.parametrize("vocab_size", [61, 1 << 13, 8200])
+@pytest.mark.parametrize("kept", [1, 7, 50])
+def test_top_k_is_that_of_the_library(vocab_size, kept):
+    """Ties, rows with fewer finite scores than are kept and rows of one score included."""
+    scores = torch.randn(5, vocab_size, generator=torch.Generator().manual_seed(0))
+    scores[1] = scores[1].round()
+    scores[2, 3:] = -torch.inf
+    scores[3] = 0.5
+    scores[4, 40:60] = 9.0  # all in one part of the row
+    warper = TopKLogitsWarper(kept)
+    choice = choice_of_logits_alone(LogitsProcessorList([warper]), [], vocab_size, scores.device)
+    (found,) = (processor(scores) for processor in choice.processors)
+    assert torch.equal(found, warper(None, scores.clone()))
+
+
 def test_size_classes():
     assert [size_class(size, 16) for size in (0, 16, 17, 24, 25, 33, 49, 65)] == [16, 16, 24, 24, 32, 48, 64, 96]
     for size in range(1, 5000, 7):
@@ -161,7 +177,7 @@ def test_size_classes():
 @pytest.mark.parametrize("kind", ["modules", pytest.param("fused", marks=ON_A_GPU)])
 def test_reserved_rows_grow_when_they_are_full(kind, monkeypatch):
     """In the middle of a call, left-padded rows and all."""
-    monkeypatch.setattr(generation_mlra, "runs_fused", lambda *_: kind == "fused")
+    monkeypatch.setattr(capture_step_mlra, "runs_fused", lambda *_: kind == "fused")
     monkeypatch.setattr(generation_mlra, "GROWTH", 2)
     monkeypatch.setattr(generation_mlra, "FIRST_CAPACITY", 4)
     model = tiny_model("mlra_2", num_hidden_layers=1)

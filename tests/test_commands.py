@@ -32,6 +32,7 @@ MISSING = {
     "scripts.serve": ["./none/model"],
     "evals.perplexity": ["--model", "none", "--data", "none.bin"],
     "evals.downstream": ["--model", "none"],
+    "evals.local_tasks": ["--output", "out", "--wheel", "none"],
     "evals.equivariance": ["--model", "none"],
     "evals.prepare_tokens": ["--output", "out", "--tokenizer", "none"],
 }

@@ -1,6 +1,7 @@
 """What a user of `generate()` and `generate_batch()` expects beyond greedy decoding (see test_generate)."""
 
 import inspect
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from transformers import (
 )
 from transformers.utils.import_utils import is_optimum_quanto_available
 
-from modeling_mlra import MLRACache, MLRAConfig
+from modeling_mlra import MLRACache, MLRAConfig, modeling_mlra
 from modeling_mlra.decode_mlra import decode_calls
 from modeling_mlra.library_mlra import CACHE, cache_of
 from modeling_mlra.paged_mlra import exchange_by_table, update_paged
@@ -131,6 +132,22 @@ def test_quantized_cache_through_generate():
     assert type(cache_of(out)) is QuantizedCache
     assert out.sequences[0, 6:].tolist() == expected
     assert decode_calls["torch"] - before >= 2 * (NEW_TOKENS - 1)
+
+
+@pytest.mark.parametrize("kind", ["latent", "library's"])
+def test_caches_of_others_start_their_kernels_on_the_device_of_the_rows(kind, monkeypatch):
+    """Such a kernel (a quantized cache's) is launched on the current device, wherever its tensors are."""
+    model = tiny_model()
+    entered, updates = [], []
+    monkeypatch.setattr(modeling_mlra, "on_device", lambda device: entered.append(device) or nullcontext())
+    cache = MLRACache(model.config) if kind == "latent" else DynamicCache(config=model.config)
+    update = cache.update
+    monkeypatch.setattr(cache, "update", lambda *args: updates.append(len(entered)) or update(*args))
+    with torch.no_grad():
+        model(random_ids(1, 6), cache=cache)
+    layers = len(model.model.layers)
+    assert entered == ([] if kind == "latent" else [torch.device("cpu")] * layers)
+    assert updates == ([0] * layers if kind == "latent" else list(range(1, layers + 1)))  # each under its guard
 
 
 @pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])

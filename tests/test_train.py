@@ -1,6 +1,5 @@
 """Training: the recipe's optimizer and schedule, resuming, refusals, equal sizes, text preparation, fine-tuning."""
 
-import gzip
 import json
 import math
 import os
@@ -15,46 +14,17 @@ import pytest
 import torch
 from peft import PeftModel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+from transformers import AutoModelForCausalLM, get_scheduler
 
 from evals.corpora import read_token_file, token_file_header
 from evals.perplexity import main as perplexity
 from modeling_mlra import MLRAForCausalLM
-from scripts import compare_architectures, finetune_lora, prepare_text, train
+from scripts import compare_architectures, finetune_lora, train
 from scripts import recipe as recipes
 from scripts.cli import UserError
-from scripts.export import main as export
 from tests.paths import REPOSITORY
 from tests.tolerances import LOSS_ATOL
-
-TRAINING = REPOSITORY / "configuration" / "training"
-MODEL = {
-    "vocab_size": 300,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "q_lora_rank": 10,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 6,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 6,
-    "max_position_embeddings": 64,
-    "bos_token_id": 299,
-    "eos_token_id": 299,
-    "pad_token_id": 299,
-}
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 300,
-    "hidden_size": 24,
-    "intermediate_size": 20,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": True,
-}
+from tests.training import LLAMA, MODEL, TRAINING, losses, recipe, settings, write
 
 
 @pytest.fixture(scope="module")
@@ -68,45 +38,6 @@ def data(tmp_path_factory) -> Path:
             tokens[index] = (5 * tokens[index - 1] + noise) % 61
         (folder / f"{name}.bin").write_bytes(token_file_header(count) + tokens.tobytes())
     return folder
-
-
-def settings(data: Path, output: Path, **changes) -> dict:
-    """A recipe of twelve steps; `changes` are those of --set with `__` for the dot."""
-    content = {
-        "model": dict(MODEL),
-        "data": {"train": [str(data / "train.bin")], "heldout": [str(data / "heldout.bin")], "block_size": 32},
-        "blocks_per_step": 8,
-        "training": {
-            "output_dir": str(output),
-            "max_steps": 12,
-            "learning_rate": 1e-2,
-            "lr_scheduler_type": "cosine_with_min_lr",
-            "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
-            "warmup_steps": 4,
-            "weight_decay": 0.1,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-        },
-    }
-    recipes.apply_changes(content, [f"{name.replace('__', '.')}={json.dumps(v)}" for name, v in changes.items()])
-    return content
-
-
-def recipe(*args, **changes) -> recipes.Recipe:
-    return recipes.make_recipe(settings(*args, **changes), "test")
-
-
-def losses(result: dict) -> list[float]:
-    return [loss for _, loss in result["curve"]]
-
-
-def write(path: Path, content: dict) -> Path:
-    path.write_text(json.dumps(content), encoding="utf-8")
-    return path
-
-
-# The run
 
 
 @pytest.fixture(scope="module")
@@ -451,151 +382,6 @@ def test_comparison_is_matched_and_goes_on(data, tmp_path, capsys):
 
 
 # Text
-
-
-@pytest.fixture(scope="module")
-def unpacked(tmp_path_factory) -> Path:
-    """What dpkg-deb -x makes of a small documentation package."""
-    root = tmp_path_factory.mktemp("package")
-    doc = root / "usr/share/doc/some-doc"
-    (doc / "html").mkdir(parents=True)
-    (doc / "copyright").write_text("Files: *\nLicense: GPL-2+\n text\n\nFiles: x\nLicense: GFDL-1.3\n")
-    words = [f"{a}{b}" for a in ("so", "ra", "mi", "te", "lu", "ko") for b in ("na", "ri", "po", "ves", "dar")]
-    generator = np.random.default_rng(1)
-    for index in range(60):
-        sentences = [" ".join(generator.choice(words, 9)) + "." for _ in range(8)]
-        body = "".join(f"<p>{sentence} <b>&amp;</b> {sentence[:20]}</p>" for sentence in sentences)
-        page = "<html><head><title>T</title><style>p {}</style></head><body><p>Next</p><div class='related'>menu</div>"
-        (doc / "html" / f"page{index}.html").write_text(
-            f"{page}{body}<p>{'All rights are as stated. ' * 4}</p></body>"
-        )
-    with gzip.open(doc / "guide.txt.gz", "wt") as file:
-        file.write("\n\n".join(" ".join(generator.choice(words, 60)) for _ in range(6)))
-    (doc / "html" / "de").mkdir()
-    (doc / "html" / "de" / "page.html").write_text("<p>" + "Zeichenkette auf Deutsch " * 30 + "</p>")
-    dictd = root / "usr/share/dictd"
-    dictd.mkdir()
-    entries = [f"word{index}\n  A made-up word that stands for the number {index}.\n" for index in range(40)]
-    digits = "".join(prepare_text.DICT_DIGITS)
-    start, lines = 0, []
-    for index, entry in enumerate(entries):
-        lines.append(f"word{index}\t{digits[start // 64]}{digits[start % 64]}\t{digits[len(entry) // 64]}"
-                     f"{digits[len(entry) % 64]}")  # fmt: skip
-        start += len(entry)
-    with gzip.open(dictd / "made.dict.dz", "wt") as file:
-        file.write("".join(entries))
-    (dictd / "made.index").write_text("\n".join([*lines, lines[3].replace("word3", "synonym")]) + "\n")
-    return root
-
-
-def prepared(unpacked: Path, output: Path, *flags: str) -> dict:
-    arguments = ["--output", str(output), "--folder", str(unpacked), "--heldout", "0.2", "--vocab-size", "300", *flags]
-    assert prepare_text.main(arguments) == 0
-    return {
-        part: [json.loads(line)["text"] for line in (output / "text" / part / "documents.jsonl").open()]
-        for part in ("train", "heldout")
-    }
-
-
-def test_prepared_text(unpacked, tmp_path):
-    documents = prepared(unpacked, tmp_path / "a")
-    everything = documents["train"] + documents["heldout"]
-    assert len(everything) == len(set(everything)) == 60 + 1 + 40
-    assert 5 <= len(documents["heldout"]) <= 40
-    text = "\n".join(everything)
-    assert text.count("All rights are as stated.") == 4  # the first page's
-    assert "Deutsch" not in text and "menu" not in text and "Next" not in text and "<" not in text and " & " in text
-    assert "word7\n  A made-up word that stands for the number 7." in everything
-    sources = json.loads((tmp_path / "a" / "sources.json").read_text())
-    assert sources["packages"][0]["licences"] == ["GFDL-1.3", "GPL-2+"]
-    assert "characters: GFDL-1.3, GPL-2+\n" in (tmp_path / "a" / "SOURCES.md").read_text()
-
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a" / "tokenizer")
-    assert len(tokenizer) == 300 and tokenizer.eos_token_id == 299
-    for part in documents:
-        tokens = np.array(read_token_file(tmp_path / "a" / f"{part}.bin"))
-        assert tokens[0] == 299 and (tokens == 299).sum() == len(documents[part])
-        decoded = tokenizer.decode(tokens).split("<|endoftext|>")[1:]
-        assert sorted(decoded) == sorted(documents[part])
-    sample, heldout = (read_token_file(tmp_path / "a" / f"{name}.bin") for name in ("heldout_sample", "heldout"))
-    assert np.array_equal(sample, heldout[: prepare_text.SAMPLE_TOKENS])
-
-    again = prepared(unpacked, tmp_path / "b")
-    assert again == documents
-    for name in ("train.bin", "heldout.bin", "tokenizer/tokenizer.json"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-
-
-def test_export_carries_the_tokenizer_it_was_trained_with(unpacked, tmp_path):
-    prepared(unpacked, tmp_path / "text")
-    content = settings(tmp_path / "text", tmp_path / "run", training__max_steps=4)
-    content["data"]["tokenizer"] = str(tmp_path / "text" / "tokenizer")
-    content["export"] = {"folder": str(tmp_path / "hub"), "remote_code": False, "limits": "It cannot sing."}
-    wrong = json.loads(json.dumps(content))
-    wrong["model"]["vocab_size"] = 400
-    with pytest.raises(UserError, match="set vocab_size to the tokenizer's 300"):
-        train.train_recipe(recipes.make_recipe(wrong, "test"))
-    train.train_recipe(recipes.make_recipe(content, "test"))
-    stored = (tmp_path / "hub" / "tokenizer.json").read_bytes()
-    assert stored == (tmp_path / "text" / "tokenizer" / "tokenizer.json").read_bytes()
-    assert MLRAForCausalLM.from_pretrained(tmp_path / "hub").config.eos_token_id == 299
-    assert not list((tmp_path / "hub").glob("*.py"))
-    assert "auto_map" not in json.loads((tmp_path / "hub" / "config.json").read_text())
-    card = (tmp_path / "hub" / "README.md").read_text()
-    assert (
-        "- It cannot sing.\n" in card and "import modeling_mlra  #" in card and "=True" not in card.split("padding")[0]
-    )
-    assert export(["--license", "mit", str(tmp_path / "hub"), str(tmp_path / "complete")]) == 0
-    assert (tmp_path / "complete" / "tokenizer.json").read_bytes() == stored
-    complete = AutoModelForCausalLM.from_pretrained(tmp_path / "complete", trust_remote_code=True)
-    assert complete.num_parameters() == MLRAForCausalLM.from_pretrained(tmp_path / "hub").num_parameters()
-
-
-def test_a_dataset_is_encoded_once_and_trained_on(unpacked, tmp_path):
-    documents = prepared(unpacked, tmp_path / "text")
-    content = settings(tmp_path / "text", tmp_path / "run", training__max_steps=2, training__warmup_steps=0)
-    content["data"] |= {
-        "train": [f"dataset:{tmp_path / 'text' / 'text' / 'train'}"],
-        "tokenizer": str(tmp_path / "text" / "tokenizer"),
-        "heldout": [],
-    }
-    result = train.train_recipe(recipes.make_recipe(content, "test"))
-    assert result["finished"] and "heldout" not in result
-    tokens = read_token_file(tmp_path / "run" / "tokens" / "train.bin")
-    assert (tokens == 299).sum() == len(documents["train"])
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--folder", "nothing"], "no folder nothing"),
-        (["--packages", "bad name"], "no name of a Debian package"),
-        (["--packages", "some-doc", "--heldout", "1.5"], "between 0 and 1"),
-        (["--packages", "some-doc", "--vocab-size", "99"], "must be above"),
-    ],
-)
-def test_text_that_is_refused(flags, message, tmp_path, capsys):
-    assert prepare_text.main(["--output", str(tmp_path / "out"), *flags]) == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("section", "copyright_text", "message"),
-    [("non-free/doc", "License: X\n", "not free"), ("doc", None, "leave it out")],
-)
-def test_packages_that_are_not_free_are_refused(section, copyright_text, message, tmp_path, capsys):
-    folder = tmp_path / "thing"
-    doc = folder / "root/usr/share/doc/thing"
-    doc.mkdir(parents=True)
-    (doc / "readme.txt").write_text("some words that go on " * 50)
-    if copyright_text:
-        (doc / "copyright").write_text(copyright_text)
-    write(folder / "control.json", {"package": "thing", "section": section})
-    assert prepare_text.main(["--output", str(tmp_path / "out"), "--folder", str(folder)]) == 2
-    assert message in capsys.readouterr().err
-
-
-# Fine-tuning
 
 
 def test_lora_example(trained, tmp_path, capsys):

@@ -11,8 +11,9 @@ from scripts.compare_architectures import count_parameters
 from scripts.recipe import model_config
 from tests.models import tiny_model
 from tests.paths import REPOSITORY
-from tests.test_train import LLAMA, MODEL, data, losses, settings  # noqa: F401  a fixture among them
+from tests.test_train import data  # noqa: F401  a fixture
 from tests.tolerances import LOSS_ATOL
+from tests.training import LLAMA, MODEL, losses, settings
 
 # The recipe
 
