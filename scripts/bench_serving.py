@@ -1,12 +1,13 @@
 """Served by vLLM: MLRA beside vLLM's own Llama (the paper's GQA sizes) and dense DeepSeek-V3 (the paper's MLA sizes).
 
     python -m scripts.bench_serving --output evals/results/serving_h200.json
-    python -m scripts.bench_serving --tensor-parallel-size 4 --cases 32:65536:64 --output evals/results/serving_h200_x4.json
+    python -m scripts.bench_serving --tensor-parallel-size 4 --cases 32:65536:64 \\
+        --output evals/results/serving_h200_x4.json
 
 Weights are random (`load_format="dummy"`), prompts random tokens, and prefix caching is off. A case is
-STREAMS:PROMPT:NEW, so many prompts of so many tokens, all there at once, each continued greedily by NEW tokens. It runs
-once for its first tokens and once in full; the difference is what decoding takes. How many tokens the cache holds is
-vLLM's own count of blocks. An existing file is added to: what is measured again replaces what it holds.
+STREAMS:PROMPT:NEW, so many prompts of so many tokens, all there at once, each continued greedily by NEW tokens. It
+runs once for its first tokens and once in full; the difference is what decoding takes. How many tokens the cache holds
+is vLLM's own count of blocks. An existing file is added to: what is measured again replaces what it holds.
 """
 
 import argparse
