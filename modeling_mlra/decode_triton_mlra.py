@@ -16,29 +16,13 @@ from dataclasses import dataclass
 
 import torch
 
-from .decode_hopper_mlra import TensorDescriptor, gl, rows_kernel
+from .decode_hopper_mlra import rows_kernel
 from .decode_plans_mlra import decode_plans, even_programs, fits_hopper, reduction_plan
-from .device_mlra import INTERPRETED, cannot_be_built, device_facts, launch, launch_options, tl, triton
+from .device_gluon_mlra import TensorDescriptor, gl
+from .device_mlra import cannot_be_built, device_facts, launch, launch_options, tl, triton
 
 if triton is not None:
-    _UPCAST = tl.constexpr(INTERPRETED)  # the interpreter multiplies the bit patterns of bfloat16 operands
-
-    @triton.jit
-    def _dot(x, y, acc):
-        if _UPCAST:
-            x = x.to(tl.float32)
-            y = y.to(tl.float32)
-        return tl.dot(x, y, acc, input_precision="ieee")
-
-    @triton.jit
-    def _program_wait(PDL: tl.constexpr):
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-
-    @triton.jit
-    def _program_release(PDL: tl.constexpr):
-        if PDL:
-            tl.extra.cuda.gdc_launch_dependents()
+    from .device_triton_mlra import dot, program_release, program_wait, rescale
 
     @triton.jit
     def _lengths(kv_start, kv_end, offs, B, UNIT: tl.constexpr, HAS_START: tl.constexpr):
@@ -61,7 +45,7 @@ if triton is not None:
         return p * total // shares
 
     @triton.jit
-    def _parts_of(
+    def parts_of(
         b, kv_end, kv_start, B, P,
         UNIT: tl.constexpr, MIN_UNITS: tl.constexpr, BLOCK_B: tl.constexpr, HAS_START: tl.constexpr, BIG: tl.constexpr,
     ):  # fmt: skip
@@ -90,18 +74,11 @@ if triton is not None:
             return tl.cast(j, tl.int64) * stride, n * stride
 
     @triton.jit
-    def _rescale(m, m_new):
-        """What to subtract under a new maximum (log2 units; 0 where nothing was seen), and the factor of the sums so
-        far."""
-        m_ref = tl.where(m_new == float("-inf"), 0.0, m_new)
-        return m_ref, tl.exp2(m - m_ref)
-
-    @triton.jit
     def _softmax_step(s, seen, m, scale_log2, AXIS: tl.constexpr):
         """Scores to weights against the running maximum (log2 units): weights, factor of what came before, maximum."""
         s = tl.where(seen, s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, AXIS) * scale_log2)
-        m_ref, alpha = _rescale(m, m_new)
+        m_ref, alpha = rescale(m, m_new)
         return tl.exp2(s * scale_log2 - tl.expand_dims(m_ref, AXIS)), alpha, m_new
 
     @triton.jit
@@ -140,11 +117,11 @@ if triton is not None:
             seen = ok_n[None, :]
             if CAUSAL:
                 seen = seen & (offs[None, :] < limit[:, None] - j)
-            s = _dot(qr_tile, tl.trans(k_tile), None)
-            s = _dot(q_tile, tl.trans(c_tile), s)
+            s = dot(qr_tile, tl.trans(k_tile), None)
+            s = dot(q_tile, tl.trans(c_tile), s)
             w, alpha, m = _softmax_step(s, seen, m, scale_log2, 1)
             norm = norm * alpha + tl.sum(w, 1)
-            acc = _dot(w.to(c_tile.dtype), c_tile, acc * alpha[:, None])
+            acc = dot(w.to(c_tile.dtype), c_tile, acc * alpha[:, None])
         return acc, m, norm
 
     @triton.jit
@@ -190,11 +167,11 @@ if triton is not None:
             seen = ok_n[None, None, :]
             if CAUSAL:
                 seen = seen & (offs[None, None, :] < limit[None, :, None] - j)
-            s = _dot(qr_tile, tl.permute(k_tile, (0, 2, 1)), None)
-            s = _dot(q_tile, tl.permute(c_tile, (0, 2, 1)), s)
+            s = dot(qr_tile, tl.permute(k_tile, (0, 2, 1)), None)
+            s = dot(q_tile, tl.permute(c_tile, (0, 2, 1)), s)
             w, alpha, m = _softmax_step(s, seen, m, scale_log2, 2)
             norm = norm * alpha + tl.sum(w, 2)
-            acc = _dot(w.to(c_tile.dtype), c_tile, acc * alpha[:, :, None])
+            acc = dot(w.to(c_tile.dtype), c_tile, acc * alpha[:, :, None])
         return acc, m, norm
 
     @triton.jit(do_not_specialize=["B", "P", "whole"])
@@ -220,13 +197,13 @@ if triton is not None:
         h = offs_m % H
         ok_m = offs_m < M
 
-        _program_wait(PDL)
+        program_wait(PDL)
         offs_b = tl.arange(0, BLOCK_B)
         starts, ends, units = _lengths(kv_start, kv_end, offs_b, B, UNIT, HAS_START)
         cum = tl.cumsum(units, 0)
         total = tl.sum(units, 0)
         shares = _shares(total, P, MIN_UNITS)
-        _program_release(PDL)
+        program_release(PDL)
         if p >= shares:
             return
         first_pos = _share_start(p, total, shares, BIG)
@@ -299,9 +276,9 @@ if triton is not None:
         offs_d = tl.program_id(0) * BD + tl.arange(0, BD)
         ok_d = offs_d < R
         o_base = out + b.to(tl.int64) * o_b + l * o_l
-        _program_release(PDL)
-        p_first, p_last = _parts_of(b, kv_end, kv_start, B, P, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG)
-        _program_wait(PDL)
+        program_release(PDL)
+        p_first, p_last = parts_of(b, kv_end, kv_start, B, P, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG)
+        program_wait(PDL)
         if p_first == p_last:
             return
         if SPLITS == 1:
@@ -316,7 +293,7 @@ if triton is not None:
                 lse = tl.load(part_lse + rows, mask=ok_m, other=float("-inf"))
                 z = tl.load(part + (rows * R)[:, None] + offs_d[None, :], mask=ok, other=0.0)
                 new_top = tl.maximum(top, lse)
-                ref, alpha = _rescale(top, new_top)
+                ref, alpha = rescale(top, new_top)
                 w = tl.exp2(lse - ref)
                 acc = acc * alpha[:, None] + z * w[:, None]
                 norm = norm * alpha + w
@@ -335,7 +312,7 @@ if triton is not None:
                 lse = tl.load(part_lse + rows, mask=ok, other=float("-inf"))
                 z = tl.load(part + (rows * R)[:, None] + offs_d[None, :], mask=ok[:, None] & ok_d[None, :], other=0.0)
                 new_top = tl.maximum(top, tl.max(lse, 0))
-                ref, alpha = _rescale(top, new_top)
+                ref, alpha = rescale(top, new_top)
                 w = tl.exp2(lse - ref)
                 acc = acc * alpha + tl.sum(z * w[:, None], 0)
                 norm = norm * alpha + tl.sum(w, 0)
@@ -353,7 +330,7 @@ class PartialResults:
             end, this grows from each share of a sequence to the next.
         lse: float32 `[programs + B - 1, L, M]`, log2-sum-exp of the weights behind each.
         programs: number of shares at most.
-        deal: constants of the division of work, for `_parts_of`.
+        deal: constants of the division of work, for `parts_of`.
     """
 
     part: torch.Tensor
