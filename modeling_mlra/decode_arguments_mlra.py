@@ -77,7 +77,7 @@ class DecodeTile(NamedTuple):
 
 
 class Deal(NamedTuple):
-    """How the work is dealt out: rows of a unit, units of a share at least, sequences padded to a power of two, whether
+    """How the work is dealt out: rows of a unit, least units of a share, sequences padded to a power of two, whether
     sequences have a first visible row, and whether the counts need 64 bits."""
 
     UNIT: Any

@@ -90,16 +90,6 @@ class Parts(NamedTuple):
     kv_start: Any
 
 
-class Deal(NamedTuple):
-    """How the attention dealt out its work."""
-
-    UNIT: Any
-    MIN_UNITS: Any
-    BLOCK_B: Any
-    HAS_START: Any
-    BIG: Any
-
-
 if triton is not None:
     from .decode_triton_mlra import parts_of
     from .device_triton_mlra import dot, rescale

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .device_mlra import launch, launch_options, tl, triton
-from .step_device_mlra import Machine, constants, padded
+from .device_mlra import constants, launch, launch_options, tl, triton
+from .step_device_mlra import Machine, padded
 from .step_maps_mlra import LinearMap, map_arguments, stacked
 
 product_linear_kernel: Any = None

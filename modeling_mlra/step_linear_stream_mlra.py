@@ -10,8 +10,8 @@ Legend: M vectors, K inputs; a tile is ROWS rows by COLUMNS columns of a weight 
 from typing import Any, NamedTuple
 
 from .device_gluon_mlra import TensorDescriptor, gl, gluon
-from .device_mlra import launch, launch_options, triton
-from .step_device_mlra import Machine, constants
+from .device_mlra import constants, launch, launch_options, triton
+from .step_device_mlra import Machine
 from .step_maps_mlra import LinearMap, map_arguments
 
 # Smaller weights are held in registers as a whole, and are there before a ring has turned
