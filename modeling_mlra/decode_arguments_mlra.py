@@ -102,3 +102,63 @@ class QueryRows(NamedTuple):
     t: Any
     h: Any
     known: Any
+
+
+class HopperTile(NamedTuple):
+    """NL latents and BM query rows to a program, BN cached rows at a time in STAGES buffers, of which AHEAD are filled
+    before the queries are there; OVERLAP: a warpgroup also multiplies during its own softmax."""
+
+    NL: Any
+    BM: Any
+    BN: Any
+    STAGES: Any
+    AHEAD: Any
+    OVERLAP: Any
+
+
+class Place(NamedTuple):
+    """What a program is: B sequences of T positions, at most P shares, of which it has share p, of the latents from
+    `latent` and the query rows from `row0` on; S allocated rows of a sequence."""
+
+    B: Any
+    T: Any
+    P: Any
+    S: Any
+    p: Any
+    latent: Any
+    row0: Any
+
+
+class Buffers(NamedTuple):
+    """Shared memory of queries, rotary queries, latents and rotary keys; which are full, which free to be filled."""
+
+    q: Any
+    qr: Any
+    c: Any
+    k: Any
+    full: Any
+    empty: Any
+    q_full: Any
+
+
+class Merge(NamedTuple):
+    """Where one warpgroup leaves its sums, maxima and weight sums for the other."""
+
+    data: Any
+    stats: Any
+    full: Any
+    empty: Any
+
+
+class SegmentTiles(NamedTuple):
+    """`count` tiles of rows lo <= j < hi of a sequence that ends at `end`; the first is the program's tile `g`."""
+
+    g: Any
+    count: Any
+    lo: Any
+    hi: Any
+    end: Any
+    limit: Any
+    mask_row: Any
+    T: Any
+    scale_log2: Any
