@@ -2,14 +2,16 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SERVING := .venv-serving
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check kernels format compat evals clean help
+.PHONY: demo test test-serving check kernels format compat evals clean help
 
 help:
 	@echo "make demo    let a small trained model continue a sentence"
 	@echo "make test    run the checks and the tests"
+	@echo "make test-serving  test the vLLM plugin with vLLM's CPU build, in an environment of its own"
 	@echo "make check   linters and types only"
 	@echo "make kernels compile every kernel for every kind of GPU (no GPU needed; an hour on two cores)"
 	@echo "make format  apply the formatter"
@@ -39,6 +41,16 @@ check: $(VENV)/dev.stamp
 test: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"
 
+$(SERVING)/run.stamp: pyproject.toml tests/serving/requirements.txt
+	$(PYTHON) -m venv $(SERVING)
+	$(SERVING)/bin/pip install -qq $(shell grep ^torch== tests/serving/requirements.txt)
+	$(SERVING)/bin/pip install -qq --no-deps --requirement tests/serving/requirements.txt
+	$(SERVING)/bin/pip install -qq --no-deps --no-build-isolation --editable .
+	@touch $@
+
+test-serving: $(SERVING)/run.stamp
+	OMP_NUM_THREADS=1 $(SERVING)/bin/python -m pytest tests/serving
+
 kernels: $(VENV)/dev.stamp
 	$(BIN)/python -m tests.compile_kernels
 
@@ -63,4 +75,4 @@ evals: $(VENV)/dev.stamp
 		--perplexity evals/results/perplexity_demo.json
 
 clean:
-	rm -rf $(VENV) build .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(SERVING) build .pytest_cache .ruff_cache .mypy_cache

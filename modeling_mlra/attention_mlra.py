@@ -234,7 +234,7 @@ def absorbed_attention(
             scaling=scaling,
             implementation=implementation,
             block_table=rows.row_table,
-            page_size=1 if rows.row_table is not None else 0,
+            page_size=rows.page_size if rows.row_table is not None else 0,
         )
     else:
         # Heads become query rows of their latent's multi-query attention: [B, L, H*T, R + E] against [B, L, S, R + E]

@@ -18,13 +18,15 @@ class CacheRows(NamedTuple):
         kv_end: `[B]` int32, rows in use, those of the T queries included.
         kv_start: `[B]` int32, first row that is no padding, or None for 0.
         key_mask: `[B, any number of rows]` bool, rows that may be attended to, or None for all; others may not.
-        row_table: `[B, >= kv_end]` int32, where each row lies if the sequences share one pool of rows, else None.
+        row_table: `[B, pages]` int32, which pages of one shared pool hold the rows of each sequence, else None.
+        page_size: rows of a page; with 1 the table says where each row lies.
     """
 
     kv_end: torch.Tensor
     kv_start: torch.Tensor | None = None
     key_mask: torch.Tensor | None = None
     row_table: torch.Tensor | None = None
+    page_size: int = 1
 
 
 def cache_rows(
