@@ -31,6 +31,7 @@ except ImportError:
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "MLRA_DECODE"
+NAMESPACE = "mlra"  # of the operators, in torch.ops
 IMPLEMENTATIONS = ("triton", "flash_attention_3", "torch")
 MIN_FLASH_WIDTH = 256  # of values beside which FlashAttention-3's `qv` was compiled
 decode_calls: Counter[str] = Counter()  # times each path ran; not counted while tracing or when a CUDA graph replays
@@ -86,18 +87,19 @@ def _empty_result(q_latent, *args, **kwargs):
 
 
 def _register(name, function):
-    """Registers `function` as torch.ops.mlra.<name>; a second copy of this file finds and uses the first one's."""
-    if not hasattr(torch.ops.mlra, name):
+    """Registers `function` as an operator; a second copy of this file finds and uses the first one's."""
+    operators = getattr(torch.ops, NAMESPACE)
+    if not hasattr(operators, name):
         _library.define(
             f"{name}(Tensor q_latent, Tensor q_rope, Tensor latents, Tensor k_rope, Tensor kv_end, Tensor? kv_start, "
             "Tensor? key_mask, Tensor? block_table, int page_size, float scaling, bool settled=False) -> Tensor"
         )
         _library.impl(name, function, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"mlra::{name}", _empty_result, lib=_library)
-    return getattr(torch.ops.mlra, name)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", _empty_result, lib=_library)
+    return getattr(operators, name)
 
 
-_library = torch.library.Library("mlra", "FRAGMENT")
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _operators = {
     "triton": _register("latent_attention_triton", _triton),
     "auto": _register("latent_attention_auto", _automatic),
