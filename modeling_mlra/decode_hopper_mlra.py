@@ -4,46 +4,28 @@ They cover what the plain kernel in `decode_triton_mlra` leaves slow on these GP
 and reduction of partial results; everything they do not cover runs there.
 """
 
-try:
-    import triton.experimental.gluon.language as gl
-    from triton.experimental import gluon
-    from triton.experimental.gluon.language.nvidia.hopper import (
+from typing import Any
+
+from .device_gluon_mlra import gl, gluon
+
+rows_kernel: Any = None
+
+if gluon is not None:
+    from .device_gluon_mlra import (
+        barrier,
+        bulk_load,
         fence_async_shared,
         mbarrier,
-        tma,
+        program_release,
+        program_wait,
+        reinterpret,
         warpgroup_mma,
         warpgroup_mma_wait,
     )
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    # Names that differ between versions of triton
-    _barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
-    _bulk_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-    _buffer = gl.shared_memory_descriptor
-    _reinterpret = _buffer._reinterpret if hasattr(_buffer, "_reinterpret") else _buffer.reinterpret
-
-    gluon.jit(do_not_specialize=["x"])
-    _ = gl.constexpr
-except (ImportError, AttributeError, TypeError):  # an experimental API: names come and go
-    gluon = gl = TensorDescriptor = rows_kernel = None
-
-if gluon is not None:
 
     @gluon.jit
     def _add(x, y):
         return x + y
-
-    @gluon.jit
-    def _program_wait(PDL: gl.constexpr):
-        if PDL:
-            gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-    @gluon.jit
-    def _program_release(PDL: gl.constexpr):
-        if PDL:
-            gl.inline_asm_elementwise(
-                "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-            )
 
     @gluon.jit
     def _share_start(p, total, shares, BIG: gl.constexpr):
@@ -133,16 +115,16 @@ if gluon is not None:
             for j in range(lo, hi, BN):
                 if EARLY:  # noqa: SIM102 (decided at compile time)
                     if j + BN > end - T:
-                        _program_wait(True)
+                        program_wait(True)
                 if (g == AHEAD) & (pos == first_pos):
                     mbarrier.wait(q_full, 0)
                 stage = g % STAGES
                 bar = full.index(stage)
                 mbarrier.wait(empty.index(stage), ((g // STAGES) & 1) ^ 1)
                 mbarrier.expect(bar, NL * c_desc.block_type.nbytes + k_desc.block_type.nbytes)
-                _bulk_load(k_desc, [b * S + j, 0], bar, k_buf.index(stage))
+                bulk_load(k_desc, [b * S + j, 0], bar, k_buf.index(stage))
                 for k in gl.static_range(NL):
-                    _bulk_load(c_desc, [b * S + j, (latent + k) * R], bar, c_buf.index(stage * NL + k))
+                    bulk_load(c_desc, [b * S + j, (latent + k) * R], bar, c_buf.index(stage * NL + k))
                 g += 1
             pos = stop_pos
             b += 1
@@ -176,7 +158,7 @@ if gluon is not None:
             for k in gl.static_range(NL):
                 _zero_rows(c_buf.index(stage * NL + k), kept, LAYOUT)
             fence_async_shared()
-            _barrier()
+            barrier()
 
     @gluon.jit
     def _scores(
@@ -228,7 +210,7 @@ if gluon is not None:
             acc0, acc1 = warpgroup_mma_wait(0, deps=(acc0, acc1))
         else:
             acc0 = warpgroup_mma_wait(0, deps=(acc0,))
-        _barrier()
+        barrier()
         mbarrier.arrive(empty.index(stage), count=1)
         return acc0, acc1
 
@@ -264,7 +246,7 @@ if gluon is not None:
         starts, ends, units, cum, b, first_pos, last_pos = _deal(
             kv_end, kv_start, B, P, p, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG, 4
         )
-        _program_wait(EARLY)
+        program_wait(EARLY)
         pos = first_pos
         g = p * 0  # tiles of the segments before this one
         segments = p * 0
@@ -296,7 +278,7 @@ if gluon is not None:
                     q_buf.index(FIRST + k).store(gl.load(q_base + k * q_l + q_rows + offs_d, mask=ok, other=0.0))
                 qr_buf.store(gl.load(qr_base + qr_rows + offs_e, mask=ok_m, other=0.0))
                 fence_async_shared()
-                _barrier()
+                barrier()
                 mbarrier.arrive(q_full, count=1)
 
             limit = end - (T - 1) + (first_row + gl.arange(0, 64, layout=S_ROWS) % ROWS) // H
@@ -329,7 +311,7 @@ if gluon is not None:
                             BN, HAS_MASK, CAUSAL, S_LAYOUT,
                         )  # fmt: skip
                         acc0 = warpgroup_mma_wait(0, deps=(acc0,))
-                        _barrier()
+                        barrier()
                         mbarrier.arrive(empty.index(before), count=1)
                         acc0 = acc0 * gl.expand_dims(gl.convert_layout(alpha, O_ROWS), 1)
                         wd = gl.convert_layout(w.to(dtype), P_LAYOUT)
@@ -366,13 +348,13 @@ if gluon is not None:
                 merge_buf.store(acc)
                 merge_stats.index(0).store(m)
                 merge_stats.index(1).store(norm)
-                _barrier()
+                barrier()
                 mbarrier.arrive(merge_full, count=1)
             else:
                 m = gl.convert_layout(m, O_ROWS)
                 norm = gl.convert_layout(norm, O_ROWS)
                 if SHARE_ROWS:
-                    _barrier()  # the other may write over what was merged before and, with two latents, the queries
+                    barrier()  # the other may write over what was merged before and, with two latents, the queries
                     mbarrier.arrive(merge_empty, count=1)
                     mbarrier.wait(merge_full, segments & 1)
                     m_other = merge_stats.index(0).load(O_ROWS)
@@ -383,7 +365,7 @@ if gluon is not None:
                     norm = norm * mine + merge_stats.index(1).load(O_ROWS) * other
                     acc = acc * gl.expand_dims(mine, 1) + merge_buf.load(O_LAYOUT) * gl.expand_dims(other, 1)
                     m = top
-                    _barrier()  # with two latents the next queries take the place of what was merged
+                    barrier()  # with two latents the next queries take the place of what was merged
                 z = acc * gl.expand_dims(gl.where(norm > 0, 1.0 / norm, 0.0), 1)
                 own = latent + offs_o // ROWS
                 offs_o = first_row + offs_o % ROWS
@@ -433,7 +415,7 @@ if gluon is not None:
         MERGE_ROWS: gl.constexpr = 64 if SHARE_ROWS else 16
         MERGE_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([MERGE_ROWS, R], gl.float32)
         if NL == 2:  # the queries are no longer needed
-            merge_buf = _reinterpret(q_buf, gl.float32, [1, MERGE_ROWS, R], MERGE_LAYOUT)
+            merge_buf = reinterpret(q_buf, gl.float32, [1, MERGE_ROWS, R], MERGE_LAYOUT)
         else:
             merge_buf = gl.allocate_shared_memory(gl.float32, [1, MERGE_ROWS, R], MERGE_LAYOUT)
         merge_stats = gl.allocate_shared_memory(gl.float32, [2, 64], FLAT_SHARED)
@@ -449,7 +431,7 @@ if gluon is not None:
         mbarrier.init(merge_full, count=1)
         mbarrier.init(merge_empty, count=1)
         fence_async_shared()
-        _barrier()
+        barrier()
 
         LANES: gl.constexpr = L // NL
         lanes = LANES * ((T * H * NL + BM - 1) // BM)
@@ -458,8 +440,8 @@ if gluon is not None:
         latent = (lane % LANES) * NL
         row0 = (lane // LANES) * BM
         if not SETTLED:
-            _program_wait(PDL)
-        _program_release(PDL)
+            program_wait(PDL)
+        program_release(PDL)
         gl.warp_specialize(
             [
                 (

@@ -8,13 +8,13 @@ z_{s,i} = softmax(scaling * (q_latent_{s,i} . c_s + q_rope_{g,i} . k_rope)) c_s.
 """
 
 import logging
-import math
 import os
 from collections import Counter
 from pathlib import Path
 
 import torch
 
+from .decode_reference_mlra import reference_latent_attention
 from .decode_triton_mlra import triton_latent_attention
 from .device_mlra import cannot_be_built, triton_missing
 from .rows_mlra import as_one_row, is_one_row
@@ -31,50 +31,12 @@ except ImportError:
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "MLRA_DECODE"
+NAMESPACE = "mlra"  # of the operators, in torch.ops
 IMPLEMENTATIONS = ("triton", "flash_attention_3", "torch")
 MIN_FLASH_WIDTH = 256  # of values beside which FlashAttention-3's `qv` was compiled
 decode_calls: Counter[str] = Counter()  # times each path ran; not counted while tracing or when a CUDA graph replays
 _said: set[str] = set()
 _hub_functions: dict = {}
-
-
-def reference_latent_attention(
-    q_latent, q_rope, latents, k_rope, kv_end, kv_start=None, key_mask=None, block_table=None, page_size=0, scaling=1.0
-):
-    """The plain torch form: any device, dtype, width and query length; differentiable. Returns [B, T, L, H, R].
-
-    Sums are float32 (float64 for float64 inputs). Rows that no query may see are zeroed, so NaN there does not spread.
-    """
-    batch, length, num_latents, heads, _ = q_latent.shape
-    groups = q_rope.shape[2]
-    dtype = torch.promote_types(q_latent.dtype, torch.float32)
-    if block_table is not None:
-        rows = torch.arange(block_table.shape[1] * page_size, device=q_latent.device)
-        pages = block_table.long().clamp(min=0)[:, rows // page_size]
-        index = (pages * page_size + rows % page_size).clamp(max=latents.shape[0] - 1)
-        latents, k_rope = latents[index], k_rope[index]
-    positions = torch.arange(latents.shape[1], device=q_latent.device)
-    used = positions < kv_end[:, None]  # [B, S]
-    if kv_start is not None:
-        used = used & (positions >= kv_start[:, None])
-    if key_mask is not None:
-        used = used & key_mask[:, : used.shape[1]].bool()
-    query = torch.arange(length, device=q_latent.device)
-    seen = used[:, None] & (positions <= (kv_end[:, None] - length + query)[..., None])  # [B, T, S]
-
-    c = latents.to(dtype).masked_fill(~used[..., None, None], 0).permute(0, 2, 1, 3)  # [B, L, S, R]
-    k = k_rope.to(dtype).masked_fill(~used[..., None], 0)  # [B, S, E]
-    q = q_latent.to(dtype).permute(0, 2, 1, 3, 4).flatten(2, 3)  # [B, L, T*H, R]
-    rotary = q_rope.to(dtype).permute(0, 2, 1, 3, 4).flatten(1, 3) @ k.transpose(1, 2)  # [B, G*T*H, S]
-    rotary = rotary.view(batch, groups, length * heads, -1).repeat_interleave(num_latents // groups, dim=1)
-    scores = (q @ c.transpose(2, 3) + rotary).unflatten(2, (length, heads)) * scaling  # [B, L, T, H, S]
-    scores = scores.masked_fill(~seen[:, None, :, None], -math.inf)
-    top = scores.amax(dim=-1, keepdim=True)
-    weights = torch.exp(scores - torch.where(top == -math.inf, 0.0, top))
-    norm = weights.sum(dim=-1, keepdim=True)
-    z = weights.flatten(2, 3) @ c
-    z = z.unflatten(2, (length, heads)) / torch.where(norm == 0, 1.0, norm)
-    return z.transpose(1, 2).to(q_latent.dtype)
 
 
 def _flash_attention_3(
@@ -125,18 +87,19 @@ def _empty_result(q_latent, *args, **kwargs):
 
 
 def _register(name, function):
-    """Registers `function` as torch.ops.mlra.<name>; a second copy of this file finds and uses the first one's."""
-    if not hasattr(torch.ops.mlra, name):
+    """Registers `function` as an operator; a second copy of this file finds and uses the first one's."""
+    operators = getattr(torch.ops, NAMESPACE)
+    if not hasattr(operators, name):
         _library.define(
             f"{name}(Tensor q_latent, Tensor q_rope, Tensor latents, Tensor k_rope, Tensor kv_end, Tensor? kv_start, "
             "Tensor? key_mask, Tensor? block_table, int page_size, float scaling, bool settled=False) -> Tensor"
         )
         _library.impl(name, function, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"mlra::{name}", _empty_result, lib=_library)
-    return getattr(torch.ops.mlra, name)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", _empty_result, lib=_library)
+    return getattr(operators, name)
 
 
-_library = torch.library.Library("mlra", "FRAGMENT")
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _operators = {
     "triton": _register("latent_attention_triton", _triton),
     "auto": _register("latent_attention_auto", _automatic),

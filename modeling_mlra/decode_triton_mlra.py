@@ -16,29 +16,25 @@ from dataclasses import dataclass
 
 import torch
 
-from .decode_hopper_mlra import TensorDescriptor, gl, rows_kernel
+from .decode_arguments_mlra import (
+    Cached,
+    Deal,
+    DecodeQueries,
+    DecodeShape,
+    DecodeTile,
+    QueryRows,
+    Results,
+    Segment,
+    Strides,
+    Visible,
+)
+from .decode_hopper_mlra import rows_kernel
 from .decode_plans_mlra import decode_plans, even_programs, fits_hopper, reduction_plan
-from .device_mlra import INTERPRETED, cannot_be_built, device_facts, launch, launch_options, tl, triton
+from .device_gluon_mlra import TensorDescriptor, gl
+from .device_mlra import cannot_be_built, constants, device_facts, launch, launch_options, tl, triton
 
 if triton is not None:
-    _UPCAST = tl.constexpr(INTERPRETED)  # the interpreter multiplies the bit patterns of bfloat16 operands
-
-    @triton.jit
-    def _dot(x, y, acc):
-        if _UPCAST:
-            x = x.to(tl.float32)
-            y = y.to(tl.float32)
-        return tl.dot(x, y, acc, input_precision="ieee")
-
-    @triton.jit
-    def _program_wait(PDL: tl.constexpr):
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-
-    @triton.jit
-    def _program_release(PDL: tl.constexpr):
-        if PDL:
-            tl.extra.cuda.gdc_launch_dependents()
+    from .device_triton_mlra import dot, program_release, program_wait, rescale
 
     @triton.jit
     def _lengths(kv_start, kv_end, offs, B, UNIT: tl.constexpr, HAS_START: tl.constexpr):
@@ -61,7 +57,7 @@ if triton is not None:
         return p * total // shares
 
     @triton.jit
-    def _parts_of(
+    def parts_of(
         b, kv_end, kv_start, B, P,
         UNIT: tl.constexpr, MIN_UNITS: tl.constexpr, BLOCK_B: tl.constexpr, HAS_START: tl.constexpr, BIG: tl.constexpr,
     ):  # fmt: skip
@@ -90,46 +86,37 @@ if triton is not None:
             return tl.cast(j, tl.int64) * stride, n * stride
 
     @triton.jit
-    def _rescale(m, m_new):
-        """What to subtract under a new maximum (log2 units; 0 where nothing was seen), and the factor of the sums so
-        far."""
-        m_ref = tl.where(m_new == float("-inf"), 0.0, m_new)
-        return m_ref, tl.exp2(m - m_ref)
-
-    @triton.jit
     def _softmax_step(s, seen, m, scale_log2, AXIS: tl.constexpr):
         """Scores to weights against the running maximum (log2 units): weights, factor of what came before, maximum."""
         s = tl.where(seen, s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, AXIS) * scale_log2)
-        m_ref, alpha = _rescale(m, m_new)
+        m_ref, alpha = rescale(m, m_new)
         return tl.exp2(s * scale_log2 - tl.expand_dims(m_ref, AXIS)), alpha, m_new
 
     @triton.jit
     def _rows_segment(
-        q, qr, c, k, mask_row, table_row, lo, hi, limit, t, h, ok_m, scale_log2, q_t, q_h, qr_t, qr_h, c_s, k_s,
-        R: tl.constexpr, E: tl.constexpr, RP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-        HAS_MASK: tl.constexpr, PAGE: tl.constexpr, CAUSAL: tl.constexpr,
+        q, qr, c, k, mask_row, table_row, queries, cached, rows, segment, scale_log2,
+        SHAPE: tl.constexpr, TILE: tl.constexpr,
     ):  # fmt: skip
         """One latent, BM query rows as rows of the matrix product. Returns sums [BM, RP], log2 maxima, weight sums."""
-        offs_d = tl.arange(0, RP)
-        offs_e = tl.arange(0, EP)
-        ok_d = offs_d < R
-        ok_e = offs_e < E
-        q_tile = tl.load(
-            q + (t * q_t + h * q_h)[:, None] + offs_d[None, :], mask=ok_m[:, None] & ok_d[None, :], other=0.0
-        )
-        qr_tile = tl.load(
-            qr + (t * qr_t + h * qr_h)[:, None] + offs_e[None, :], mask=ok_m[:, None] & ok_e[None, :], other=0.0
-        )
-        acc = tl.zeros([BM, RP], tl.float32)
-        m = tl.full([BM], float("-inf"), tl.float32)
-        norm = tl.zeros([BM], tl.float32)
-        offs = tl.arange(0, BN)
-        for j in tl.range(lo, hi, BN):
-            ok_n = offs < hi - j
-            k_base, k_rows = _cache_offsets(table_row, j, offs, ok_n, k_s, PAGE)
-            c_base, c_rows = _cache_offsets(table_row, j, offs, ok_n, c_s, PAGE)
-            if HAS_MASK:  # rows that are left out may hold NaN, which a weight of 0 would spread
+        offs_d = tl.arange(0, TILE.RP)
+        offs_e = tl.arange(0, TILE.EP)
+        ok_d = offs_d < SHAPE.R
+        ok_e = offs_e < SHAPE.E
+        q_rows = rows.t * queries.strides.t + rows.h * queries.strides.h
+        qr_rows = rows.t * queries.rope_strides.t + rows.h * queries.rope_strides.h
+        ok_m = rows.known[:, None]
+        q_tile = tl.load(q + q_rows[:, None] + offs_d[None, :], mask=ok_m & ok_d[None, :], other=0.0)
+        qr_tile = tl.load(qr + qr_rows[:, None] + offs_e[None, :], mask=ok_m & ok_e[None, :], other=0.0)
+        acc = tl.zeros([TILE.BM, TILE.RP], tl.float32)
+        m = tl.full([TILE.BM], float("-inf"), tl.float32)
+        norm = tl.zeros([TILE.BM], tl.float32)
+        offs = tl.arange(0, TILE.BN)
+        for j in tl.range(segment.lo, segment.hi, TILE.BN):
+            ok_n = offs < segment.hi - j
+            k_base, k_rows = _cache_offsets(table_row, j, offs, ok_n, cached.k_s, SHAPE.PAGE)
+            c_base, c_rows = _cache_offsets(table_row, j, offs, ok_n, cached.c_s, SHAPE.PAGE)
+            if SHAPE.HAS_MASK:  # rows that are left out may hold NaN, which a weight of 0 would spread
                 ok_n = ok_n & (tl.load(mask_row + j + offs, mask=ok_n, other=0) != 0)
             k_tile = tl.load(
                 k + k_base + (k_rows[:, None] + offs_e[None, :]), mask=ok_n[:, None] & ok_e[None, :], other=0.0
@@ -138,100 +125,141 @@ if triton is not None:
                 c + c_base + (c_rows[:, None] + offs_d[None, :]), mask=ok_n[:, None] & ok_d[None, :], other=0.0
             )
             seen = ok_n[None, :]
-            if CAUSAL:
-                seen = seen & (offs[None, :] < limit[:, None] - j)
-            s = _dot(qr_tile, tl.trans(k_tile), None)
-            s = _dot(q_tile, tl.trans(c_tile), s)
+            if SHAPE.CAUSAL:
+                seen = seen & (offs[None, :] < segment.limit[:, None] - j)
+            s = dot(qr_tile, tl.trans(k_tile), None)
+            s = dot(q_tile, tl.trans(c_tile), s)
             w, alpha, m = _softmax_step(s, seen, m, scale_log2, 1)
             norm = norm * alpha + tl.sum(w, 1)
-            acc = _dot(w.to(c_tile.dtype), c_tile, acc * alpha[:, None])
+            acc = dot(w.to(c_tile.dtype), c_tile, acc * alpha[:, None])
         return acc, m, norm
 
     @triton.jit
     def _latents_segment(
-        q, qr, c, k, mask_row, table_row, lo, hi, limit, t, h, ok_m, scale_log2,
-        q_t, q_l, q_h, qr_t, qr_h, c_s, c_l, k_s,
-        R: tl.constexpr, E: tl.constexpr, RP: tl.constexpr, EP: tl.constexpr, NL: tl.constexpr,
-        BM: tl.constexpr, BN: tl.constexpr,
-        HAS_MASK: tl.constexpr, PAGE: tl.constexpr, CAUSAL: tl.constexpr,
+        q, qr, c, k, mask_row, table_row, queries, cached, rows, segment, scale_log2,
+        SHAPE: tl.constexpr, TILE: tl.constexpr,
     ):  # fmt: skip
         """NL latents as a batched product: with NL warps, each has its own latent and never meets another, and the
         rotary keys are read once for all. For few query rows. Returns as `_rows_segment`, with a leading [NL].
         """
-        offs_d = tl.arange(0, RP)
-        offs_e = tl.arange(0, EP)
-        ok_d = offs_d < R
-        ok_e = offs_e < E
+        NL: tl.constexpr = TILE.NL
+        offs_d = tl.arange(0, TILE.RP)
+        offs_e = tl.arange(0, TILE.EP)
+        ok_d = offs_d < SHAPE.R
+        ok_e = offs_e < SHAPE.E
         latent = tl.arange(0, NL)
-        ok_q = ok_m[None, :, None]
-        q_rows = (t * q_t + h * q_h)[None, :] + (latent * q_l)[:, None]
-        qr_rows = tl.broadcast_to((t * qr_t + h * qr_h)[None, :], [NL, BM])
+        ok_q = rows.known[None, :, None]
+        q_rows = (rows.t * queries.strides.t + rows.h * queries.strides.h)[None, :]
+        q_rows = q_rows + (latent * queries.strides.l)[:, None]
+        qr_rows = (rows.t * queries.rope_strides.t + rows.h * queries.rope_strides.h)[None, :]
+        qr_rows = tl.broadcast_to(qr_rows, [NL, TILE.BM])
         q_tile = tl.load(q + q_rows[:, :, None] + offs_d[None, None, :], mask=ok_q & ok_d[None, None, :], other=0.0)
         qr_tile = tl.load(qr + qr_rows[:, :, None] + offs_e[None, None, :], mask=ok_q & ok_e[None, None, :], other=0.0)
-        acc = tl.zeros([NL, BM, RP], tl.float32)
-        m = tl.full([NL, BM], float("-inf"), tl.float32)
-        norm = tl.zeros([NL, BM], tl.float32)
-        offs = tl.arange(0, BN)
-        for j in tl.range(lo, hi, BN):
-            ok_n = offs < hi - j
-            k_base, k_rows = _cache_offsets(table_row, j, offs, ok_n, k_s, PAGE)
-            c_base, c_rows = _cache_offsets(table_row, j, offs, ok_n, c_s, PAGE)
-            if HAS_MASK:
+        acc = tl.zeros([NL, TILE.BM, TILE.RP], tl.float32)
+        m = tl.full([NL, TILE.BM], float("-inf"), tl.float32)
+        norm = tl.zeros([NL, TILE.BM], tl.float32)
+        offs = tl.arange(0, TILE.BN)
+        for j in tl.range(segment.lo, segment.hi, TILE.BN):
+            ok_n = offs < segment.hi - j
+            k_base, k_rows = _cache_offsets(table_row, j, offs, ok_n, cached.k_s, SHAPE.PAGE)
+            c_base, c_rows = _cache_offsets(table_row, j, offs, ok_n, cached.c_s, SHAPE.PAGE)
+            if SHAPE.HAS_MASK:
                 ok_n = ok_n & (tl.load(mask_row + j + offs, mask=ok_n, other=0) != 0)
             k_tile = tl.load(
                 k + k_base + (k_rows[:, None] + offs_e[None, :]), mask=ok_n[:, None] & ok_e[None, :], other=0.0
             )
-            k_tile = tl.broadcast_to(tl.reshape(k_tile, [1, BN, EP]), [NL, BN, EP])
+            k_tile = tl.broadcast_to(tl.reshape(k_tile, [1, TILE.BN, TILE.EP]), [NL, TILE.BN, TILE.EP])
             c_tile = tl.load(
-                c + c_base + ((c_rows[None, :] + (latent * c_l)[:, None])[:, :, None] + offs_d[None, None, :]),
+                c + c_base + ((c_rows[None, :] + (latent * cached.c_l)[:, None])[:, :, None] + offs_d[None, None, :]),
                 mask=ok_n[None, :, None] & ok_d[None, None, :],
                 other=0.0,
             )
             seen = ok_n[None, None, :]
-            if CAUSAL:
-                seen = seen & (offs[None, None, :] < limit[None, :, None] - j)
-            s = _dot(qr_tile, tl.permute(k_tile, (0, 2, 1)), None)
-            s = _dot(q_tile, tl.permute(c_tile, (0, 2, 1)), s)
+            if SHAPE.CAUSAL:
+                seen = seen & (offs[None, None, :] < segment.limit[None, :, None] - j)
+            s = dot(qr_tile, tl.permute(k_tile, (0, 2, 1)), None)
+            s = dot(q_tile, tl.permute(c_tile, (0, 2, 1)), s)
             w, alpha, m = _softmax_step(s, seen, m, scale_log2, 2)
             norm = norm * alpha + tl.sum(w, 2)
-            acc = _dot(w.to(c_tile.dtype), c_tile, acc * alpha[:, :, None])
+            acc = dot(w.to(c_tile.dtype), c_tile, acc * alpha[:, :, None])
         return acc, m, norm
+
+    @triton.jit
+    def _attend_segment(
+        queries, cached, visible, rows, segment, l0, scale_log2, SHAPE: tl.constexpr, TILE: tl.constexpr
+    ):
+        """Sums [NL, BM, RP], log2 maxima and weight sums of the latents from l0 on over a segment."""
+        b64 = segment.b.to(tl.int64)
+        mask_row = visible.key_mask + b64 * visible.mask_b if SHAPE.HAS_MASK else visible.key_mask
+        table_row = cached.table + b64 * cached.table_b if SHAPE.PAGE else cached.table
+        group = l0 // (SHAPE.L // SHAPE.GROUPS)
+        q_base = queries.latent + b64 * queries.strides.b + l0 * queries.strides.l
+        qr_base = queries.rope + b64 * queries.rope_strides.b + group * queries.rope_strides.l
+        c_base = cached.latents + b64 * cached.c_b + l0 * cached.c_l
+        k_base = cached.k_rope + b64 * cached.k_b
+        if TILE.NL == 1:
+            acc, m, norm = _rows_segment(
+                q_base, qr_base, c_base, k_base, mask_row, table_row, queries, cached, rows, segment, scale_log2,
+                SHAPE, TILE,
+            )  # fmt: skip
+            acc = acc[None]
+            m = m[None]
+            norm = norm[None]
+        else:
+            acc, m, norm = _latents_segment(
+                q_base, qr_base, c_base, k_base, mask_row, table_row, queries, cached, rows, segment, scale_log2,
+                SHAPE, TILE,
+            )  # fmt: skip
+        return acc, m, norm
+
+    @triton.jit
+    def _store_segment(
+        acc, m, norm, results, rows, b, l0, p, offs_m, M, complete, SHAPE: tl.constexpr, TILE: tl.constexpr
+    ):
+        """The result of a sequence that the segment covers, or program p's part of one."""
+        z = acc * tl.where(norm > 0, 1.0 / norm, 0.0)[:, :, None]
+        b64 = b.to(tl.int64)
+        latent = l0 + tl.arange(0, TILE.NL)
+        offs_d = tl.arange(0, TILE.RP)
+        ok = rows.known[None, :, None] & (offs_d < SHAPE.R)[None, None, :]
+        strides = results.strides
+        if complete:
+            o_rows = (rows.t * strides.t + rows.h * strides.h)[None, :] + (latent * strides.l)[:, None]
+            o_base = results.out + b64 * strides.b
+            tl.store(o_base + o_rows[:, :, None] + offs_d[None, None, :], z.to(results.out.dtype.element_ty), mask=ok)
+        else:
+            places = ((p + b64) * SHAPE.L + latent[:, None]) * M + offs_m[None, :]
+            known = tl.broadcast_to(rows.known[None, :], places.shape)
+            tl.store(results.lse + places, m + tl.log2(norm), mask=known)
+            tl.store(results.part + (places * SHAPE.R)[:, :, None] + offs_d[None, None, :], z, mask=ok)
 
     @triton.jit(do_not_specialize=["B", "P", "whole"])
     def decode_kernel(
-        q, q_rope, latents, k_rope, out, part, part_lse, kv_end, kv_start, key_mask, table,
-        B, T, P, whole, scale_log2,
-        q_b, q_t, q_l, q_h, qr_b, qr_t, qr_g, qr_h, c_b, c_s, c_l, k_b, k_s, o_b, o_t, o_l, o_h, mask_b, table_b,
-        L: tl.constexpr, GROUPS: tl.constexpr, H: tl.constexpr, R: tl.constexpr, E: tl.constexpr,
-        RP: tl.constexpr, EP: tl.constexpr, NL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-        UNIT: tl.constexpr, MIN_UNITS: tl.constexpr, BLOCK_B: tl.constexpr,
-        HAS_START: tl.constexpr, HAS_MASK: tl.constexpr, PAGE: tl.constexpr, CAUSAL: tl.constexpr,
-        BIG: tl.constexpr, PDL: tl.constexpr,
+        queries, cached, visible, results, B, T, P, whole, scale_log2,
+        SHAPE: tl.constexpr, TILE: tl.constexpr, DEAL: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        """One share of the rows, for BM query rows of NL latents of one group; `whole` sequences go to `out`."""
-        LANES: tl.constexpr = L // NL
-        M = T * H
-        lanes = LANES * ((M + BM - 1) // BM)
+        """One share of the cached rows, for BM query rows of NL latents of a group; `whole` sequences go to `out`."""
+        LANES: tl.constexpr = SHAPE.L // TILE.NL
+        UNIT: tl.constexpr = DEAL.UNIT
+        M = T * SHAPE.H
+        lanes = LANES * ((M + TILE.BM - 1) // TILE.BM)
         p = tl.program_id(0) // lanes
         lane = tl.program_id(0) % lanes
-        l0 = (lane % LANES) * NL
-        offs_m = (lane // LANES) * BM + tl.arange(0, BM)
-        t = offs_m // H
-        h = offs_m % H
-        ok_m = offs_m < M
+        l0 = (lane % LANES) * TILE.NL
+        offs_m = (lane // LANES) * TILE.BM + tl.arange(0, TILE.BM)
+        rows = QueryRows(offs_m // SHAPE.H, offs_m % SHAPE.H, offs_m < M)
 
-        _program_wait(PDL)
-        offs_b = tl.arange(0, BLOCK_B)
-        starts, ends, units = _lengths(kv_start, kv_end, offs_b, B, UNIT, HAS_START)
+        program_wait(PDL)
+        offs_b = tl.arange(0, DEAL.BLOCK_B)
+        starts, ends, units = _lengths(visible.kv_start, visible.kv_end, offs_b, B, UNIT, DEAL.HAS_START)
         cum = tl.cumsum(units, 0)
         total = tl.sum(units, 0)
-        shares = _shares(total, P, MIN_UNITS)
-        _program_release(PDL)
+        shares = _shares(total, P, DEAL.MIN_UNITS)
+        program_release(PDL)
         if p >= shares:
             return
-        first_pos = _share_start(p, total, shares, BIG)
-        last_pos = _share_start(p + 1, total, shares, BIG)
-        pos = first_pos
+        pos = _share_start(p, total, shares, DEAL.BIG)
+        last_pos = _share_start(p + 1, total, shares, DEAL.BIG)
         b = tl.sum((cum <= pos).to(tl.int32), 0)
         while pos < last_pos:
             here = offs_b == b
@@ -242,41 +270,10 @@ if triton is not None:
             stop_pos = tl.minimum(last_pos, seq_last)
             lo = start + (pos - seq_first) * UNIT
             hi = tl.minimum(start + (stop_pos - seq_first) * UNIT, end)
-            limit = end - (T - 1) + t  # one past the last row each query row sees
-            b64 = b.to(tl.int64)
-            mask_row = key_mask + b64 * mask_b if HAS_MASK else key_mask
-            table_row = table + b64 * table_b if PAGE else table
-            q_base = q + b64 * q_b + l0 * q_l
-            qr_base = q_rope + b64 * qr_b + (l0 // (L // GROUPS)) * qr_g
-            c_base = latents + b64 * c_b + l0 * c_l
-            k_base = k_rope + b64 * k_b
-            if NL == 1:
-                acc, m, norm = _rows_segment(
-                    q_base, qr_base, c_base, k_base, mask_row, table_row, lo, hi, limit, t, h, ok_m, scale_log2,
-                    q_t, q_h, qr_t, qr_h, c_s, k_s, R, E, RP, EP, BM, BN, HAS_MASK, PAGE, CAUSAL,
-                )  # fmt: skip
-                acc = acc[None]
-                m = m[None]
-                norm = norm[None]
-            else:
-                acc, m, norm = _latents_segment(
-                    q_base, qr_base, c_base, k_base, mask_row, table_row, lo, hi, limit, t, h, ok_m, scale_log2,
-                    q_t, q_l, q_h, qr_t, qr_h, c_s, c_l, k_s,
-                    R, E, RP, EP, NL, BM, BN, HAS_MASK, PAGE, CAUSAL,
-                )  # fmt: skip
-
-            z = acc * tl.where(norm > 0, 1.0 / norm, 0.0)[:, :, None]
-            latent = l0 + tl.arange(0, NL)
-            offs_d = tl.arange(0, RP)
-            ok = ok_m[None, :, None] & (offs_d < R)[None, None, :]
-            if (pos == seq_first) & (stop_pos == seq_last) & (whole != 0):
-                o_rows = (t * o_t + h * o_h)[None, :] + (latent * o_l)[:, None]
-                o_base = out + b64 * o_b
-                tl.store(o_base + o_rows[:, :, None] + offs_d[None, None, :], z.to(out.dtype.element_ty), mask=ok)
-            else:
-                rows = ((p + b64) * L + latent[:, None]) * M + offs_m[None, :]
-                tl.store(part_lse + rows, m + tl.log2(norm), mask=tl.broadcast_to(ok_m[None, :], rows.shape))
-                tl.store(part + (rows * R)[:, :, None] + offs_d[None, None, :], z, mask=ok)
+            segment = Segment(b, lo, hi, end - (T - 1) + rows.t)
+            acc, m, norm = _attend_segment(queries, cached, visible, rows, segment, l0, scale_log2, SHAPE, TILE)
+            complete = (pos == seq_first) & (stop_pos == seq_last) & (whole != 0)
+            _store_segment(acc, m, norm, results, rows, b, l0, p, offs_m, M, complete, SHAPE, TILE)
             pos = stop_pos
             b += 1
 
@@ -299,9 +296,9 @@ if triton is not None:
         offs_d = tl.program_id(0) * BD + tl.arange(0, BD)
         ok_d = offs_d < R
         o_base = out + b.to(tl.int64) * o_b + l * o_l
-        _program_release(PDL)
-        p_first, p_last = _parts_of(b, kv_end, kv_start, B, P, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG)
-        _program_wait(PDL)
+        program_release(PDL)
+        p_first, p_last = parts_of(b, kv_end, kv_start, B, P, UNIT, MIN_UNITS, BLOCK_B, HAS_START, BIG)
+        program_wait(PDL)
         if p_first == p_last:
             return
         if SPLITS == 1:
@@ -316,7 +313,7 @@ if triton is not None:
                 lse = tl.load(part_lse + rows, mask=ok_m, other=float("-inf"))
                 z = tl.load(part + (rows * R)[:, None] + offs_d[None, :], mask=ok, other=0.0)
                 new_top = tl.maximum(top, lse)
-                ref, alpha = _rescale(top, new_top)
+                ref, alpha = rescale(top, new_top)
                 w = tl.exp2(lse - ref)
                 acc = acc * alpha[:, None] + z * w[:, None]
                 norm = norm * alpha + w
@@ -335,7 +332,7 @@ if triton is not None:
                 lse = tl.load(part_lse + rows, mask=ok, other=float("-inf"))
                 z = tl.load(part + (rows * R)[:, None] + offs_d[None, :], mask=ok[:, None] & ok_d[None, :], other=0.0)
                 new_top = tl.maximum(top, tl.max(lse, 0))
-                ref, alpha = _rescale(top, new_top)
+                ref, alpha = rescale(top, new_top)
                 w = tl.exp2(lse - ref)
                 acc = acc * alpha + tl.sum(z * w[:, None], 0)
                 norm = norm * alpha + tl.sum(w, 0)
@@ -353,7 +350,7 @@ class PartialResults:
             end, this grows from each share of a sequence to the next.
         lse: float32 `[programs + B - 1, L, M]`, log2-sum-exp of the weights behind each.
         programs: number of shares at most.
-        deal: constants of the division of work, for `_parts_of`.
+        deal: constants of the division of work, for `parts_of`.
     """
 
     part: torch.Tensor
@@ -458,29 +455,36 @@ def _launch(
         key_mask = key_mask.view(torch.uint8) if key_mask.dtype == torch.bool else key_mask
     mask_stride = 0 if key_mask is None else key_mask.stride(0)
     scale_log2 = scaling * math.log2(math.e)
-    constants = {
-        "L": num_latents, "H": heads, "R": width, "GROUPS": groups, "E": rope_width,
-        "HAS_MASK": key_mask is not None, "CAUSAL": length > 1, "PDL": facts.early,
-    }  # fmt: skip
-    constants |= {k: plan[k] for k in ("NL", "BM", "BN", "num_warps")} | deal | launch_options(facts.early)
+    queries = DecodeQueries(q_latent, q_rope, Strides(*q_latent.stride()[:4]), Strides(*q_rope.stride()[:4]))
+    visible = Visible(kv_end, kv_start, key_mask, mask_stride)
+    results = Results(out, Strides(*out.stride()[:4]), part, part_lse)
+    options = {"PDL": facts.early, "num_warps": plan["num_warps"]} | launch_options(facts.early)
     if plan["kernel"] == "plain":
+        page = page_size if block_table is not None else 0
+        shape = DecodeShape(num_latents, groups, heads, width, rope_width, key_mask is not None, page, length > 1)
+        tile = DecodeTile(*(plan[name] for name in DecodeTile._fields))
+        table_stride = 0 if block_table is None else block_table.stride(0)
+        cached = Cached(latents, k_rope, *c_strides[:3], *k_strides[:2], block_table, table_stride)
         launch(
             device, decode_kernel, (programs * lanes,),
-            q_latent, q_rope, latents, k_rope, out, part, part_lse, kv_end, kv_start, key_mask, block_table,
+            queries, cached, visible, results,
             batch, length, programs, whole, scale_log2,
-            *q_latent.stride()[:4], *q_rope.stride()[:4], *c_strides[:3], *k_strides[:2], *out.stride()[:4],
-            mask_stride, 0 if block_table is None else block_table.stride(0),
-            PAGE=page_size if block_table is not None else 0, RP=plan["RP"], EP=plan["EP"],
-            num_stages=plan["num_stages"], **constants,
+            SHAPE=constants(shape), TILE=constants(tile), DEAL=constants(Deal(**deal)),
+            num_stages=plan["num_stages"], **options,
         )  # fmt: skip
     else:
+        numbers = {
+            "L": num_latents, "H": heads, "R": width, "GROUPS": groups, "E": rope_width,
+            "HAS_MASK": key_mask is not None, "CAUSAL": length > 1,
+        }  # fmt: skip
+        numbers |= {k: plan[k] for k in ("NL", "BM", "BN")} | deal | options
         launch(
             device, rows_kernel, (programs * lanes,),
             _rows_descriptor(latents, plan["BN"], width), _rows_descriptor(k_rope, plan["BN"], rope_width),
             q_latent, q_rope, out, part, part_lse, kv_end, kv_start, key_mask,
             batch, length, programs, capacity, whole, scale_log2,
             *q_latent.stride()[:4], *q_rope.stride()[:4], *out.stride()[:4], mask_stride,
-            STAGES=plan["num_stages"], AHEAD=plan["AHEAD"], OVERLAP=plan["OVERLAP"], SETTLED=settled, **constants,
+            STAGES=plan["num_stages"], AHEAD=plan["AHEAD"], OVERLAP=plan["OVERLAP"], SETTLED=settled, **numbers,
         )  # fmt: skip
     return PartialResults(part, part_lse, programs, deal)
 

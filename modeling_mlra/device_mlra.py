@@ -173,6 +173,11 @@ def launch(device: torch.device, kernel, grid: tuple, *arguments, **constants: A
         kernel[grid](*arguments, **constants)
 
 
+def constants(group):
+    """A named tuple of numbers for a kernel's parameter of type `tl.constexpr`: all are known when it is compiled."""
+    return group if INTERPRETED else type(group)(*map(tl.constexpr, group))
+
+
 def launch_options(early: bool) -> dict[str, bool]:
     """Of a kernel that waits on the device for the one in front of it, and may be launched before that has ended."""
     return {"launch_pdl": True} if early else {}

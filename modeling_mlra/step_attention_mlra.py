@@ -90,18 +90,9 @@ class Parts(NamedTuple):
     kv_start: Any
 
 
-class Deal(NamedTuple):
-    """How the attention dealt out its work."""
-
-    UNIT: Any
-    MIN_UNITS: Any
-    BLOCK_B: Any
-    HAS_START: Any
-    BIG: Any
-
-
 if triton is not None:
-    from .decode_triton_mlra import _dot, _parts_of, _rescale
+    from .decode_triton_mlra import parts_of
+    from .device_triton_mlra import dot, rescale
     from .step_device_mlra import rms_factor, wait_for_front
     from .step_maps_mlra import widen
 
@@ -142,7 +133,7 @@ if triton is not None:
             of_query = ((vectors * HEADS + head.query) * (D + SHAPE.E))[:, None] + depth[None, :]
             known = (vectors < SHAPE.M)[:, None]
             nopes = tl.load(queries.q + of_query, mask=known & (depth < D)[None, :], other=0.0)
-            sums = _dot(nopes, weight, None).to(weight.dtype)
+            sums = dot(nopes, weight, None).to(weight.dtype)
             of_latent = (((vectors * SHAPE.L + head.latent) * SHAPE.H + head.index) * R)[:, None] + columns[None, :]
             tl.store(queries.latent + of_latent, sums, mask=known & (columns < R)[None, :])
         else:
@@ -221,7 +212,7 @@ if triton is not None:
         for p in tl.range(p_first, p_last + 1, TILE.SPLITS):
             next_lse, next_latents = _parts_tile(parts, first, m, p + TILE.SPLITS, p_last, SHAPE, TILE)
             new_top = tl.maximum(top, tl.max(lse, 1))
-            ref, before = _rescale(top, new_top)
+            ref, before = rescale(top, new_top)
             w = tl.exp2(lse - ref[:, None])
             z = z * before[:, None] + tl.sum(latents * w[:, :, None], 1)
             norm = norm * before + tl.sum(w, 1)
@@ -252,7 +243,7 @@ if triton is not None:
         weight = tl.load(kv_b + rows.to(tl.int64) * SHAPE.R + (columns % RP)[None, :], mask=mask, other=0.0)
         first = (first_latent + tl.arange(0, TILE.CP)) * H + query_head % H
         for m in tl.static_range(SHAPE.M):
-            p_first, p_last = _parts_of(
+            p_first, p_last = parts_of(
                 m, parts.kv_end, parts.kv_start, SHAPE.M, P,
                 DEAL.UNIT, DEAL.MIN_UNITS, DEAL.BLOCK_B, DEAL.HAS_START, DEAL.BIG,
             )  # fmt: skip
@@ -289,7 +280,7 @@ if triton is not None:
             rows = m * SHAPE.L * H + first + c * H
             mask = (m < SHAPE.M)[:, None] & (rank < R)[None, :]
             latents = tl.load(z + (rows * R)[:, None] + rank[None, :], mask=mask, other=0.0)
-            acc = _dot(weights[c], tl.trans(latents), acc)
+            acc = dot(weights[c], tl.trans(latents), acc)
         y = acc * alpha
         column = query_head * V + values
         mask = (values < V)[:, None] & (m < SHAPE.M)[None, :]

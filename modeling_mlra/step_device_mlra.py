@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .device_mlra import INTERPRETED, device_facts, tl, triton
+from .device_mlra import device_facts, tl, triton
 from .tensor_parallel_mlra import local_tensor
 
 
@@ -51,11 +51,6 @@ def norm_of(module, scale: float) -> Norm:
 def padded(vectors: int) -> int:
     """Vectors of one matrix product."""
     return max(16, triton.next_power_of_2(vectors))
-
-
-def constants(group):
-    """A named tuple of numbers for a kernel's parameter of type `tl.constexpr`: all are known when it is compiled."""
-    return group if INTERPRETED else type(group)(*map(tl.constexpr, group))
 
 
 if triton is not None:

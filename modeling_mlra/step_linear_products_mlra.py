@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .device_mlra import launch, launch_options, tl, triton
-from .step_device_mlra import Machine, constants, padded
+from .device_mlra import constants, launch, launch_options, tl, triton
+from .step_device_mlra import Machine, padded
 from .step_maps_mlra import LinearMap, map_arguments, stacked
 
 product_linear_kernel: Any = None
@@ -37,7 +37,7 @@ class Sums(NamedTuple):
 
 
 if triton is not None:
-    from .decode_triton_mlra import _dot
+    from .device_triton_mlra import dot
     from .step_device_mlra import rms_factor, swiglu, wait_for_front
     from .step_maps_mlra import block_of
 
@@ -56,7 +56,7 @@ if triton is not None:
             exact = vectors.to(tl.float32)
             squares += tl.sum(exact * exact, 1)
             vectors = (exact * gamma.to(tl.float32)).to(vectors.dtype)
-        return _dot(tile, tl.trans(vectors), acc), squares
+        return dot(tile, tl.trans(vectors), acc), squares
 
     @triton.jit
     def _products_of_all(x, norm, source, known, split, SHAPE: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):

@@ -2,8 +2,8 @@
 
 from typing import Any, NamedTuple
 
-from .device_mlra import launch, launch_options, tl, triton
-from .step_device_mlra import Machine, constants
+from .device_mlra import constants, launch, launch_options, tl, triton
+from .step_device_mlra import Machine
 from .step_maps_mlra import LinearMap, map_arguments, stacked
 
 register_linear_kernel: Any = None

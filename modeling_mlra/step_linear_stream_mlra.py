@@ -9,9 +9,9 @@ Legend: M vectors, K inputs; a tile is ROWS rows by COLUMNS columns of a weight 
 
 from typing import Any, NamedTuple
 
-from .decode_hopper_mlra import TensorDescriptor, gl, gluon
-from .device_mlra import launch, launch_options, triton
-from .step_device_mlra import Machine, constants
+from .device_gluon_mlra import TensorDescriptor, gl, gluon
+from .device_mlra import constants, launch, launch_options, triton
+from .step_device_mlra import Machine
 from .step_maps_mlra import LinearMap, map_arguments
 
 # Smaller weights are held in registers as a whole, and are there before a ring has turned
@@ -44,7 +44,7 @@ class Inputs(NamedTuple):
 
 
 if gluon is not None and triton is not None:
-    from .decode_hopper_mlra import _barrier, _bulk_load, _program_release, _program_wait, fence_async_shared, mbarrier
+    from .device_gluon_mlra import barrier, bulk_load, fence_async_shared, mbarrier, program_release, program_wait
     from .step_device_mlra import rms_factor, swiglu
     from .step_maps_mlra import widen
 
@@ -68,10 +68,10 @@ if gluon is not None and triton is not None:
                     bar = rings.full.index(stage)
                     mbarrier.wait(rings.empty.index(stage), ((t // TILE.STAGES) & 1) ^ 1)
                     mbarrier.expect(bar, PARTS * w.block_type.nbytes)
-                    _bulk_load(w, [block * TILE.ROWS, column], bar, rings.tiles.index(stage * PARTS))
+                    bulk_load(w, [block * TILE.ROWS, column], bar, rings.tiles.index(stage * PARTS))
                     if SHAPE.SWIGLU:
                         up = rings.tiles.index(stage * PARTS + 1)
-                        _bulk_load(w_up, [block * TILE.ROWS, column], bar, up)
+                        bulk_load(w_up, [block * TILE.ROWS, column], bar, up)
 
     @gluon.jit
     def _take_inputs(x, norm, inputs, SHAPE: gl.constexpr, TILE: gl.constexpr, PDL: gl.constexpr):
@@ -83,7 +83,7 @@ if gluon is not None and triton is not None:
             for tile in gl.static_range(TILES):
                 column = tile * TILE.COLUMNS + offs
                 gammas = gammas + (gl.load(norm.gamma + column, mask=column < SHAPE.K, other=0.0),)  # type: ignore[assignment]
-        _program_wait(PDL)
+        program_wait(PDL)
         for m in gl.static_range(SHAPE.M):
             values = ()
             squares = gl.to_tensor(0.0)
@@ -112,7 +112,7 @@ if gluon is not None and triton is not None:
         if SHAPE.SWIGLU:
             weight_up = rings.tiles.index(stage * PARTS + 1).load(LAYOUT)
         fence_async_shared()  # these reads come before the copies that follow into the same buffers
-        _barrier()
+        barrier()
         mbarrier.arrive(rings.empty.index(stage), count=1)
         sums = ()
         for m in gl.static_range(SHAPE.M):
@@ -135,10 +135,10 @@ if gluon is not None and triton is not None:
         LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
         if WG == 0:
             _take_inputs(x, norm, inputs, SHAPE, TILE, PDL)
-            _barrier()
+            barrier()
             mbarrier.arrive(inputs.full, count=1)
         else:
-            _program_wait(PDL)
+            program_wait(PDL)
             mbarrier.wait(inputs.full, 0)
         first = p + WG * P
         t = p * 0
@@ -181,8 +181,8 @@ if gluon is not None and triton is not None:
             mbarrier.init(empty.index(i), count=1)
         mbarrier.init(x_full, count=1)
         fence_async_shared()
-        _barrier()
-        _program_release(PDL)
+        barrier()
+        program_release(PDL)
         p = gl.program_id(0)
         P = gl.num_programs(0)
         rings = Rings(buf, full, empty)

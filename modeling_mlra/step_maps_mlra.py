@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .device_mlra import tl, triton
-from .step_device_mlra import Norm, Vectors, constants, norm_of
+from .device_mlra import constants, tl, triton
+from .step_device_mlra import Norm, Vectors, norm_of
 from .tensor_parallel_mlra import local_tensor
 
 

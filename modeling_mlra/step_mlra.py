@@ -30,14 +30,14 @@ import weakref
 import torch
 from torch import nn
 
+from .decode_arguments_mlra import Deal
 from .decode_mlra import asked_implementation
 from .decode_triton_mlra import PartialResults, partial_results, triton_latent_attention
-from .device_mlra import device_facts, launch, launch_options, triton, triton_missing
+from .device_mlra import constants, device_facts, launch, launch_options, triton, triton_missing
 from .rows_mlra import RowFormat
 from .step_attention_mlra import (
     AttentionShape,
     CachedRows,
-    Deal,
     Parts,
     Queries,
     Rope,
@@ -48,7 +48,7 @@ from .step_attention_mlra import (
     value_kernel,
     value_plan,
 )
-from .step_device_mlra import Vectors, constants, machine_of, norm_of
+from .step_device_mlra import Vectors, machine_of, norm_of
 from .step_linear_mlra import FEW_VECTORS, run
 from .step_linear_products_mlra import PRODUCT_SHARED_BYTES
 from .step_maps_mlra import LinearMap, weights_of

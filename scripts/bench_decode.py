@@ -41,7 +41,8 @@ if __name__ == "__main__":
 
 import torch
 
-from modeling_mlra.decode_mlra import latent_attention, reference_latent_attention
+from modeling_mlra.decode_mlra import latent_attention
+from modeling_mlra.decode_reference_mlra import reference_latent_attention
 from modeling_mlra.rows_mlra import RowFormat
 
 try:

@@ -13,6 +13,7 @@ import torch
 
 from modeling_mlra import decode_mlra, decode_plans_mlra, decode_triton_mlra, device_mlra
 from modeling_mlra.decode_mlra import decode_calls, latent_attention
+from modeling_mlra.decode_reference_mlra import reference_latent_attention
 from modeling_mlra.device_mlra import DeviceFacts
 from tests import tolerances
 from tests.paths import REPOSITORY
@@ -311,7 +312,7 @@ class FakeFlashAttention3:
         query = q if qv is None else torch.cat([qv, q], -1)
         zero_rope = torch.zeros(*q.shape[:2], 1, q.shape[2], 16, dtype=q.dtype)
         no_keys = torch.zeros(*keys.shape[:2], 16, dtype=q.dtype)
-        full = decode_mlra.reference_latent_attention(
+        full = reference_latent_attention(
             query[:, :, None], zero_rope, keys, no_keys, cache_seqlens, scaling=softmax_scale
         )[:, :, 0]
         return full[..., : v_cache.shape[-1]]
@@ -529,7 +530,7 @@ def test_gpu_shapes(num_latents, heads, length):
     for options in ({}, {"key_mask": mask, "kv_start": torch.tensor([3, 0, 0], dtype=torch.int32)}):
         used = holes if options else arguments
         exact = [x.double() for x in used]
-        expected = decode_mlra.reference_latent_attention(
+        expected = reference_latent_attention(
             *exact, kv_end, options.get("kv_start"), options.get("key_mask"), scaling=0.07
         )
         result = run(used, kv_end, "triton", scaling=0.07, **options)
@@ -576,5 +577,5 @@ def test_gpu_captures_into_a_cuda_graph_and_follows_kv_end():
         kv_end.copy_(torch.tensor(ends, dtype=torch.int32))
         graph.replay()
         exact = [x.double() for x in arguments]
-        expected = decode_mlra.reference_latent_attention(*exact, kv_end, scaling=0.07).cpu()
+        expected = reference_latent_attention(*exact, kv_end, scaling=0.07).cpu()
         assert ratio(result, expected) < tolerances.KERNEL_BF16_RATIO

@@ -205,6 +205,14 @@ def test_law_6_what_the_library_searches_the_model_file_for():
     assert "ALL_ATTENTION_FUNCTIONS.get_interface(" in FILES["modeling_mlra.py"]
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_files_import_public_names_of_each_other(name):
+    for node, _ in imports_of(TREES[name]):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            private = [alias.name for alias in node.names if alias.name.startswith("_")]
+            assert not private, f"line {node.lineno}: {private} of {node.module}"
+
+
 def test_imports_form_the_documented_graph():
     graph = {
         name.removesuffix("_mlra.py"): {

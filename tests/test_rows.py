@@ -49,4 +49,6 @@ def test_one_latent_beside_its_key_is_one_row():
     assert torch.equal(keys[:, :, 0], rows) and torch.equal(values, latents)
     assert keys.data_ptr() == rows.data_ptr()
     assert not is_one_row(latents, k_rope.clone())
+    wide = torch.randn(2, 5, 256)
+    assert not is_one_row(wide[..., None, :128], wide[..., 192:]), "a gap between them"
     assert not is_one_row(*RowFormat(128, 64, rows.dtype).views(rows, 2))
