@@ -73,6 +73,7 @@ def varlen_reference(
 ):
     """FlashAttention's varlen form in plain torch: `[T, H, D]` and `[S, H, D]`, requests one after another."""
     assert causal and max_seqlen_q == cu_seqlens_q.diff().max() and max_seqlen_k == cu_seqlens_k.diff().max()
+    assert cu_seqlens_q[0] == cu_seqlens_k[0] == 0 and cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
     outputs = []
     for q, k, v in zip(
         query.split(cu_seqlens_q.diff().tolist()),
