@@ -102,3 +102,87 @@ class QueryRows(NamedTuple):
     t: Any
     h: Any
     known: Any
+
+
+class HopperTile(NamedTuple):
+    """NL latents and BM query rows to a program, BN cached rows at a time in STAGES buffers, of which AHEAD are filled
+    before the queries are there; OVERLAP: a warpgroup also multiplies during its own softmax."""
+
+    NL: Any
+    BM: Any
+    BN: Any
+    STAGES: Any
+    AHEAD: Any
+    OVERLAP: Any
+
+
+class Place(NamedTuple):
+    """What a program is: B sequences of T positions, at most P shares, of which it has share p, of the latents from
+    `latent` and the query rows from `row0` on; S allocated rows of a sequence; `whole` sequences go to the results."""
+
+    B: Any
+    T: Any
+    P: Any
+    S: Any
+    whole: Any
+    p: Any
+    latent: Any
+    row0: Any
+
+
+class Share(NamedTuple):
+    """A program's units of work, `first` <= unit < `stop`, from sequence b on; of all sequences the first rows, ends,
+    units and running sums of units."""
+
+    starts: Any
+    ends: Any
+    units: Any
+    cum: Any
+    b: Any
+    first: Any
+    stop: Any
+
+
+class Stretch(NamedTuple):
+    """What a share holds of one sequence: the unit after it, whether the sequence starts and ends in it, and its rows
+    lo <= j < hi of a sequence that ends at `end`."""
+
+    stop: Any
+    from_start: Any
+    to_end: Any
+    lo: Any
+    hi: Any
+    end: Any
+
+
+class Buffers(NamedTuple):
+    """Shared memory of queries, rotary queries, latents and rotary keys; which are full, which free to be filled."""
+
+    q: Any
+    qr: Any
+    c: Any
+    k: Any
+    full: Any
+    empty: Any
+    q_full: Any
+
+
+class Merge(NamedTuple):
+    """Where one warpgroup leaves its sums, maxima and weight sums for the other."""
+
+    data: Any
+    stats: Any
+    full: Any
+    empty: Any
+
+
+class SegmentTiles(NamedTuple):
+    """`count` tiles of the `Stretch` `of` a sequence; the first is the program's tile `g`."""
+
+    g: Any
+    count: Any
+    of: Any
+    limit: Any
+    mask_row: Any
+    T: Any
+    scale_log2: Any

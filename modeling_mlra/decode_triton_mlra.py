@@ -22,6 +22,7 @@ from .decode_arguments_mlra import (
     DecodeQueries,
     DecodeShape,
     DecodeTile,
+    HopperTile,
     QueryRows,
     Results,
     Segment,
@@ -468,18 +469,14 @@ def _launch(
             num_stages=plan["num_stages"], **options,
         )  # fmt: skip
     else:
-        numbers = {
-            "L": num_latents, "H": heads, "R": width, "GROUPS": groups, "E": rope_width,
-            "HAS_MASK": key_mask is not None, "CAUSAL": length > 1,
-        }  # fmt: skip
-        numbers |= {k: plan[k] for k in ("NL", "BM", "BN")} | deal | options
+        shape = DecodeShape(num_latents, groups, heads, width, rope_width, key_mask is not None, 0, length > 1)
+        settings = plan | {"STAGES": plan["num_stages"]}
+        tile = HopperTile(*(settings[name] for name in HopperTile._fields))
         launch(
             device, rows_kernel, (programs * lanes,),
             _rows_descriptor(latents, plan["BN"], width), _rows_descriptor(k_rope, plan["BN"], rope_width),
-            q_latent, q_rope, out, part, part_lse, kv_end, kv_start, key_mask,
-            batch, length, programs, capacity, whole, scale_log2,
-            *q_latent.stride()[:4], *q_rope.stride()[:4], *out.stride()[:4], mask_stride,
-            STAGES=plan["num_stages"], AHEAD=plan["AHEAD"], OVERLAP=plan["OVERLAP"], SETTLED=settled, **numbers,
+            queries, visible, results, batch, length, programs, capacity, whole, scale_log2,
+            SHAPE=constants(shape), TILE=constants(tile), DEAL=constants(Deal(**deal)), SETTLED=settled, **options,
         )  # fmt: skip
     return PartialResults(part, part_lse, programs, deal)
 
