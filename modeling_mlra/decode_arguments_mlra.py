@@ -2,6 +2,29 @@
 
 from typing import Any, NamedTuple
 
+import torch
+
+
+class DecodeInputs(NamedTuple):
+    """A call, as `latent_attention` describes it."""
+
+    q_latent: torch.Tensor
+    q_rope: torch.Tensor
+    latents: torch.Tensor
+    k_rope: torch.Tensor
+    kv_end: torch.Tensor
+    kv_start: torch.Tensor | None
+    key_mask: torch.Tensor | None
+    block_table: torch.Tensor | None
+    page_size: int
+    scaling: float
+    settled: bool = False
+
+    @property
+    def capacity(self) -> int:
+        """Allocated rows of a sequence."""
+        return self.latents.shape[1] if self.block_table is None else self.block_table.shape[1] * self.page_size
+
 
 class Strides(NamedTuple):
     """Of sequences, query positions, latents (of rotary queries: groups) and heads."""
@@ -85,6 +108,17 @@ class Deal(NamedTuple):
     BLOCK_B: Any
     HAS_START: Any
     BIG: Any
+
+
+class Reduction(NamedTuple):
+    """L latents of H heads and width R; BD columns of ROWS query rows, SPLITS partial results at once."""
+
+    L: Any
+    H: Any
+    R: Any
+    ROWS: Any
+    BD: Any
+    SPLITS: Any
 
 
 class Segment(NamedTuple):

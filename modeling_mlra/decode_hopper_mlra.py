@@ -364,6 +364,7 @@ if gluon is not None:
         FIRST: gl.constexpr = 0 if SHARE_ROWS else WG
         ROWS: gl.constexpr = 64 // TILE.NL  # of one latent
         T = place.T
+        M = T * SHAPE.H
         first_row = place.row0 if SHARE_ROWS else place.row0 + WG * 64
         qr_buf = buffers.qr.index(FIRST)
         share = _deal(visible, place.B, place.P, place.p, DEAL, 4)
@@ -382,7 +383,7 @@ if gluon is not None:
             if SHARE_ROWS and WG == 1:
                 mbarrier.wait(buffers.q_full, segments & 1)
             else:
-                _load_queries(queries, buffers, qr_buf, b64, place.latent, first_row, T * SHAPE.H, FIRST, SHAPE, TILE)
+                _load_queries(queries, buffers, qr_buf, b64, place.latent, first_row, M, FIRST, SHAPE, TILE)
             limit = stretch.end - (T - 1) + (first_row + gl.arange(0, 64, layout=S_ROWS) % ROWS) // SHAPE.H
             tiles = SegmentTiles(g, count, stretch, gl.expand_dims(limit, 1), mask_row, T, scale_log2)
             acc = gl.zeros([64, SHAPE.R], gl.float32, layout=O_LAYOUT)
@@ -406,9 +407,7 @@ if gluon is not None:
                 norm = gl.convert_layout(norm, O_ROWS)
                 if SHARE_ROWS:
                     acc, m, norm = _merged(merge, acc, m, norm, segments, O_LAYOUT)
-                _store_segment(
-                    acc, m, norm, offs_o, results, place, first_row, b64, stretch, SHAPE, TILE, O_LAYOUT
-                )
+                _store_segment(acc, m, norm, offs_o, results, place, first_row, b64, stretch, SHAPE, TILE, O_LAYOUT)
             g += count
             segments += 1
             pos = stretch.stop
