@@ -210,6 +210,15 @@ class Merge(NamedTuple):
     empty: Any
 
 
+class Sums(NamedTuple):
+    """Weighted sums of the rows of one latent or two, log2 maxima of the scores, and sums of the weights."""
+
+    acc0: Any
+    acc1: Any
+    m: Any
+    norm: Any
+
+
 class SegmentTiles(NamedTuple):
     """`count` tiles of the `Stretch` `of` a sequence; the first is the program's tile `g`."""
 

@@ -1,12 +1,12 @@
 """Gluon kernels of the absorbed decode attention for Hopper GPUs: bulk tensor copies and warpgroup matrix products.
 
-They cover what the plain kernel in `decode_triton_mlra` leaves slow on these GPUs, with its legend, division of work
+They cover what the plain kernel in `decode_plain_mlra` leaves slow on these GPUs, with its legend, division of work
 and reduction of partial results; everything they do not cover runs there.
 """
 
 from typing import Any
 
-from .decode_arguments_mlra import Buffers, Merge, Place, SegmentTiles, Share, Stretch
+from .decode_arguments_mlra import Buffers, Merge, Place, SegmentTiles, Share, Stretch, Sums
 from .device_gluon_mlra import gl, gluon
 
 rows_kernel: Any = None
@@ -234,16 +234,19 @@ if gluon is not None:
 
     @gluon.jit
     def _attend_overlapped(
-        buffers, qr_buf, tiles, acc0, acc1, m, norm,
-        FIRST: gl.constexpr, OFFSET: gl.constexpr, STEP: gl.constexpr, SHAPE: gl.constexpr, TILE: gl.constexpr,
-        S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr,
+        buffers, qr_buf, tiles, sums, WG: gl.constexpr,
+        SHAPE: gl.constexpr, TILE: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr,
     ):  # fmt: skip
         """The scores of a tile and the values of the one before are multiplied together, and the values also while the
         scores are in the softmax."""
         P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
         BN: gl.constexpr = TILE.BN
         STAGES: gl.constexpr = TILE.STAGES
+        STEP: gl.constexpr = 128 // TILE.BM
+        OFFSET: gl.constexpr = WG % STEP
+        FIRST: gl.constexpr = WG // STEP
         dtype: gl.constexpr = buffers.q.dtype
+        acc0, acc1, m, norm = sums
         zeros = gl.zeros([64, BN], gl.float32, layout=S_LAYOUT)
         if tiles.count > OFFSET:
             s = _scores(buffers, qr_buf, tiles.g + OFFSET, zeros, FIRST, TILE)
@@ -269,16 +272,19 @@ if gluon is not None:
             acc0, acc1 = _add_values(
                 wd, buffers, stage, acc0, acc1, tiles.of.lo + last * BN, tiles, SHAPE, TILE, S_LAYOUT
             )
-        return acc0, acc1, m, norm
+        return Sums(acc0, acc1, m, norm)
 
     @gluon.jit
     def _attend_in_turn(
-        buffers, qr_buf, tiles, acc0, acc1, m, norm,
-        FIRST: gl.constexpr, OFFSET: gl.constexpr, STEP: gl.constexpr, SHAPE: gl.constexpr, TILE: gl.constexpr,
-        S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr,
+        buffers, qr_buf, tiles, sums, WG: gl.constexpr,
+        SHAPE: gl.constexpr, TILE: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr,
     ):  # fmt: skip
         """Scores, softmax and values of one tile after the other."""
         P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+        STEP: gl.constexpr = 128 // TILE.BM
+        OFFSET: gl.constexpr = WG % STEP
+        FIRST: gl.constexpr = WG // STEP
+        acc0, acc1, m, norm = sums
         zeros = gl.zeros([64, TILE.BN], gl.float32, layout=S_LAYOUT)
         for it in range(OFFSET, tiles.count, STEP):
             j = tiles.of.lo + it * TILE.BN
@@ -292,7 +298,7 @@ if gluon is not None:
                 acc1 = acc1 * factor
             wd = gl.convert_layout(w.to(buffers.q.dtype), P_LAYOUT)
             acc0, acc1 = _add_values(wd, buffers, stage, acc0, acc1, j, tiles, SHAPE, TILE, S_LAYOUT)
-        return acc0, acc1, m, norm
+        return Sums(acc0, acc1, m, norm)
 
     @gluon.jit
     def _give_away(merge, acc, m, norm, segments):
@@ -354,14 +360,12 @@ if gluon is not None:
         other is in its softmax; OVERLAP: each also multiplies during its own.
 
         With NL = 2 latents, 32 of the rows belong to each; the other's keys meet zeros instead of their queries."""
-        SHARE_ROWS: gl.constexpr = TILE.BM == 64
         S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE.BN, 16])
         O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SHAPE.R, 16])
         S_ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
         O_ROWS: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
-        STEP: gl.constexpr = 2 if SHARE_ROWS else 1
-        OFFSET: gl.constexpr = WG if SHARE_ROWS else 0
-        FIRST: gl.constexpr = 0 if SHARE_ROWS else WG
+        SHARE_ROWS: gl.constexpr = TILE.BM == 64
+        FIRST: gl.constexpr = 0 if SHARE_ROWS else WG  # of the buffers of query rows
         ROWS: gl.constexpr = 64 // TILE.NL  # of one latent
         T = place.T
         M = T * SHAPE.H
@@ -388,15 +392,12 @@ if gluon is not None:
             tiles = SegmentTiles(g, count, stretch, gl.expand_dims(limit, 1), mask_row, T, scale_log2)
             acc = gl.zeros([64, SHAPE.R], gl.float32, layout=O_LAYOUT)
             m = gl.full([64], float("-inf"), gl.float32, layout=S_ROWS)
-            norm = gl.zeros([64], gl.float32, layout=S_ROWS)
+            sums = Sums(acc, acc, m, gl.zeros([64], gl.float32, layout=S_ROWS))
             if TILE.OVERLAP:
-                acc, acc1, m, norm = _attend_overlapped(
-                    buffers, qr_buf, tiles, acc, acc, m, norm, FIRST, OFFSET, STEP, SHAPE, TILE, S_LAYOUT, O_LAYOUT
-                )
+                sums = _attend_overlapped(buffers, qr_buf, tiles, sums, WG, SHAPE, TILE, S_LAYOUT, O_LAYOUT)
             else:
-                acc, acc1, m, norm = _attend_in_turn(
-                    buffers, qr_buf, tiles, acc, acc, m, norm, FIRST, OFFSET, STEP, SHAPE, TILE, S_LAYOUT, O_LAYOUT
-                )
+                sums = _attend_in_turn(buffers, qr_buf, tiles, sums, WG, SHAPE, TILE, S_LAYOUT, O_LAYOUT)
+            acc, acc1, m, norm = sums
             offs_o = gl.arange(0, 64, layout=O_ROWS)
             if TILE.NL == 2:  # of the products with a latent, those with its own query rows
                 acc = gl.where(gl.expand_dims(offs_o < ROWS, 1), acc, acc1)
@@ -412,6 +413,24 @@ if gluon is not None:
             segments += 1
             pos = stretch.stop
             b += 1
+
+    @gluon.jit
+    def _barriers(STAGES: gl.constexpr, READERS: gl.constexpr):
+        """Of each buffer whether it is full, and free of its READERS; of the queries, and of what is merged."""
+        full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        merge_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        merge_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(STAGES):
+            mbarrier.init(full.index(i), count=1)
+            mbarrier.init(empty.index(i), count=READERS)
+        mbarrier.init(q_full, count=READERS)
+        mbarrier.init(merge_full, count=1)
+        mbarrier.init(merge_empty, count=1)
+        fence_async_shared()
+        barrier()
+        return full, empty, q_full, merge_full, merge_empty
 
     @gluon.jit(do_not_specialize=["B", "P", "S", "whole"])
     def rows_kernel(
@@ -445,24 +464,14 @@ if gluon is not None:
         else:
             merge_buf = gl.allocate_shared_memory(gl.float32, [1, MERGE_ROWS, R], MERGE_LAYOUT)
         merge_stats = gl.allocate_shared_memory(gl.float32, [2, 64], FLAT_SHARED)
-        full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-        merge_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-        merge_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(STAGES):
-            mbarrier.init(full.index(i), count=1)
-            mbarrier.init(empty.index(i), count=1 if SHARE_ROWS else 2)
-        mbarrier.init(q_full, count=1 if SHARE_ROWS else 2)
-        mbarrier.init(merge_full, count=1)
-        mbarrier.init(merge_empty, count=1)
-        fence_async_shared()
-        barrier()
-
+        full, empty, q_full, merge_full, merge_empty = _barriers(STAGES, 1 if SHARE_ROWS else 2)
         LANES: gl.constexpr = SHAPE.L // NL
         lanes = LANES * ((T * SHAPE.H * NL + TILE.BM - 1) // TILE.BM)
         lane = gl.program_id(0) % lanes
-        place = Place(B, T, P, S, whole, gl.program_id(0) // lanes, (lane % LANES) * NL, (lane // LANES) * TILE.BM)
+        p = gl.program_id(0) // lanes
+        latent = (lane % LANES) * NL
+        row0 = (lane // LANES) * TILE.BM
+        place = Place(B, T, P, S, whole, p, latent, row0)
         buffers = Buffers(q_buf, qr_buf, c_buf, k_buf, full, empty, q_full)
         merge = Merge(merge_buf.index(0), merge_stats, merge_full, merge_empty)
         if not SETTLED:
