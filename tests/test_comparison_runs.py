@@ -83,7 +83,7 @@ def test_killed_processes_go_on(whole, data, tmp_path):
     runs = [tmp_path / "comparison/runs" / name for name in whole]
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
-        if all(train.last_checkpoint(run) is not None for run in runs):
+        if any(train.last_checkpoint(run) is not None for run in runs):
             break
         time.sleep(0.002)
     killed = process.poll() is None
@@ -139,6 +139,23 @@ def test_seeds_of_an_architecture_are_compiled_once(data, tmp_path):
         assert counters["stats"]["unique_graphs"] == graphs
     plain = train.train_recipe(recipe(data, tmp_path / "plain", training__seed=1))
     assert [loss for _, loss in result["curve"]] == pytest.approx([loss for _, loss in plain["curve"]], abs=1e-4)
+
+
+def test_graphs_are_forgotten_between_architectures_only(data, tmp_path, monkeypatch):
+    order: list[str] = []
+
+    def train_nothing(recipe, **_):
+        order.append(Path(recipe.training["output_dir"]).name)
+        return dict.fromkeys(comparison_runs.KEPT, 0) | {"finished": True, "seconds": 0, "heldout": {"a": {"loss": 0}}}
+
+    monkeypatch.setattr(comparison_runs, "train_recipe", train_nothing)
+    monkeypatch.setattr(comparison_runs, "heldout_documents", lambda recipe: {})
+    monkeypatch.setattr(torch.compiler, "reset", lambda: order.append("reset"))
+    recipes = {name: recipe(data, tmp_path / name) for name in ("a_seed0", "a_seed1", "b_seed0", "b_seed1")}
+    comparison_runs.work(recipes, {}, set(), (0, 1), None)
+    assert order == ["a_seed0", "a_seed1", "reset", "b_seed0", "b_seed1"]
+    comparison_runs.work(recipes, {}, set(), (0, 1), None)  # all are finished
+    assert len(order) == 5
 
 
 def test_data_come_in_the_same_order_for_all_architectures(data, tmp_path, monkeypatch):
