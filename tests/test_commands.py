@@ -33,6 +33,7 @@ MISSING = {
     "evals.perplexity": ["--model", "none", "--data", "none.bin"],
     "evals.downstream": ["--model", "none"],
     "evals.local_tasks": ["--output", "out", "--wheel", "none"],
+    "evals.compare": ["none.json"],
     "evals.equivariance": ["--model", "none"],
     "evals.prepare_tokens": ["--output", "out", "--tokenizer", "none"],
 }
