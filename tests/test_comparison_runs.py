@@ -13,11 +13,13 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from evals import compare
 from evals.corpora import token_file_header
 from scripts import compare_architectures, comparison_runs, train
+from scripts import recipe as recipes
 from scripts.cli import locked
 from tests.paths import REPOSITORY
-from tests.training import recipe, settings, write
+from tests.training import TRAINING, recipe, settings, write
 
 END_OF_TEXT = 299
 
@@ -176,3 +178,21 @@ def test_data_come_in_the_same_order_for_all_architectures(data, tmp_path, monke
             train.train_recipe(recipe(data, tmp_path / name, **given, **seeds))
     assert len(seen["one"]) >= 12 * 8
     assert seen["one"] == seen["other"] != seen["seed"]
+
+
+def test_second_edition():
+    """Nine models of 30.5M parameters whose weights start as strong as the paper's, five evaluations at the end."""
+    content = recipes.read_configuration(TRAINING / "compare_30m.json")
+    models = compare_architectures.plan(content)
+    assert len(models) == 9 and len(content["seeds"]) >= 4
+    for name, model in models.items():
+        config = recipes.model_config(model)
+        assert train.count_parameters(config) == pytest.approx(30.48e6, rel=0.002), name
+        assert config.initializer_range == pytest.approx(0.02 * (3072 / config.hidden_size) ** 0.5, rel=1e-3)
+    run = compare_architectures.run_recipe(content, models["gqa"], "gqa", 1, Path("compare_30m.json"))
+    args = recipes.training_arguments(run)
+    assert (args.seed, args.data_seed) == (1, 1)
+    steps = range(args.eval_steps, args.max_steps + 1, int(args.eval_steps))
+    evaluated = [step for step in steps if step >= args.eval_delay]
+    assert len(evaluated) >= compare.LAST and evaluated[-1] == args.max_steps
+    assert args.max_steps * run.blocks_per_step * run.data.block_size > 200e6
