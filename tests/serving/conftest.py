@@ -23,7 +23,8 @@ def start(monkeypatch):
 
     def start_engine(folder, **settings) -> LLM:
         assert not engines, "one engine at a time"
-        ranks, cores = settings.get("tensor_parallel_size", 1), sorted(os.sched_getaffinity(0))
+        ranks = settings.get("tensor_parallel_size", 1) * settings.get("pipeline_parallel_size", 1)
+        cores = sorted(os.sched_getaffinity(0))
         binding = "|".join(str(cores[rank % len(cores)]) for rank in range(ranks))
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", binding)
         defaults = {

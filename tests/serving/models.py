@@ -47,10 +47,11 @@ def continuations(model, prompts=PROMPTS, new_tokens: int = NEW_TOKENS) -> list[
     return [model.generate(torch.tensor([p]), **length)[0, len(p) :].tolist() for p in prompts]
 
 
-def ask(engine, prompts=PROMPTS, **settings) -> list:
+def ask(engine, prompts=PROMPTS, lora_request=None, **settings) -> list:
     """What the engine makes of all prompts at once: greedy tokens, unless told otherwise."""
     settings = {"temperature": 0.0, "max_tokens": NEW_TOKENS, "ignore_eos": True, "detokenize": False, **settings}
-    return engine.generate([{"prompt_token_ids": p} for p in prompts], SamplingParams(**settings), use_tqdm=False)
+    requests = [{"prompt_token_ids": p} for p in prompts]
+    return engine.generate(requests, SamplingParams(**settings), use_tqdm=False, lora_request=lora_request)
 
 
 def tokens(outputs) -> list[list[int]]:

@@ -32,3 +32,10 @@ def test_two_ranks(variant, tmp_path, start):
     model = saved_model(tmp_path, variant, attn_output_gate=True)
     engine = start(tmp_path, tensor_parallel_size=2)
     assert tokens(ask(engine)) == continuations(model)
+
+
+def test_pipeline(tmp_path, start):
+    """Three layers on two ranks; compiled, because the CPU build does not prepare a second rank otherwise."""
+    model = saved_model(tmp_path, num_hidden_layers=3)
+    engine = start(tmp_path, pipeline_parallel_size=2, enforce_eager=False)
+    assert tokens(ask(engine)) == continuations(model)
