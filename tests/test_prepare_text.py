@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evals.corpora import read_token_file
 from modeling_mlra import MLRAForCausalLM
-from scripts import prepare_text, train
+from scripts import prepare_text, text_readers, train
 from scripts import recipe as recipes
 from scripts.cli import UserError
 from scripts.export import main as export
@@ -40,7 +40,7 @@ def unpacked(tmp_path_factory) -> Path:
     dictd = root / "usr/share/dictd"
     dictd.mkdir()
     entries = [f"word{index}\n  A made-up word that stands for the number {index}.\n" for index in range(40)]
-    digits = "".join(prepare_text.DICT_DIGITS)
+    digits = "".join(text_readers.DICT_DIGITS)
     start, lines = 0, []
     for index, entry in enumerate(entries):
         lines.append(f"word{index}\t{digits[start // 64]}{digits[start % 64]}\t{digits[len(entry) // 64]}"
@@ -71,7 +71,7 @@ def test_prepared_text(unpacked, tmp_path):
     assert "Deutsch" not in text and "menu" not in text and "Next" not in text and "<" not in text and " & " in text
     assert "word7\n  A made-up word that stands for the number 7." in everything
     sources = json.loads((tmp_path / "a" / "sources.json").read_text())
-    assert sources["packages"][0]["licences"] == ["GFDL-1.3", "GPL-2+"]
+    assert sources["sources"][0]["licences"] == ["GFDL-1.3", "GPL-2+"]
     assert "characters: GFDL-1.3, GPL-2+\n" in (tmp_path / "a" / "SOURCES.md").read_text()
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a" / "tokenizer")
