@@ -24,6 +24,7 @@ from tokenization.build import end_of_text_id
 
 # Of a run; not its speed, because runs may share a device
 KEPT = ("step", "tokens", "epochs", "parameters", "flops_per_token", "curve", "heldout_curve", "heldout")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 RUN_FILE = "compare_run.json"  # in the folder of a run that is finished
 
 
@@ -85,6 +86,9 @@ def work(recipes: dict[str, Recipe], settings: dict, done: set[str], share: tupl
             if not result["finished"]:
                 return
             entry = {key: result[key] for key in KEPT} | {"documents": heldout_documents(recipe)}
+            if recipe.data.tokenizer is not None:  # so that evals.downstream can take the folder
+                for tokenizer_file in TOKENIZER_FILES:
+                    shutil.copy(Path(recipe.data.tokenizer) / tokenizer_file, file.parent / "final")
             results.add(name, entry | {"environment": environment()})
             for checkpoint in file.parent.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)

@@ -76,7 +76,7 @@ def collection(tmp_path) -> Path:
         "Ann/Index of the Project Gutenberg Works of Ann.txt": book(9003, prose("index")),
         f"{tolkien}/Glossary.txt": book(9004, prose("glossary")),
         "Bob/Glossary.txt": book(9004, prose("glossary")),
-        "Cy/Book 0 again.txt": book(9005, prose("Cy 0")),  # the same text as another number
+        "Cy/Book 9.txt": book(9005, prose("Cy 0") + "\n\n" + prose("Cy more", 3)),  # hardly new
         "Dee/Collected.txt": book(9006, prose("Dee 1") + "\n\n" + prose("Dee new", 40)),
     }
     for name, text in files.items():
@@ -167,7 +167,7 @@ def test_prepared(collection, tmp_path):
         "LICENSE",
         *(
             " ".join(prose(name).split("\n\n")[0].split())
-            for name in ("copyrighted", "livre", "old", "index", "glossary")
+            for name in ("copyrighted", "livre", "old", "index", "glossary", "Cy more")
         ),
     ):
         assert absent not in everything
