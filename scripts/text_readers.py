@@ -9,7 +9,10 @@ from typing import NamedTuple
 
 SUFFIXES = (".html", ".htm", ".txt", ".rst", ".pod", ".text")
 LANGUAGE = re.compile(r"^(translations|(?!en)[a-z]{2}([-_][A-Z][A-Za-z]{1,3})?)$")  # a folder of other languages
-NO_TEXT = re.compile(r"(genindex|modindex|bookindex|py-modindex|search|toc|perluniprops|changelog)", re.IGNORECASE)
+NO_TEXT_FOLDERS = {"_sources", "class-use", "src"}  # what other pages are made from; lists of names; source code
+NO_TEXT = re.compile(
+    r"(package-(use|tree)|genindex|modindex|bookindex|py-modindex|search|toc|perluniprops|changelog)", re.IGNORECASE
+)
 SHORTEST = 200  # characters of a document
 SHORTEST_ENTRY = 40  # of a dictionary's entry
 DICT_DIGITS = {
@@ -17,7 +20,7 @@ DICT_DIGITS = {
 }
 BLOCK_TAGS = {"p", "div", "li", "dt", "dd", "tr", "table", "ul", "ol", "dl", "section", "article", "blockquote"}
 BLOCK_TAGS |= {"h1", "h2", "h3", "h4", "h5", "h6", "br", "hr", "body", "caption", "figure", "td", "th"}
-SKIPPED_TAGS = {"script", "style", "head", "nav", "header", "footer", "form", "button", "svg", "select"}
+SKIPPED_TAGS = {"script", "style", "head", "nav", "header", "footer", "form", "button", "svg", "select", "noscript"}
 NAVIGATION = re.compile(r"(prev(ious)?|next|home|up|top|contents|index|table of contents|download the ebook)", re.I)
 VOID_TAGS = {"br", "hr", "img", "input", "link", "meta", "area", "base", "col", "embed", "source", "wbr"}
 
@@ -159,7 +162,7 @@ def package_documents(root: Path) -> Iterator[Document]:
             name.endswith(SUFFIXES)
             and not NO_TEXT.search(name)
             and not any(LANGUAGE.match(part) for part in relative.parts[3:-1])
-            and "_sources" not in relative.parts
+            and not NO_TEXT_FOLDERS & set(relative.parts)
         ):
             kind = html_paragraphs if ".htm" in name else pod_paragraphs if name.endswith(".pod") else text_paragraphs
             yield Document(kind(read(file)))

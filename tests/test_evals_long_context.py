@@ -21,7 +21,7 @@ def folders(tmp_path_factory):
     for seed, (name, fields) in enumerate({"mlra_seed0": MODEL, "mlra_seed1": MODEL, "llama_seed0": LLAMA}.items()):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(
-            recipes.model_config(fields | ({"qk_rope_head_dim": 16} if fields is MODEL else {}))
+            recipes.model_config(fields | ({"qk_rope_head_dim": 32} if fields is MODEL else {}))
         )
         for parameter in model.parameters():  # with output projections at zero, positions would not matter
             torch.nn.init.normal_(parameter, std=0.3)

@@ -30,11 +30,15 @@ def unpacked(tmp_path_factory) -> Path:
         sentences = [" ".join(generator.choice(words, 9)) + "." for _ in range(8)]
         body = "".join(f"<p>{sentence} <b>&amp;</b> {sentence[:20]}</p>" for sentence in sentences)
         page = "<html><head><title>T</title><style>p {}</style></head><body><p>Next</p><div class='related'>menu</div>"
+        page += "<noscript>Turn scripts on</noscript>"
         (doc / "html" / f"page{index}.html").write_text(
             f"{page}{body}<p>{'All rights are as stated. ' * 4}</p></body>"
         )
     with gzip.open(doc / "guide.txt.gz", "wt") as file:
         file.write("\n\n".join(" ".join(generator.choice(words, 60)) for _ in range(6)))
+    for folder in ("class-use", "src"):
+        (doc / "html" / folder).mkdir()
+        (doc / "html" / folder / "page.html").write_text("<p>" + "A list of names and code. " * 30 + "</p>")
     (doc / "html" / "de").mkdir()
     (doc / "html" / "de" / "page.html").write_text("<p>" + "Zeichenkette auf Deutsch " * 30 + "</p>")
     dictd = root / "usr/share/dictd"
@@ -68,7 +72,8 @@ def test_prepared_text(unpacked, tmp_path):
     assert 5 <= len(documents["heldout"]) <= 40
     text = "\n".join(everything)
     assert text.count("All rights are as stated.") == 4  # the first page's
-    assert "Deutsch" not in text and "menu" not in text and "Next" not in text and "<" not in text and " & " in text
+    assert "Deutsch" not in text and "names and code" not in text and "scripts on" not in text
+    assert "menu" not in text and "Next" not in text and "<" not in text and " & " in text
     assert "word7\n  A made-up word that stands for the number 7." in everything
     sources = json.loads((tmp_path / "a" / "sources.json").read_text())
     assert sources["sources"][0]["licences"] == ["GFDL-1.3", "GPL-2+"]
