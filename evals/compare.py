@@ -243,6 +243,7 @@ def draw(path: Path, found: dict) -> None:
             axes.scatter(*zip(*known, strict=True), label=label, zorder=3, **style)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(places, names)
+    axes.margins(y=0.15)
     axes.invert_yaxis()
     axes.set(xlabel=f"held-out loss less that of {found['control']}, nats per token")
     axes.grid(axis="x", alpha=0.3)
