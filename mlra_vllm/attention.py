@@ -14,6 +14,7 @@ from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
 from modeling_mlra.attention_mlra import MAX_EXPANDED_BYTES, absorbed_attention, expanded_attention
 from modeling_mlra.masks_mlra import CacheRows
+from modeling_mlra.rows_mlra import RowFormat
 
 from .metadata import MAX_PACKED_ROWS, MLRABackend, MLRAMetadata, Pack
 from .versions import flash_attention
@@ -35,8 +36,7 @@ class MLRACacheAttention(nn.Module, AttentionLayerBase):
         super().__init__()
         config, cache = vllm_config.model_config.hf_config, vllm_config.cache_config
         self.layer_name = prefix
-        self.widths = num_latents * config.latent_head_dim, config.qk_rope_head_dim
-        self.latent_dim = config.latent_head_dim
+        self.num_latents = num_latents
         self.sizes = {
             "nope_dim": config.qk_nope_head_dim,
             "v_dim": config.v_head_dim,
@@ -46,9 +46,10 @@ class MLRACacheAttention(nn.Module, AttentionLayerBase):
         self.implementation = config.decode_implementation
         self.cache_dtype_name = cache.cache_dtype
         auto = cache.cache_dtype == "auto"
-        self.cache_dtype = vllm_config.model_config.dtype if auto else getattr(torch, cache.cache_dtype)
+        dtype = vllm_config.model_config.dtype if auto else getattr(torch, cache.cache_dtype)
+        self.row_format = RowFormat.of_config(config, num_latents, dtype)
         self.flash = flash_attention(config.qk_head_dim, config.v_head_dim)
-        if self.cache_dtype == torch.float32:
+        if dtype == torch.float32:
             self.flash = None
         self.max_rows = max(MAX_PACKED_ROWS, vllm_config.model_config.max_model_len)
         self.kv_cache = torch.tensor([])  # the worker puts the cache here
@@ -65,8 +66,8 @@ class MLRACacheAttention(nn.Module, AttentionLayerBase):
         return MLAAttentionSpec(
             block_size=vllm_config.cache_config.block_size,
             num_kv_heads=1,
-            head_size=sum(self.widths),
-            dtype=self.cache_dtype,
+            head_size=self.row_format.width,
+            dtype=self.row_format.dtype,
             cache_dtype_str=self.cache_dtype_name,
         )
 
@@ -95,7 +96,7 @@ class MLRACacheAttention(nn.Module, AttentionLayerBase):
             self._claim_workspace(query)
             output.zero_()
             return
-        pool = self.kv_cache.view(-1, sum(self.widths))
+        pool = self.kv_cache.view(-1, self.row_format.width)
         slots = metadata.slot_mapping
         # Padding goes to row 0, in the block that vLLM gives to no request
         pool.index_copy_(0, slots.clamp(min=0), rows[: len(slots)].to(pool.dtype))
@@ -106,15 +107,15 @@ class MLRACacheAttention(nn.Module, AttentionLayerBase):
 
     def _decode(self, query, kv_b_weight, pool, metadata: MLRAMetadata) -> torch.Tensor:
         """Absorbed, straight from the pages: one new token `[M, G*H, N+E]` of each request."""
-        q_nope, q_rope = query.unsqueeze(1).split([self.sizes["nope_dim"], self.widths[1]], dim=-1)
-        latents, k_rope = pool.split(self.widths, dim=-1)
+        q_nope, q_rope = query.unsqueeze(1).split([self.sizes["nope_dim"], self.row_format.rope], dim=-1)
+        latents, k_rope = self.row_format.views(pool, self.num_latents)
         page_size = self.kv_cache.shape[-2]
         rows = CacheRows(metadata.seq_lens, row_table=metadata.block_table, page_size=page_size)
         output, _ = absorbed_attention(
             self,
             q_nope,
             q_rope,
-            latents.unflatten(-1, (-1, self.latent_dim)),
+            latents,
             k_rope,
             kv_b_weight,
             rows,
@@ -126,7 +127,8 @@ class MLRACacheAttention(nn.Module, AttentionLayerBase):
 
     def _prefill(self, query, kv_b_weight, pool, pack: Pack) -> torch.Tensor:
         """Expanded, one latent after another: new tokens `[T, G*H, N+E]` of the requests of a pack."""
-        latents, k_rope = pool[pack.rows].unsqueeze(0).to(query.dtype).split(self.widths, dim=-1)
+        rows = pool[pack.rows].unsqueeze(0).to(query.dtype)
+        latents, k_rope = self.row_format.views(rows, self.num_latents)
 
         def attend(module, query, key, value, mask, scaling, **kwargs):
             if self.flash is None:
@@ -145,7 +147,7 @@ class MLRACacheAttention(nn.Module, AttentionLayerBase):
         output, _ = expanded_attention(
             self,
             query.unsqueeze(0),
-            latents.unflatten(-1, (-1, self.latent_dim)),
+            latents,
             k_rope,
             kv_b_weight,
             None,
@@ -161,7 +163,7 @@ class MLRACacheAttention(nn.Module, AttentionLayerBase):
         nope_dim, v_dim = self.sizes["nope_dim"], self.sizes["v_dim"]
         per_head = self.max_rows * (width + v_dim) * query.element_size()  # keys and values of one head
         step = min(max(MAX_EXPANDED_BYTES // per_head, 1), heads)
-        numbers = self.max_rows * 2 * sum(self.widths)  # gathered rows, converted
+        numbers = self.max_rows * 2 * self.row_format.width  # gathered rows, converted
         numbers += step * self.max_rows * (width + nope_dim + v_dim)  # keys, before and after joining, and values
         numbers += 6 * tokens * heads * v_dim  # outputs of the branches, their sum in float32
         torch.empty(numbers, dtype=query.dtype, device=query.device)

@@ -131,11 +131,7 @@ class MLRAAttention(nn.Module):
         latents = config.num_latent_heads // shares
         heads = config.num_attention_heads // (self.layout.groups * self.layout.heads)
         self.qk_dims = [config.qk_nope_head_dim, config.qk_rope_head_dim]
-        self.alpha_q = self.alpha_kv = alpha_attn = 1.0
-        if config.latent_scaling:
-            self.alpha_q = (config.hidden_size / config.q_lora_rank) ** 0.5
-            self.alpha_kv = (config.hidden_size / config.latent_head_dim) ** 0.5
-            alpha_attn = config.num_branches**-0.5
+        self.alpha_q, self.alpha_kv, alpha_attn = config.alphas
 
         def linear(name: str, inputs: int, outputs: int) -> ReplicatedLinear:
             return ReplicatedLinear(inputs, outputs, bias=False, quant_config=quant_config, prefix=f"{prefix}.{name}")
@@ -162,7 +158,7 @@ class MLRAAttention(nn.Module):
         q_nope, q_rope = query.split(self.qk_dims, dim=-1)  # [T, G*H, N], [T, G*H, E]
         rotated = apply_rotary_pos_emb(torch.cat([q_rope, k_rope], dim=1).unsqueeze(0), cos, sin)[0]
         q_rope, k_rope = rotated.split([q_rope.shape[1], 1], dim=1)
-        query, rows = torch.cat([q_nope, q_rope], dim=-1), torch.cat([latents, k_rope.squeeze(1)], dim=-1)
+        query, rows = torch.cat([q_nope, q_rope], dim=-1), self.attn.row_format.join(latents, k_rope.squeeze(1))
 
         output = self.attn(query, rows, self.kv_b_proj.weight).flatten(1)  # [T, G*H*V]
         if self.g_proj is not None:

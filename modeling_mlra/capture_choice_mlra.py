@@ -38,8 +38,9 @@ def keep_largest(scores: torch.Tensor, number: int, filler: float) -> torch.Tens
     """
     number, candidates = min(number, scores.shape[-1]), scores
     if scores.shape[-1] >= 2 * TOP_PARTS * number:
-        padded = nn.functional.pad(scores, (0, -scores.shape[-1] % TOP_PARTS), value=-torch.inf)
-        candidates = padded.unflatten(-1, (TOP_PARTS, -1)).topk(number, sorted=False).values.flatten(1)
+        if missing := -scores.shape[-1] % TOP_PARTS:
+            candidates = nn.functional.pad(scores, (0, missing), value=-torch.inf)
+        candidates = candidates.unflatten(-1, (TOP_PARTS, -1)).topk(number, sorted=False).values.flatten(1)
     lowest = candidates.topk(number, sorted=False).values.amin(dim=-1, keepdim=True)
     return scores.masked_fill(scores < lowest, filler)
 

@@ -138,6 +138,14 @@ class MLRAConfig(PreTrainedConfig):
         return self.qk_head_dim**-0.5 * mscale**2
 
     @property
+    def alphas(self) -> tuple[float, float, float]:
+        """alpha_q, alpha_kv, alpha_attn: factors of query latents, of latents, and of the sum of a head's branches."""
+        if not self.latent_scaling:
+            return 1.0, 1.0, 1.0
+        of_latents = ((self.hidden_size / width) ** 0.5 for width in (self.q_lora_rank, self.latent_head_dim))
+        return *of_latents, self.num_branches**-0.5
+
+    @property
     def rotary_config(self) -> PreTrainedConfig:
         """What the library's RoPE functions take: they rotate all of `head_dim`, here the rotary part of a head."""
         config = PreTrainedConfig(

@@ -131,10 +131,38 @@ def even_programs(programs: int, batch: int) -> int:
     return even if 16 * even >= 15 * programs else programs
 
 
-def reduction_plan(batch: int, num_latents: int, rows: int, programs: int, padded_width: int) -> dict[str, int]:
-    """Tile of the second kernel: many small reductions take their splits in turn, a few wide ones SPLITS at once."""
+@functools.lru_cache(maxsize=1024)
+def deal_work(
+    batch: int, capacity: int, lanes: int, most_programs: int, unit: int, least_units: int, has_start: bool
+) -> tuple[int, dict[str, Any]]:
+    """How many programs share the rows of `batch` sequences of up to `capacity`, and the constants of the division.
+
+    Args:
+        lanes: tiles of latents and query rows, each dealt out alike.
+        most_programs: how many run at a time.
+        unit, least_units: rows of a unit of work, and how many of these a program has at least.
+    """
+    programs = even_programs(max(1, most_programs // lanes), batch)
+    most_units = batch * (triton.cdiv(capacity, unit) + 1)
+    programs = min(programs, triton.cdiv(most_units, least_units))
+    deal = {
+        "UNIT": unit, "MIN_UNITS": least_units, "BLOCK_B": triton.next_power_of_2(batch), "HAS_START": has_start,
+        "BIG": (most_units + 1) * (programs + 1) >= 2**31,
+    }  # fmt: skip
+    return programs, deal
+
+
+@functools.lru_cache(maxsize=1024)
+def reduction_plan(
+    batch: int, num_latents: int, rows: int, programs: int, width: int
+) -> tuple[tuple[int, int, int], dict[str, int]]:
+    """Grid and tile of the second kernel: many small reductions take their splits in turn, a few wide ones SPLITS at
+    once."""
+    padded_width = triton.next_power_of_2(width)
     splits = min(256, max(8, triton.next_power_of_2(triton.cdiv(programs, batch) + 1)))
     if splits == 8 and batch * num_latents * rows > 8192:
-        return {"SPLITS": 1, "BD": padded_width, "ROWS": min(16, triton.next_power_of_2(rows)), "num_warps": 4}
-    columns = min(padded_width, 4096 // splits if splits < 64 else 32)
-    return {"SPLITS": splits, "BD": columns, "ROWS": 1, "num_warps": {8: 1, 256: 8}.get(splits, 4)}
+        tile = {"SPLITS": 1, "BD": padded_width, "ROWS": min(16, triton.next_power_of_2(rows)), "num_warps": 4}
+    else:
+        columns = min(padded_width, 4096 // splits if splits < 64 else 32)
+        tile = {"SPLITS": splits, "BD": columns, "ROWS": 1, "num_warps": {8: 1, 256: 8}.get(splits, 4)}
+    return (triton.cdiv(width, tile["BD"]), num_latents * triton.cdiv(rows, tile["ROWS"]), batch), tile

@@ -29,7 +29,7 @@ from .decode_arguments_mlra import (
     Visible,
 )
 from .decode_hopper_mlra import rows_kernel
-from .decode_plans_mlra import decode_plans, even_programs, fits_hopper, reduction_plan
+from .decode_plans_mlra import deal_work, decode_plans, fits_hopper, reduction_plan
 from .device_gluon_mlra import TensorDescriptor, gl
 from .device_mlra import cannot_be_built, constants, device_facts, launch, launch_options, tl, triton
 
@@ -371,8 +371,7 @@ def triton_latent_attention(q_latent, q_rope, latents, k_rope, kv_end, kv_start,
     parts = partial_results(out, q_latent, q_rope, latents, k_rope, kv_end, kv_start, *arguments, **tuning)
     if parts.programs > 1:
         rows, early = length * heads, device_facts(out.device).early
-        reduction = reduction_plan(batch, num_latents, rows, parts.programs, triton.next_power_of_2(width))
-        grid = (triton.cdiv(width, reduction["BD"]), num_latents * triton.cdiv(rows, reduction["ROWS"]), batch)
+        grid, reduction = reduction_plan(batch, num_latents, rows, parts.programs, width)
         launch(
             out.device, combine_kernel, grid,
             out, parts.part, parts.lse, kv_end, kv_start, batch, length, parts.programs, *out.stride()[:4],
@@ -438,15 +437,11 @@ def _launch(
     c_strides, k_strides = latents.stride(), k_rope.stride()
     if block_table is not None:
         c_strides, k_strides = (0, *c_strides), (0, *k_strides)
-    lanes = (num_latents // plan["NL"]) * triton.cdiv(rows, plan["BM"])
-    programs = max(1, facts.multiprocessors * plan["programs_per_sm"] // lanes)
-    programs = even_programs(programs, batch)
-    most_units = batch * (triton.cdiv(capacity, plan["UNIT"]) + 1)
-    programs = min(programs, triton.cdiv(most_units, plan["MIN_UNITS"]))
-    deal = {
-        "UNIT": plan["UNIT"], "MIN_UNITS": plan["MIN_UNITS"], "BLOCK_B": triton.next_power_of_2(batch),
-        "HAS_START": kv_start is not None, "BIG": (most_units + 1) * (programs + 1) >= 2**31,
-    }  # fmt: skip
+    lanes = (num_latents // plan["NL"]) * -(-rows // plan["BM"])
+    programs, deal = deal_work(
+        batch, capacity, lanes, facts.multiprocessors * plan["programs_per_sm"], plan["UNIT"], plan["MIN_UNITS"],
+        kv_start is not None,
+    )  # fmt: skip
     slots = programs + batch - 1
     part = torch.empty((slots, num_latents, rows, width), dtype=torch.float32, device=device)
     part_lse = torch.empty((slots, num_latents, rows), dtype=torch.float32, device=device)

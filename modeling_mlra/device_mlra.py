@@ -1,5 +1,6 @@
 """What the kernels run on: the installed triton, the facts of a device, and the one way to launch a kernel on it."""
 
+import functools
 import logging
 import math
 import os
@@ -173,6 +174,7 @@ def launch(device: torch.device, kernel, grid: tuple, *arguments, **constants: A
         kernel[grid](*arguments, **constants)
 
 
+@functools.lru_cache(maxsize=1024, typed=True)
 def constants(group):
     """A named tuple of numbers for a kernel's parameter of type `tl.constexpr`: all are known when it is compiled."""
     return group if INTERPRETED else type(group)(*map(tl.constexpr, group))

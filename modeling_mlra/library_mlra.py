@@ -53,7 +53,7 @@ def takes_cache_by_any_name(function: Callable) -> Callable:
             if CACHE == "cache" and not torch.compiler.is_compiling():
                 message = "`past_key_values` is deprecated and ends with transformers 5.40: say `cache` instead"
                 warnings.warn(message, FutureWarning, stacklevel=2)
-            kwargs["cache"] = take_cache(kwargs)
+            kwargs["cache"] = take_cache(kwargs) if "cache" in kwargs else kwargs.pop("past_key_values")
         return function(*args, **kwargs)
 
     return renamed

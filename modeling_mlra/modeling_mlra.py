@@ -178,11 +178,7 @@ class MLRAAttention(nn.Module):
         self.qk_head_dims = config.qk_nope_head_dim, config.qk_rope_head_dim
         self.latent_head_dim, self.has_gate = config.latent_head_dim, config.attn_output_gate
         self.scaling = config.score_scaling
-        self.alpha_q = self.alpha_kv = self.alpha_attn = 1.0
-        if config.latent_scaling:
-            self.alpha_q = (config.hidden_size / config.q_lora_rank) ** 0.5
-            self.alpha_kv = (config.hidden_size / config.latent_head_dim) ** 0.5
-            self.alpha_attn = config.num_branches**-0.5
+        self.alpha_q, self.alpha_kv, self.alpha_attn = config.alphas
 
         heads, eps = config.num_attention_heads, config.rms_norm_eps
         self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=False)

@@ -54,13 +54,13 @@ def padded(vectors: int) -> int:
 
 
 if triton is not None:
+    from .device_triton_mlra import program_release, program_wait
 
     @triton.jit
     def wait_for_front(PDL: tl.constexpr):
         """Let the kernel behind load its weights, and wait for the one in front."""
-        if PDL:
-            tl.extra.cuda.gdc_launch_dependents()
-            tl.extra.cuda.gdc_wait()
+        program_release(PDL)
+        program_wait(PDL)
 
     @triton.jit
     def rms_factor(squares, width, norm):

@@ -106,10 +106,13 @@ def deepseek_mla(max_positions: int):
     )
 
 
+PEERS = {"llama_gqa": llama_gqa, "deepseek_mla": deepseek_mla}
+
+
 def build(name: str, max_positions: int) -> nn.Module:
     """A bfloat16 model on the GPU with N(0, 0.02) weights."""
-    if name in ("llama_gqa", "deepseek_mla"):
-        model_class, config = {"llama_gqa": llama_gqa, "deepseek_mla": deepseek_mla}[name](max_positions)
+    if name in PEERS:
+        model_class, config = PEERS[name](max_positions)
     else:
         model_class, config = MLRAForCausalLM, MLRAConfig.from_json_file(CONFIGURATION / f"{name}.json")
         config.eos_token_id = config.pad_token_id = config.bos_token_id = None

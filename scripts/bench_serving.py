@@ -73,13 +73,13 @@ from vllm.platforms import current_platform
 
 from evals.common import commit, write_json
 from modeling_mlra import MLRAConfig
-from scripts.bench_generate import deepseek_mla, llama_gqa
+from scripts import bench_generate
 
 
 def write_configuration(name: str, folder: str, max_positions: int, layers: int | None) -> None:
     """A folder that vLLM serves with random weights."""
     if name in PEERS:
-        model_class, config = {"llama_gqa": llama_gqa, "deepseek_mla": deepseek_mla}[name](max_positions)
+        model_class, config = bench_generate.PEERS[name](max_positions)
         config.architectures = [model_class.__name__]
     else:
         config = MLRAConfig.from_json_file(CONFIGURATION / f"{name}.json")

@@ -216,6 +216,13 @@ def check_model_folder(folder: Path, model_type: str | None = None, files: Itera
 # Outputs
 
 
+def refuse_existing(*folders: Path) -> None:
+    """Raise UserError if one of the folders to create is there."""
+    for folder in folders:
+        if folder.exists() or folder.is_symlink():
+            raise UserError(f"{folder} already exists: remove it or choose another destination")
+
+
 def is_first_process() -> bool:
     """Whether this is the first of the processes that a launcher started, or the only one."""
     return os.environ.get("RANK", "0") == "0"

@@ -13,13 +13,12 @@ import sys
 from pathlib import Path
 
 from scripts import cli
-from scripts.cli import UserError
+from scripts.cli import UserError, refuse_existing
 from scripts.variants import VARIANTS
 
 
 def check(args: argparse.Namespace) -> None:
-    if args.dst.exists():
-        raise UserError(f"{args.dst} already exists: remove it or choose another destination")
+    refuse_existing(args.dst)
     if not Path(args.src).is_dir() and (Path(args.src).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", args.src)):
         raise UserError(f"{args.src} is no folder: give a released checkpoint folder or org/repo on the Hub")
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from scripts import cli
-from scripts.cli import UserError, check_model_folder, locked
+from scripts.cli import UserError, check_model_folder, locked, refuse_existing
 
 
 def check(args: argparse.Namespace) -> None:
@@ -34,13 +34,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--license", default="unknown", help="Hub identifier of the weights' licence")
     parser.add_argument("--allow-nonfinite", action="store_true", help="write weights that are NaN or infinite")
     return cli.run("scripts.export:export", parser.parse_args(argv), check)
-
-
-def refuse_existing(*folders: Path) -> None:
-    """Raise UserError if one of the folders to create is there."""
-    for folder in folders:
-        if folder.exists() or folder.is_symlink():
-            raise UserError(f"{folder} already exists: remove it or choose another destination")
 
 
 if __name__ == "__main__":

@@ -16,12 +16,11 @@ import sys
 from pathlib import Path
 
 from scripts import cli
-from scripts.cli import UserError
+from scripts.cli import refuse_existing
 
 
 def check(args: argparse.Namespace) -> None:
-    if args.dst.exists() or args.dst.is_symlink():
-        raise UserError(f"{args.dst} already exists: remove it or choose another destination")
+    refuse_existing(args.dst)
 
 
 def main(argv: list[str] | None = None) -> int:
