@@ -8,13 +8,13 @@ CONFIG is one of scripts.train with two keys more: `seeds`, and `architectures`,
 An architecture with `model_type` "llama" is the library's Llama with the same width, depth, heads and vocabulary.
 `model` itself sets the parameter count; the MLP of every other model is made as wide as comes closest to it.
 
-A seed sets a model's initial weights and the order of the data, which is the same for all models. The seeds of an
-architecture follow each other, so that it is compiled once. A finished run is kept in its folder below
-`training.output_dir` at once and an unfinished one in its checkpoints, so the same command goes on after --time-budget
-or an interruption. --devices starts a process for each GPU named (twice for two on one): each takes the next run that
-none has taken. Machines share the work by --only, each with an OUTPUT of its own; --merge brings these together, and
-trains nothing. OUTPUT gets all runs, with their held-out losses by document for evals.compare; a table and curves are
-written beside it.
+A seed sets a model's initial weights and the order of the data, which is the same for all models. A seed's runs come
+before the next seed's, so that a comparison that is stopped is one of fewer seeds; the second seed of an architecture
+finds its kernels in the compiler's cache on disk. A finished run is kept in its folder below `training.output_dir` at
+once and an unfinished one in its checkpoints, so the same command goes on after --time-budget or an interruption.
+--devices starts a process for each GPU named (twice for two on one): each takes the next run that none has taken.
+Machines share the work by --only, each with an OUTPUT of its own; --merge brings these together, and trains nothing.
+OUTPUT gets all runs, with held-out losses by document for evals.compare; a table and curves are written beside it.
 """
 
 import argparse
@@ -33,11 +33,6 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"no configuration file {args.config}")
 
 
-def worker(text: str) -> tuple[int, int]:
-    index, _, workers = text.partition("/")
-    return int(index), int(workers)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = cli.Parser("scripts.compare_architectures", __doc__)
     parser.add_argument("config", type=Path, help="JSON or YAML file")
@@ -49,11 +44,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--plan", action="store_true", help="print the matched sizes and stop")
     parser.add_argument("--devices", nargs="+", metavar="N", help="GPUs to train on, a process for each")
-    parser.add_argument("--worker", type=worker, help=argparse.SUPPRESS)  # I/N: one of the processes of --devices
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # one of the processes of --devices
     parser.add_argument("--time-budget", type=positive_int, metavar="SECONDS", help="save and stop after so long")
     parser.add_argument("--overwrite", action="store_true", help="start over instead of going on from --output")
     args = parser.parse_args(argv)
-    outputs = [args.output] if args.worker is None else []
+    outputs = [] if args.worker else [args.output]
     return cli.run("scripts.compare_architectures:compare", args, check, outputs=outputs)
 
 
@@ -290,8 +285,8 @@ def compare(args: argparse.Namespace) -> int:
     chosen = {name: model for name, model in models.items() if not args.only or name in args.only}
     recipes = {
         f"{name}_seed{seed}": run_recipe(content, model, name, seed, args.config)
-        for name, model in chosen.items()
         for seed in content["seeds"]
+        for name, model in chosen.items()
     }
     first = next(iter(recipes.values()))
     if not first.data.heldout:
@@ -313,8 +308,8 @@ def compare(args: argparse.Namespace) -> int:
             for part, names in (("train", first.data.train), ("heldout", first.data.heldout))
         },
     }
-    if args.worker is not None:
-        work(recipes, settings, set(Results(args.output, settings).entries), args.worker, deadline)
+    if args.worker:
+        work(recipes, settings, set(Results(args.output, settings).entries), deadline)
         return 0
     results = Results(args.output, settings, args.overwrite)
     for path in args.merge:
@@ -333,7 +328,7 @@ def compare(args: argparse.Namespace) -> int:
             if args.devices:
                 code = run_workers(args, deadline)
             else:
-                work(recipes, settings, set(results.entries), (0, 1), deadline)
+                work(recipes, settings, set(results.entries), deadline)
         finally:
             for name, file in files.items():
                 if name not in results.entries and file.exists():

@@ -51,20 +51,15 @@ def heldout_documents(recipe: Recipe) -> dict[str, dict[str, list]]:
     return found
 
 
-def work(recipes: dict[str, Recipe], settings: dict, done: set[str], share: tuple[int, int], deadline: float | None):
+def work(recipes: dict[str, Recipe], settings: dict, done: set[str], deadline: float | None) -> None:
     """Train every run that is neither `done` nor finished nor in another process's hands.
 
     Args:
-        recipes: by name, the seeds of an architecture one after another.
-        share: this process's number among how many, which says where in `recipes` it begins.
+        recipes: by name, in the order in which they are to be trained.
         deadline: time.monotonic() at which to save and stop.
     """
-    architectures = list(dict.fromkeys(architecture_of(name) for name in recipes))
-    first = share[0] * len(architectures) // share[1]
-    order = [*architectures[first:], *architectures[:first]]
     last = peak = None
-    for name in sorted(recipes, key=lambda name: order.index(architecture_of(name))):
-        recipe = recipes[name]
+    for name, recipe in recipes.items():
         file = Path(recipe.training["output_dir"]) / RUN_FILE
         if name in done:
             continue
@@ -108,10 +103,9 @@ def run_workers(args: argparse.Namespace, deadline: float | None) -> int:
         command += ["--time-budget", str(max(1, round(deadline - time.monotonic())))]
     processes = []
     try:
-        for index, device in enumerate(args.devices):
-            share = ["--worker", f"{index}/{len(args.devices)}"]
+        for device in args.devices:
             visible = {**os.environ, "CUDA_VISIBLE_DEVICES": device}
-            processes.append(subprocess.Popen([*command, *share], env=visible))
+            processes.append(subprocess.Popen([*command, "--worker"], env=visible))
         return max(process.wait() for process in processes)
     finally:
         for process in processes:

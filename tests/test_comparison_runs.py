@@ -115,20 +115,25 @@ def test_a_run_in_other_hands_is_left_to_them(data, tmp_path):
         assert list(results_of(output)) == ["mlra_4_seed1"]
 
 
-def test_processes_begin_with_different_architectures(data, tmp_path, monkeypatch):
-    names = [f"{name}_seed{seed}" for name in "abcde" for seed in (0, 1)]
-    recipes = {name: recipe(data, tmp_path / name) for name in names}
+def test_a_seed_is_finished_before_the_next(data, tmp_path, monkeypatch):
+    """Of all architectures, in the order of the configuration, less what is done."""
+    config = comparison(data, tmp_path / "comparison")
+    content = json.loads(config.read_text())
+    write(config, content | {"architectures": {"b": {}, "a": {"num_branches": 1}, "c": {}}, "seeds": [1, 0]})
     taken: list[str] = []
 
     def train_nothing(recipe, **_):
         taken.append(Path(recipe.training["output_dir"]).name)
-        return {"finished": False}
+        return dict.fromkeys(comparison_runs.KEPT, 0) | {"finished": True, "seconds": 0, "heldout": {"a": {"loss": 0}}}
 
     monkeypatch.setattr(comparison_runs, "train_recipe", train_nothing)
+    monkeypatch.setattr(comparison_runs, "heldout_documents", lambda recipe: {})
     monkeypatch.setattr(comparison_runs, "matmul_rate", lambda device: 1.0)
-    for index in range(3):
-        comparison_runs.work(recipes, {}, {"d_seed0"}, (index, 3), None)
-    assert taken == ["a_seed0", "b_seed0", "d_seed1"]
+    monkeypatch.setattr(compare_architectures, "report", lambda *_: None)
+    for expected in (["b_seed1", "a_seed1", "c_seed1", "b_seed0", "a_seed0", "c_seed0"], []):
+        assert compare_architectures.main([str(config), "--output", str(tmp_path / "results.json")]) == 0
+        assert taken == expected
+        taken.clear()
 
 
 def test_seeds_of_an_architecture_are_compiled_once(data, tmp_path):
@@ -154,10 +159,10 @@ def test_graphs_are_forgotten_between_architectures_only(data, tmp_path, monkeyp
     monkeypatch.setattr(comparison_runs, "heldout_documents", lambda recipe: {})
     monkeypatch.setattr(torch.compiler, "reset", lambda: order.append("reset"))
     recipes = {name: recipe(data, tmp_path / name) for name in ("a_seed0", "a_seed1", "b_seed0", "b_seed1")}
-    comparison_runs.work(recipes, {}, set(), (0, 1), None)
-    assert order == ["a_seed0", "a_seed1", "reset", "b_seed0", "b_seed1"]
-    comparison_runs.work(recipes, {}, set(), (0, 1), None)  # all are finished
-    assert len(order) == 5
+    comparison_runs.work(recipes, {}, {"b_seed0"}, None)
+    assert order == ["a_seed0", "a_seed1", "reset", "b_seed1"]
+    comparison_runs.work(recipes, {}, {"b_seed0"}, None)  # all are finished
+    assert len(order) == 4
 
 
 def test_data_come_in_the_same_order_for_all_architectures(data, tmp_path, monkeypatch):
