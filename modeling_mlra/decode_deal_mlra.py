@@ -91,7 +91,7 @@ if triton is not None:
         return acc * tl.where(norm > 0, 1.0 / norm, 0.0)
 
     @triton.jit(do_not_specialize=["B", "P"])
-    def combine_kernel(results, kv_end, kv_start, B, T, P, TILE: tl.constexpr, DEAL: tl.constexpr, PDL: tl.constexpr):
+    def combine_kernel(results, kv_end, kv_start, B, T, P, TILE, DEAL, PDL: tl.constexpr):
         """Reduce the partial results of ROWS query rows of one latent and sequence, BD columns; whole ones are done.
 
         Many splits: one query row, SPLITS at once. Few (SPLITS = 1): ROWS query rows, one split after the other.

@@ -435,8 +435,7 @@ if gluon is not None:
     @gluon.jit(do_not_specialize=["B", "P", "S", "whole"])
     def rows_kernel(
         c_desc, k_desc, queries, visible, results, B, T, P, S, whole, scale_log2,
-        SHAPE: gl.constexpr, TILE: gl.constexpr, DEAL: gl.constexpr, PDL: gl.constexpr, SETTLED: gl.constexpr,
-        num_warps: gl.constexpr,
+        SHAPE, TILE, DEAL, PDL: gl.constexpr, SETTLED: gl.constexpr, num_warps: gl.constexpr,
     ):  # fmt: skip
         """NL latents and BM = 64 or 128 query rows: one copying warp and two computing warpgroups. SETTLED: lengths
         and rows older than the T query positions' are read before the kernel in front has ended."""
