@@ -191,7 +191,7 @@ if triton is not None:
     def _parts_tile(parts, first, m, p, p_last, SHAPE: tl.constexpr, TILE: tl.constexpr):
         """Partial results of sequence m by the programs from p on, of one head of each branch: log2-sum-exps
         [CP, SPLITS] and latents [CP, SPLITS, RP]."""
-        ps, rank = p + tl.arange(0, TILE.SPLITS), tl.arange(0, TILE.RP)
+        ps, rank = tl.arange(0, TILE.SPLITS) + p, tl.arange(0, TILE.RP)
         rows = first[:, None] + (ps + m).to(tl.int64)[None, :] * (SHAPE.L * SHAPE.H)
         ok = (tl.arange(0, TILE.CP) < SHAPE.C)[:, None] & (ps <= p_last)[None, :]
         lse = tl.load(parts.lse + rows, mask=ok, other=float("-inf"))
