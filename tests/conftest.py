@@ -25,6 +25,14 @@ if not torch.cuda.is_available():
 from tests.paths import GOLDEN  # noqa: E402
 
 
+@pytest.fixture
+def no_choice_from_outside(monkeypatch):
+    """The environment names no implementation of the decode attention."""
+    from modeling_mlra.decode_mlra import ENVIRONMENT_VARIABLE
+
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+
+
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory) -> Callable[[str], Path]:
     """`converted(name)`: the Hub folder of a golden checkpoint, converted once per session."""
