@@ -58,6 +58,13 @@ class Cached(NamedTuple):
     table_b: Any
 
 
+class Pages(NamedTuple):
+    """Table [B, pages] that says in which page of a pool each row lies, and its stride of sequences; or nothing."""
+
+    table: Any = None
+    b: Any = None
+
+
 class Visible(NamedTuple):
     """Which cached rows each sequence sees."""
 

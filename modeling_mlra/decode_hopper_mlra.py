@@ -85,12 +85,18 @@ if gluon is not None:
         return Stretch(stop_pos, pos == seq_first, stop_pos == seq_last, lo, gl.maximum(hi, lo), end)
 
     @gluon.jit
+    def _page(pages, b, j, stop, PAGE: gl.constexpr):
+        """Which page holds row j < stop of sequence b."""
+        return gl.load(pages.table + b.to(gl.int64) * pages.b + j // PAGE, mask=j < stop, other=0)
+
+    @gluon.jit
     def _copy_tiles(
-        c_desc, k_desc, buffers, visible, place,
+        c_desc, k_desc, buffers, visible, pages, place,
         SHAPE: gl.constexpr, TILE: gl.constexpr, DEAL: gl.constexpr, EARLY: gl.constexpr,
     ):  # fmt: skip
         """The copying warp: every tile of the share in turn, as soon as its buffer is free; EARLY: only those with
-        rows of the T query positions after the kernel in front.
+        rows of the T query positions after the kernel in front. With pages, a tile lies in one of them, whose number
+        is asked for while the tile in front waits for its buffer.
 
         The queries would stand in line behind all that is asked for before them, and with them the first product:
         until they are there, only AHEAD tiles are."""
@@ -103,7 +109,12 @@ if gluon is not None:
         g = place.p * 0
         while pos < share.stop:
             stretch = _stretch(share, b, pos, DEAL, 1)
+            if SHAPE.PAGE:
+                next_page = _page(pages, b, stretch.lo, stretch.hi, SHAPE.PAGE)
             for j in range(stretch.lo, stretch.hi, BN):
+                if SHAPE.PAGE:
+                    page = next_page
+                    next_page = _page(pages, b, j + BN, stretch.hi, SHAPE.PAGE)
                 if EARLY:  # noqa: SIM102 (decided at compile time)
                     if j + BN > stretch.end - place.T:
                         program_wait(True)
@@ -113,10 +124,11 @@ if gluon is not None:
                 bar = buffers.full.index(stage)
                 mbarrier.wait(buffers.empty.index(stage), ((g // STAGES) & 1) ^ 1)
                 mbarrier.expect(bar, NL * c_desc.block_type.nbytes + k_desc.block_type.nbytes)
-                bulk_load(k_desc, [b * place.S + j, 0], bar, buffers.k.index(stage))
+                row = page * SHAPE.PAGE + j % SHAPE.PAGE if SHAPE.PAGE else b * place.S + j
+                bulk_load(k_desc, [row, 0], bar, buffers.k.index(stage))
                 for k in gl.static_range(NL):
                     column = (place.latent + k) * SHAPE.R
-                    bulk_load(c_desc, [b * place.S + j, column], bar, buffers.c.index(stage * NL + k))
+                    bulk_load(c_desc, [row, column], bar, buffers.c.index(stage * NL + k))
                 g += 1
             pos = stretch.stop
             b += 1
@@ -434,7 +446,7 @@ if gluon is not None:
 
     @gluon.jit(do_not_specialize=["B", "P", "S", "whole"])
     def rows_kernel(
-        c_desc, k_desc, queries, visible, results, B, T, P, S, whole, scale_log2,
+        c_desc, k_desc, queries, visible, results, pages, B, T, P, S, whole, scale_log2,
         SHAPE, TILE, DEAL, PDL: gl.constexpr, SETTLED: gl.constexpr, num_warps: gl.constexpr,
     ):  # fmt: skip
         """NL latents and BM = 64 or 128 query rows: one copying warp and two computing warpgroups. SETTLED: lengths
@@ -444,6 +456,7 @@ if gluon is not None:
         R: gl.constexpr = SHAPE.R
         SHARE_ROWS: gl.constexpr = TILE.BM == 64
         EARLY: gl.constexpr = PDL and SETTLED
+        gl.static_assert(SHAPE.PAGE % TILE.BN == 0 and not (SHAPE.PAGE and DEAL.HAS_START))  # one page holds a tile
         # A buffer stays with one warpgroup: one that skips tiles would take an older phase for the one it waits for
         gl.static_assert(not SHARE_ROWS or STAGES % 2 == 0)
         gl.static_assert(NL == 1 or (SHARE_ROWS and not TILE.OVERLAP))
@@ -486,7 +499,7 @@ if gluon is not None:
                     _attend,
                     (buffers, merge, queries, visible, results, place, scale_log2, 1, SHAPE, TILE, DEAL, EARLY),
                 ),
-                (_copy_tiles, (c_desc, k_desc, buffers, visible, place, SHAPE, TILE, DEAL, EARLY)),
+                (_copy_tiles, (c_desc, k_desc, buffers, visible, pages, place, SHAPE, TILE, DEAL, EARLY)),
             ],
             [4, 1],
             [240, 24],

@@ -231,8 +231,9 @@ def latent_attention(
         implementation: "auto", "triton", "flash_attention_3", "torch", "org/repo" or a local kernel folder.
         block_table: int32 `[B, max_blocks]`: row j lies at row block_table[b, j // page_size] * page_size
             + j % page_size of the pool.
-        settled: promise that kernels in front that may still run write no lengths, and no cached rows but those of
-            the T query positions. "triton" then fetches older rows before the kernel in front has ended (Hopper).
+        settled: promise that kernels in front that may still run write no lengths, no block table, and no cached
+            rows but those of the T query positions. "triton" then fetches older rows before the kernel in front has
+            ended (Hopper).
 
     Returns:
         `[B, T, L, H, R]` in q_latent's dtype.

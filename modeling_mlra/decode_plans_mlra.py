@@ -5,13 +5,14 @@ from typing import NamedTuple
 
 import torch
 
-from .decode_arguments_mlra import Deal, DecodeTile, HopperTile, Reduction
+from .decode_arguments_mlra import Deal, DecodeInputs, DecodeTile, HopperTile, Reduction
 from .device_mlra import DeviceFacts, triton
 
 # With so many cached rows, four latents or more wait for the L2 cache of an H200, out of which each reads the rotary
 # keys: two in one program then share them (up to 64 wide, so that four tiles fit). With fewer, that costs more at both
 # ends of a program than it saves.
 PAIRED_ROWS = 3 * 2**17
+TILE_ROWS = 64  # cached rows of a tile of the Hopper kernel; twice as many suit many query rows better
 
 
 class DecodePlan(NamedTuple):
@@ -30,19 +31,28 @@ class DecodePlan(NamedTuple):
     num_stages: int = 3
 
 
-def fits_hopper(latents, k_rope, block_table) -> bool:
-    """Whether the cache can be described to the bulk tensor copies as a matrix of rows."""
-    batch, capacity, num_latents, width = latents.shape[-4:] if block_table is None else (0, 0, 0, 0)
+def fits_hopper(inputs: DecodeInputs) -> bool:
+    """Whether the cache can be described to the bulk tensor copies as a matrix of rows, in which each tile is a block.
+
+    Pages have to hold whole tiles, and sequences to start with their first one.
+    """
+    latents, k_rope = inputs.latents, inputs.k_rope
+    num_latents, width = latents.shape[-2:]
+    if inputs.block_table is None:
+        batch, capacity = latents.shape[:2]
+        rows = batch * capacity
+        one_block = batch == 1 or all(x.stride(0) == capacity * x.stride(1) for x in (latents, k_rope))
+    else:
+        rows = latents.shape[0]
+        one_block = inputs.page_size % TILE_ROWS == 0 and inputs.kv_start is None
     return (
-        block_table is None
+        one_block
         and latents.dtype in (torch.bfloat16, torch.float16)
         and width in (64, 128)
         and k_rope.shape[-1] in (32, 64, 128)
-        and (num_latents == 1 or latents.stride(2) == width)
-        and (batch == 1 or latents.stride(0) == capacity * latents.stride(1))
-        and (batch == 1 or k_rope.stride(0) == capacity * k_rope.stride(1))
-        and batch * capacity < 2**31
-        and all(x.data_ptr() % 16 == 0 and x.stride(1) % 8 == 0 for x in (latents, k_rope))
+        and (num_latents == 1 or latents.stride(-2) == width)
+        and rows < 2**31
+        and latents.data_ptr() % 16 == k_rope.data_ptr() % 16 == latents.stride(-3) % 8 == k_rope.stride(-2) % 8 == 0
     )
 
 
@@ -56,17 +66,18 @@ def decode_plans(
     cached: int,
     hopper: bool,
     facts: DeviceFacts,
+    page_size: int = 0,
 ) -> tuple[DecodePlan, ...]:
     """Block sizes for M = `rows` query rows per latent and `cached` allocated rows in all, the best first.
 
     What follows is for devices where that one, against all estimates, cannot be built.
     """
-    paired = cached >= PAIRED_ROWS
-    return _decode_plans(rows, num_latents, groups, width, rope_width, itemsize, paired, hopper, facts)
+    paired, double = cached >= PAIRED_ROWS, page_size % (2 * TILE_ROWS) == 0
+    return _decode_plans(rows, num_latents, groups, width, rope_width, itemsize, paired, double, hopper, facts)
 
 
 @functools.lru_cache(maxsize=256)
-def _decode_plans(rows, num_latents, groups, width, rope_width, itemsize, paired, hopper, facts):
+def _decode_plans(rows, num_latents, groups, width, rope_width, itemsize, paired, double, hopper, facts):
     padded = max(16, triton.next_power_of_2(width))
     rope_padded = max(16, triton.next_power_of_2(rope_width))
     branches = num_latents // groups
@@ -74,14 +85,17 @@ def _decode_plans(rows, num_latents, groups, width, rope_width, itemsize, paired
     if not hopper:
         return plain
     if rows > 64:
-        return DecodePlan(HopperTile(NL=1, BM=128, BN=128, STAGES=3, AHEAD=2, OVERLAP=True), unit=128), *plain
+        tile = HopperTile(NL=1, BM=128, BN=2 * TILE_ROWS, STAGES=3, AHEAD=2, OVERLAP=True)
+        if not double:
+            tile = tile._replace(BN=TILE_ROWS, STAGES=6, AHEAD=4)
+        return DecodePlan(tile, unit=tile.BN), *plain
     # A tile for each of the two warpgroups; with several latents more, which leaves room for the kernel behind
     least_units = 2 if num_latents == 1 else 3
     # One latent alone waits for memory, and better holds no buffer for longer
-    tile = HopperTile(NL=1, BM=64, BN=64, STAGES=6, AHEAD=4, OVERLAP=num_latents > 1)
+    tile = HopperTile(NL=1, BM=64, BN=TILE_ROWS, STAGES=6, AHEAD=4, OVERLAP=num_latents > 1)
     if rows <= 32 and num_latents >= 4 and branches % 2 == 0 and rope_width <= 64 and paired:
         tile = tile._replace(NL=2, STAGES=4, AHEAD=3, OVERLAP=False)
-    return DecodePlan(tile, unit=64, least_units=least_units), *plain
+    return DecodePlan(tile, unit=TILE_ROWS, least_units=least_units), *plain
 
 
 def _plain_plans(

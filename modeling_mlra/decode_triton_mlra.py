@@ -15,6 +15,7 @@ from .decode_arguments_mlra import (
     DecodeQueries,
     DecodeShape,
     DecodeTile,
+    Pages,
     Results,
     Strides,
     Visible,
@@ -94,9 +95,11 @@ def partial_results(inputs: DecodeInputs, out: torch.Tensor | None, plan: Decode
     if plan is not None:
         plans = (plan,)
     else:
-        hopper = facts.hopper and rows_kernel is not None and fits_hopper(latents, k_rope, inputs.block_table)
+        hopper = facts.hopper and rows_kernel is not None and fits_hopper(inputs)
         cached, itemsize = batch * inputs.capacity, latents.element_size()
-        plans = decode_plans(length * heads, num_latents, groups, width, rope_width, itemsize, cached, hopper, facts)
+        plans = decode_plans(
+            length * heads, num_latents, groups, width, rope_width, itemsize, cached, hopper, facts, inputs.page_size
+        )
     given = inputs.kv_start is None, inputs.key_mask is None, inputs.page_size, length > 1, inputs.settled
     key = (q_latent.device, latents.dtype, num_latents, groups, heads, width, rope_width, given, plans[0])
     index = _fitting_plans.get(key, 0)
@@ -144,11 +147,13 @@ def _launch(plan: DecodePlan, inputs: DecodeInputs, out: torch.Tensor | None) ->
             num_stages=plan.num_stages, **common,
         )  # fmt: skip
     else:
-        c_desc = _rows_descriptor(inputs.latents, tile.BN, width)
-        k_desc = _rows_descriptor(inputs.k_rope, tile.BN, rope_width)
+        c_desc = _rows_descriptor(inputs.latents, inputs.latents.stride(-3), num_latents * width, tile.BN, width)
+        k_desc = _rows_descriptor(inputs.k_rope, inputs.k_rope.stride(-2), rope_width, tile.BN, rope_width)
+        pages = Pages() if inputs.block_table is None else Pages(inputs.block_table, inputs.block_table.stride(0))
         launch(
             device, rows_kernel, (programs * lanes,),
-            c_desc, k_desc, queries, visible, results, batch, length, programs, inputs.capacity, whole, scale_log2,
+            c_desc, k_desc, queries, visible, results, pages,
+            batch, length, programs, inputs.capacity, whole, scale_log2,
             SETTLED=inputs.settled, **common,
         )  # fmt: skip
     return PartialResults(part, part_lse, programs, deal)
@@ -172,11 +177,10 @@ def _cached(inputs: DecodeInputs) -> Cached:
     return Cached(latents, k_rope, 0, c_s, c_l, 0, k_s, table, table.stride(0))
 
 
-def _rows_descriptor(tensor: torch.Tensor, block_rows: int, block_columns: int):
-    """A bulk-copy descriptor of cached rows [B, S, ...] as a matrix of B * S rows."""
+def _rows_descriptor(tensor: torch.Tensor, stride: int, columns: int, block_rows: int, block_columns: int):
+    """A bulk-copy descriptor of cached rows, of all sequences or of a pool, as one matrix."""
     block, layout = _tile_in_shared_memory(block_rows, block_columns, tensor.dtype)
-    shape = [tensor.shape[0] * tensor.shape[1], tensor[0, 0].numel()]
-    return TensorDescriptor(tensor, shape, [tensor.stride(1), 1], block, layout)
+    return TensorDescriptor(tensor, [tensor.numel() // columns, columns], [stride, 1], block, layout)
 
 
 @functools.lru_cache(maxsize=64)

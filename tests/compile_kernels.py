@@ -240,8 +240,9 @@ def attend(
         q_latent=empty(batch, length, latents, heads, width, dtype=dtype),
         q_rope=empty(batch, length, groups, heads, 64, dtype=dtype),
         latents=rows[..., :-64].unflatten(-1, (latents, width)), k_rope=rows[..., -64:],
-        kv_end=empty(batch, dtype=torch.int32), kv_start=empty(batch, dtype=torch.int32) if masked else None,
-        key_mask=key_mask, block_table=empty(batch, 64, dtype=torch.int32) if page_size else None,
+        kv_end=empty(batch, dtype=torch.int32),
+        kv_start=empty(batch, dtype=torch.int32) if masked and not page_size else None,  # pages start with a sequence
+        key_mask=key_mask, block_table=empty(batch, cached // page_size, dtype=torch.int32) if page_size else None,
         page_size=page_size, scaling=0.1,
     )  # fmt: skip
     decode_triton_mlra.triton_latent_attention(inputs)
@@ -332,6 +333,11 @@ def compile_sample(name: str) -> list[str]:
             attend(batch=1, length=1, latents=4, heads=24, cached=2**20)
             attend(batch=3, length=4, latents=4, heads=8, masked=True, cached=2**20)
             attend(batch=3, length=1, latents=4, heads=24, page_size=32)
+            compiler.what = "sample, pages"
+            attend(batch=3, length=1, latents=4, heads=24, page_size=64)
+            attend(batch=1, length=1, latents=4, heads=24, page_size=64, cached=2**20)
+            attend(batch=3, length=4, latents=4, heads=24, page_size=64, masked=True)
+            attend(batch=3, length=4, latents=4, heads=24, page_size=128)
             for sequences in (1, 2, 16):
                 step_released(compiler, "mlra_4, gated", sequences)
         for shape, call, dtype in SAMPLE.get(name, ()):
