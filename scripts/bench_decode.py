@@ -1,6 +1,7 @@
 """Decode attention on one GPU: the latent kernel beside FlashAttention-3, FlashMLA and a GQA share (paper, figure 5).
 
     python -m scripts.bench_decode --output evals/results
+    python -m scripts.bench_decode --only pages
 
 Every kernel is checked against a float32 reference first and is not timed if it fails. Times are medians over replays
 of a CUDA graph that holds many calls on rotating inputs larger together than the L2 cache. "share" is the fewest bytes
@@ -8,10 +9,13 @@ the step must read (the cache once) per second, over the read rate measured in t
 
 FlashAttention-3 is taken from `flash_attn_interface` and FlashMLA from `flash_mla`; --libraries (or the environment
 variable MLRA_BENCH_LIBRARIES, separated by ":") names operator libraries `_vllm_fa3_C*.so` and `_flashmla_C*.so`.
+
+The part "pages" times the same rows in one piece and in shuffled pages of 64, 128 and 16 rows, as in serving.
 """
 
 import argparse
 import datetime
+import functools
 import json
 import math
 import os
@@ -29,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = cli.Parser("scripts.bench_decode", __doc__)
     parser.add_argument("--output", type=Path, help="folder for decode_results.json and decode_latency.png")
     parser.add_argument(
-        "--only", nargs="+", choices=("figure", "shapes", "throughput"), help="parts to run; default all"
+        "--only", nargs="+", choices=("figure", "shapes", "throughput", "pages"), help="parts to run; default all"
     )
     parser.add_argument("--libraries", nargs="*", help="operator libraries to load for the peers")
     args = parser.parse_args(argv)
@@ -70,7 +74,7 @@ class Case:
     """One timed shape: `lengths` holds the cached rows of each sequence; `heads` counts query heads per latent."""
 
     name: str
-    kind: str  # "latent", "mla" or "gqa"
+    kind: str  # "latent", "pages" (the same, also in pages), "mla" or "gqa"
     lengths: list[int] = field(repr=False)
     heads: int
     latents: int = 1
@@ -112,7 +116,7 @@ class Inputs:
         self.rows = [normal(batch, size, case.row_elements) for _ in range(copies)]
         for rows in self.rows:
             for b, length in enumerate(case.lengths):
-                rows[b, length:] = 0 if case.kind != "latent" else float("nan")
+                rows[b, length:] = float("nan") if case.kind in ("latent", "pages") else 0
         self.queries = [
             normal(
                 batch, case.queries, case.heads * case.latents, case.width + (0 if case.kind == "gqa" else case.rope)
@@ -199,6 +203,27 @@ def ours(inputs: Inputs, **options) -> list[Callable]:
     return [call(i) for i in range(len(inputs.rows))]
 
 
+def paged(inputs: Inputs, page_size: int) -> list[Callable]:
+    """`ours` on the same rows in shuffled pages of one pool."""
+    case, kv_end = inputs.case, inputs.kv_end
+    batch, size, elements = inputs.rows[0].shape
+    blocks = math.ceil(size / page_size)
+    order = torch.randperm(batch * blocks, generator=torch.Generator().manual_seed(0)).cuda()
+    table = order.view(batch, blocks).int()
+    row_format = RowFormat(case.latents * case.width, case.rope, inputs.rows[0].dtype)
+
+    def call(i):
+        rows = torch.nn.functional.pad(inputs.rows[i], (0, 0, 0, blocks * page_size - size), value=math.nan)
+        pool = torch.empty_like(rows).view(-1, page_size, elements)
+        pool[order] = rows.view(-1, page_size, elements)
+        arguments = *inputs.latent(i)[:2], *row_format.views(pool.view(-1, elements), case.latents)
+        pages = {"block_table": table, "page_size": page_size}
+        options = {"kv_end": kv_end, "scaling": inputs.scaling, "implementation": "triton", "settled": True} | pages
+        return lambda: latent_attention(*arguments, **options)
+
+    return [call(i) for i in range(len(inputs.rows))]
+
+
 def _fa3(q, k, v, kv_end, scaling, causal):
     if flash_attn_interface is not None:
         return flash_attn_interface.flash_attn_with_kvcache(
@@ -261,6 +286,7 @@ def flash_mla_decode(inputs: Inputs) -> list[Callable]:
 
 KERNELS: dict[str, dict[str, Callable]] = {
     "latent": {"ours": ours, "flash_attention_3": flash_attention_3},
+    "pages": {"ours": ours} | {f"ours, pages of {n}": functools.partial(paged, page_size=n) for n in (64, 128, 16)},
     "mla": {"flash_mla": flash_mla_decode},
     "gqa": {"flash_attention_3": flash_attention_3},
 }
@@ -313,6 +339,19 @@ def throughput_cases() -> list[Case]:
     return cases
 
 
+def page_cases() -> list[Case]:
+    """One rank's share and the released model, alone and in batches, one of them bound by arithmetic."""
+    ragged = [1024 * (1 + 63 * i // 31) for i in range(32)]
+    shares = [Case(f"mlra share {name_length(length)}", "pages", [length], 64) for length in (2048, 131072, 2097152)]
+    released = [(name_length(length), [length]) for length in (2048, 131072, 1048576)]
+    released += [("32 x 8K", [8192] * 32), ("ragged 1K-64K", ragged)]
+    return [
+        *shares,
+        *(Case(f"mlra_4 {name}", "pages", lengths, 24, latents=4) for name, lengths in released),
+        Case("mlra share 128 heads 128 x 4K", "pages", [4096] * 128, 128),
+    ]
+
+
 def read_ceiling() -> float:
     """GB/s of the best of a few plain kernels that read 4 GB and write next to nothing."""
     values = torch.randn(2**30, device="cuda")
@@ -363,6 +402,8 @@ def measure(case: Case, ceiling: float) -> list[dict]:
         except (RuntimeError, NotImplementedError, TypeError) as error:
             row["failed"] = str(error).split("\n")[0][:200]
         rows.append(row)
+        if case.kind == "pages" and "us" in row and "us" in rows[0]:
+            row["of_one_piece"] = row["us"] / rows[0]["us"]
     return rows
 
 
@@ -371,6 +412,8 @@ def show(row: dict) -> None:
         print(f"{row['case']:32} {row['kernel']:18} not timed: {row['failed']}", flush=True)
         return
     target = f"   target {row['target']:.2f}" if row["target"] and row["kernel"] == "ours" else ""
+    if "of_one_piece" in row:
+        target += f"   {row['of_one_piece']:.3f} of the time in one piece"
     print(
         f"{row['case']:32} {row['kernel']:18} {row['us']:9.2f} us   {row['share']:6.1%} of the read ceiling   "
         f"{row['tflops']:5.0f} TFLOP/s   ratio {row['ratio']:.1e}{target}",
@@ -411,7 +454,7 @@ def benchmark(args: argparse.Namespace) -> None:
     load_libraries(args.libraries)
     if args.output is not None:
         args.output.mkdir(parents=True, exist_ok=True)
-    parts = {"figure": figure_cases, "shapes": shape_cases, "throughput": throughput_cases}
+    parts = {"figure": figure_cases, "shapes": shape_cases, "throughput": throughput_cases, "pages": page_cases}
     ceiling = read_ceiling()
     print(f"{torch.cuda.get_device_name()}: read ceiling {ceiling:.0f} GB/s", flush=True)
     results: dict[str, list[dict]] = {}
