@@ -31,6 +31,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # First and last version of triton whose experimental API the Hopper kernels compile with (tests/compile_kernels.py)
 GLUON_VERSIONS = (3, 6), (3, 9)
 FIRST_CAPABILITY = (8, 0)  # of NVIDIA's GPUs
+FLOAT8_CAPABILITY = (8, 9)
 AMD_TARGETS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")  # that all kernels are compiled for in the tests
 
 
@@ -45,6 +46,7 @@ class DeviceFacts(NamedTuple):
         shared_per_multiprocessor: what programs on the same multiprocessor share.
         warp_size: threads that run in step.
         nvidia: whether NVIDIA's compiler, with its own launch options, builds the kernels.
+        float8: whether kernels can read numbers of 8 bits (e4m3).
         tested: whether the tests compile all kernels for such a device.
         obstacle: why the kernels do not run on it, or None.
     """
@@ -56,6 +58,7 @@ class DeviceFacts(NamedTuple):
     shared_per_multiprocessor: float = math.inf
     warp_size: int = 32
     nvidia: bool = False
+    float8: bool = True
     tested: bool = True
     obstacle: str | None = None
 
@@ -104,7 +107,8 @@ def _cuda_facts(device: torch.device) -> DeviceFacts:
             tested=False, obstacle=f"{properties.name} has compute capability {named}, its kernels need {first}"
         )
     early = properties.major >= 9 and hasattr(tl.extra.cuda, "gdc_wait") if triton is not None else False
-    return facts._replace(early=early, hopper=properties.major == 9 and gluon_fits())
+    float8, hopper = capability >= FLOAT8_CAPABILITY, properties.major == 9 and gluon_fits()
+    return facts._replace(early=early, hopper=hopper, float8=float8)
 
 
 def _xpu_facts(device: torch.device) -> DeviceFacts:
