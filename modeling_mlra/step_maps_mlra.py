@@ -18,7 +18,7 @@ from .step_device_mlra import Norm, Vectors, norm_of
 from .tensor_parallel_mlra import local_tensor
 
 SCALED_DTYPES = (torch.float8_e4m3fn,)
-WHOLE = 2**30  # more rows or columns than any weight has: one format for all whose blocks are whole rows or weights
+WHOLE = 2**30  # more rows and columns than any weight has: one format for all weights with one scale
 GROUP = 16  # numbers of a row that share a scale at least: 16 bytes, what a thread loads at a time
 
 
@@ -123,8 +123,9 @@ def weight_of(layer: nn.Module) -> Weight:
 
 def scaled(values: torch.Tensor, scale: torch.Tensor, block) -> ScaledWeight:
     """A weight with a scale for every block of `block` rows and columns, or (None) one for all."""
-    sides = (side if side < whole else WHOLE for side, whole in zip(block or values.shape, values.shape, strict=True))
-    return ScaledWeight(values, scale, (next(sides), next(sides)))
+    if block is None or tuple(block) == values.shape:
+        return ScaledWeight(values, scale.view(1, 1), (WHOLE, WHOLE))
+    return ScaledWeight(values, scale, tuple(block))
 
 
 def is_scaled(layer: nn.Module) -> bool:

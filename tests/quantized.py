@@ -4,9 +4,9 @@ from copy import deepcopy
 
 import torch
 from torch import nn
-from transformers.integrations.finegrained_fp8 import FP8Linear
 
-from modeling_mlra.step_maps_mlra import ScaledWeight, scaled
+from modeling_mlra.step_maps_mlra import ScaledWeight, scaled, weight_of
+from scripts.fp8 import KEPT, linear_names, to_fp8
 
 
 def scaled_weight(weight: torch.Tensor, block: tuple[int, int]) -> ScaledWeight:
@@ -29,19 +29,11 @@ def exact(weight: ScaledWeight) -> torch.Tensor:
     return torch.stack([row.double() * scale[i // rows, of_column] for i, row in enumerate(weight.values.unbind())])
 
 
-def fp8_copy(model: nn.Module, block: tuple[int, int] | None, kept: tuple[str, ...] = ("lm_head",)) -> nn.Module:
+def fp8_copy(model: nn.Module, block: tuple[int, int] | None, kept: tuple[str, ...] = KEPT) -> nn.Module:
     """A copy of the model with the library's FP8 layers in place of linear ones. The model itself gets the numbers
     that these stand for: the two then compute the same."""
     copy = deepcopy(model)
-    for name, layer in model.named_modules():
-        if type(layer) is not nn.Linear or name.endswith(kept):
-            continue
-        n, inner = layer.weight.shape
-        weight = scaled_weight(layer.weight.detach(), block or (n, inner))
-        small = FP8Linear(inner, n, block)
-        small.weight = nn.Parameter(weight.values, requires_grad=False)
-        small.weight_scale_inv = nn.Parameter(weight.scale if block else weight.scale[0, 0], requires_grad=False)
-        with torch.no_grad():
-            layer.weight.copy_(exact(weight))
-        copy.set_submodule(name, small.to(layer.weight.device))
+    to_fp8(copy, block, kept)
+    for name in linear_names(model, kept):
+        model.get_submodule(name).weight.data.copy_(exact(weight_of(copy.get_submodule(name))))
     return copy

@@ -11,12 +11,13 @@ from modeling_mlra.capture_mlra import is_plain
 from modeling_mlra.device_mlra import DeviceFacts
 from modeling_mlra.modeling_mlra import MLRARMSNorm
 from modeling_mlra.step_device_mlra import machine_of
-from modeling_mlra.step_maps_mlra import LinearMap
+from modeling_mlra.step_maps_mlra import LinearMap, scaled
 from modeling_mlra.step_mlra import obstacle
+from scripts.fp8 import fp8_blocks
 from tests.fused_checks import compare
 from tests.models import rms_ratio, tiny_model
 from tests.quantized import exact, fp8_copy, scaled_weight
-from tests.tolerances import FUSED_FLOAT32_RATIO, KERNEL_BF16_RATIO
+from tests.tolerances import FP8_WEIGHTS_RATIO, FUSED_FLOAT32_RATIO, KERNEL_BF16_RATIO
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []  # where there is one, all of them run on the GPU
@@ -80,6 +81,20 @@ def test_maps_of_8_bit_weights(shape, vectors, dtype, monkeypatch):
         out = torch.full(expected.shape, torch.nan, dtype=dtype, device=DEVICE)
         step_linear_mlra.run(linear_map, x, out, machine, residual)
         assert rms_ratio(expected, out.double()) < limit, name
+
+
+@pytest.mark.parametrize(("shape", "block"), [((50, 70), (16, 32)), ((16, 16), (16, 16)), ((5, 9), (5, 9))])
+def test_how_weights_become_fp8(shape, block):
+    """Against blocks taken one after the other; a block of zeros stays one."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = scaled_weight(weight, block)
+    numbers, scale = fp8_blocks(weight, block)
+    assert torch.equal(scale, expected.scale)
+    assert torch.equal(numbers.float(), expected.values.float())
+    assert rms_ratio(weight.double(), exact(scaled(numbers, scale, block))) < FP8_WEIGHTS_RATIO
+    numbers, scale = fp8_blocks(torch.zeros(shape), block)
+    assert not numbers.float().any()
+    assert torch.isfinite(scale).all()
 
 
 BLOCKS = {"blocks": (16, 16), "a scale for each": None, "some kept": (16, 16)}
