@@ -41,6 +41,7 @@ from modeling_mlra import (
     step_linear_stream_mlra,
     step_mlra,
 )
+from modeling_mlra.decode_arguments_mlra import DecodeInputs
 from modeling_mlra.device_mlra import DeviceFacts
 
 META = torch.device("meta")
@@ -232,17 +233,20 @@ def empty(*shape, dtype=torch.bfloat16):
 
 def attend(
     batch: int, length: int, latents: int, heads: int, masked=False, page_size=0, cached=4096, dtype=torch.bfloat16,
-    groups=1, width=128, **tuning,
+    groups=1, width=128,
 ) -> None:  # fmt: skip
     """Decode attention of `length` queries of `heads` heads to a latent."""
     key_mask = empty(batch, cached, dtype=torch.bool) if masked else None
     rows = empty(*(() if page_size else (batch,)), cached, latents * width + 64, dtype=dtype)
-    decode_triton_mlra.triton_latent_attention(
-        empty(batch, length, latents, heads, width, dtype=dtype), empty(batch, length, groups, heads, 64, dtype=dtype),
-        rows[..., :-64].unflatten(-1, (latents, width)), rows[..., -64:], empty(batch, dtype=torch.int32),
-        empty(batch, dtype=torch.int32) if masked else None, key_mask,
-        empty(batch, 64, dtype=torch.int32) if page_size else None, page_size, 0.1, **tuning,
+    inputs = DecodeInputs(
+        q_latent=empty(batch, length, latents, heads, width, dtype=dtype),
+        q_rope=empty(batch, length, groups, heads, 64, dtype=dtype),
+        latents=rows[..., :-64].unflatten(-1, (latents, width)), k_rope=rows[..., -64:],
+        kv_end=empty(batch, dtype=torch.int32), kv_start=empty(batch, dtype=torch.int32) if masked else None,
+        key_mask=key_mask, block_table=empty(batch, 64, dtype=torch.int32) if page_size else None,
+        page_size=page_size, scaling=0.1,
     )  # fmt: skip
+    decode_triton_mlra.triton_latent_attention(inputs)
 
 
 class Holder(SimpleNamespace):
