@@ -236,7 +236,7 @@ if triton is not None:
     @triton.jit(do_not_specialize=["B", "P", "whole"])
     def decode_kernel(
         queries, cached, visible, results, B, T, P, whole, scale_log2,
-        SHAPE: tl.constexpr, TILE: tl.constexpr, DEAL: tl.constexpr, PDL: tl.constexpr,
+        SHAPE, TILE, DEAL, PDL: tl.constexpr,
     ):  # fmt: skip
         """One share of the cached rows, for BM query rows of NL latents of a group; `whole` sequences go to `out`."""
         LANES: tl.constexpr = SHAPE.L // TILE.NL

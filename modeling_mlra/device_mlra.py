@@ -176,8 +176,12 @@ def launch(device: torch.device, kernel, grid: tuple, *arguments, **constants: A
 
 @functools.lru_cache(maxsize=1024, typed=True)
 def constants(group):
-    """A named tuple of numbers for a kernel's parameter of type `tl.constexpr`: all are known when it is compiled."""
-    return group if INTERPRETED else type(group)(*map(tl.constexpr, group))
+    """A named tuple of numbers as an argument of a kernel: all are known when it is compiled.
+
+    The kernel's parameter bears no `tl.constexpr`: it would make one constant of the whole tuple, which triton cannot
+    hand to a hook that asks what was compiled (profilers and vLLM's monitor set one).
+    """
+    return type(group)(*map(tl.constexpr, group))
 
 
 def launch_options(early: bool) -> dict[str, bool]:

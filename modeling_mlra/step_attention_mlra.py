@@ -99,7 +99,7 @@ if triton is not None:
     @triton.jit
     def absorb_kernel(
         queries, down, kv_first, kv_b, norm, rope, counters, cache,
-        SHAPE: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
+        SHAPE, TILE, PDL: tl.constexpr,
     ):  # fmt: skip
         """q_latent[m, l, h] = W_uk[l, h]^T q_nope[m], RB columns to a program. The last M programs of each latent and
         head rotate instead, one token each: queries, and for the first head this token's cache row, which they
@@ -223,7 +223,7 @@ if triton is not None:
     @triton.jit(do_not_specialize=["P"])
     def value_kernel(
         parts, P, kv_b, gate, out, alpha,
-        SHAPE: tl.constexpr, TILE: tl.constexpr, DEAL: tl.constexpr, PDL: tl.constexpr,
+        SHAPE, TILE, DEAL, PDL: tl.constexpr,
     ):  # fmt: skip
         """out[m, i] = alpha * sum over branches of W_uv[l, i] z[m, l, i], times sigmoid(gate).
 
@@ -259,7 +259,7 @@ if triton is not None:
             tl.store(out + m * (SHAPE.L // SHAPE.C) * H * V + column, total.to(weight.dtype), mask=values < V)
 
     @triton.jit
-    def product_value_kernel(z, kv_b, gate, out, alpha, SHAPE: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):
+    def product_value_kernel(z, kv_b, gate, out, alpha, SHAPE, TILE, PDL: tl.constexpr):
         """As `value_kernel`, of all tokens at once and from whole results z [M, L, H, R]."""
         H: tl.constexpr = SHAPE.H
         R: tl.constexpr = SHAPE.R

@@ -60,7 +60,7 @@ from transformers import PreTrainedConfig
 from evals.common import Results, fingerprint, markdown_table, publish_table
 from scripts.comparison_runs import RUN_FILE, architecture_of, run_workers, work
 from scripts.recipe import Recipe, apply_changes, make_recipe, model_config, read_configuration
-from scripts.train import count_parameters
+from scripts.training_speed import count_parameters
 
 try:
     import matplotlib

@@ -19,7 +19,9 @@ from evals.perplexity import Blocks, document_losses, token_losses
 from scripts.cli import UserError, locked
 from scripts.loading import load_model
 from scripts.recipe import Recipe, training_arguments
-from scripts.train import matmul_rate, token_files, train_recipe
+from scripts.train import train_recipe
+from scripts.training_data import token_files
+from scripts.training_speed import matmul_rate
 from tokenization.build import end_of_text_id
 
 # Of a run; not its speed, because runs may share a device

@@ -9,6 +9,7 @@ compiler does not know, or with more shared memory than its programs can have. A
 
 import argparse
 import contextlib
+import json
 import multiprocessing
 import re
 import subprocess
@@ -21,6 +22,7 @@ from unittest.mock import patch
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
@@ -103,7 +105,7 @@ def signature(parameter, value) -> tuple:
     if isinstance(value, tuple) and not parameter.is_constexpr:
         types, known = zip(*(signature(parameter, field) for field in value), strict=True)
         return type(value)(*types), type(value)(*known)
-    if parameter.is_constexpr or value is None or isinstance(value, bool):
+    if parameter.is_constexpr or value is None or isinstance(value, bool | tl.constexpr):
         return "constexpr", []
     if isinstance(value, torch.Tensor):
         return "*" + TYPES[value.dtype], [["tt.divisibility", 16]]
@@ -166,6 +168,7 @@ class Compiler:
             for path, of_type, at_path, has in leaves((index,), types[parameter.name], value, known):
                 if of_type == "constexpr":
                     constants[path] = at_path
+                    json.dumps(at_path.value if isinstance(at_path, tl.constexpr) else at_path)  # as triton's hooks do
                 if has:
                     attributes[path] = has
         options = {k: v for k, v in keywords.items() if k not in names or k == "num_warps"}

@@ -18,6 +18,9 @@ from evals.corpora import token_file_header
 from scripts import compare_architectures, comparison_runs, train
 from scripts import recipe as recipes
 from scripts.cli import locked
+from scripts.training_checks import last_checkpoint
+from scripts.training_data import PackedBlocks
+from scripts.training_speed import count_parameters
 from tests.paths import REPOSITORY
 from tests.training import TRAINING, recipe, settings, write
 
@@ -85,7 +88,7 @@ def test_killed_processes_go_on(whole, data, tmp_path):
     runs = [tmp_path / "comparison/runs" / name for name in whole]
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
-        if any(train.last_checkpoint(run) is not None for run in runs):
+        if any(last_checkpoint(run) is not None for run in runs):
             break
         time.sleep(0.002)
     killed = process.poll() is None
@@ -169,7 +172,7 @@ def test_data_come_in_the_same_order_for_all_architectures(data, tmp_path, monke
     seen: dict[str, list] = {}
 
     def watch(name):
-        def get(self, index, original=train.PackedBlocks.__getitem__):
+        def get(self, index, original=PackedBlocks.__getitem__):
             seen.setdefault(name, []).append(index)
             return original(self, index)
 
@@ -177,7 +180,7 @@ def test_data_come_in_the_same_order_for_all_architectures(data, tmp_path, monke
 
     for name, given, seed in (("one", {}, 3), ("other", {"model__num_branches": 1}, 3), ("seed", {}, 4)):
         with monkeypatch.context() as patch:
-            patch.setattr(train.PackedBlocks, "__getitem__", watch(name))
+            patch.setattr(PackedBlocks, "__getitem__", watch(name))
             patch.setattr(train, "heldout_loss", lambda *_, **__: {})
             seeds = {"training__seed": seed, "training__data_seed": seed}
             train.train_recipe(recipe(data, tmp_path / name, **given, **seeds))
@@ -192,7 +195,7 @@ def test_second_edition():
     assert len(models) == 9 and len(content["seeds"]) >= 4
     for name, model in models.items():
         config = recipes.model_config(model)
-        assert train.count_parameters(config) == pytest.approx(30.48e6, rel=0.002), name
+        assert count_parameters(config) == pytest.approx(30.48e6, rel=0.002), name
         assert config.initializer_range == pytest.approx(0.02 * (3072 / config.hidden_size) ** 0.5, rel=1e-3)
     run = compare_architectures.run_recipe(content, models["gqa"], "gqa", 1, Path("compare_30m.json"))
     args = recipes.training_arguments(run)
