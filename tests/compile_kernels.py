@@ -23,6 +23,8 @@ from unittest.mock import patch
 import torch
 import triton
 import triton.language as tl
+from transformers import FineGrainedFP8Config
+from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
@@ -45,7 +47,7 @@ from modeling_mlra.device_mlra import DeviceFacts
 META = torch.device("meta")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TYPES = {dtype: name for name, dtype in DTYPES.items()}
-TYPES |= {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
+TYPES |= {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8", torch.float8_e4m3fn: "fp8e4nv"}
 PARTS = {"wgmma.mma_async": "matrix products", "cp.async.bulk.tensor": "bulk copies", "griddepcontrol.wait": "waits"}
 KERNELS = (
     (decode_triton_mlra, ("decode_kernel", "rows_kernel", "combine_kernel")),
@@ -252,11 +254,13 @@ class Holder(SimpleNamespace):
     """Stands for a cache, of which the step keeps a weak reference."""
 
 
-def step(num_sequences: int, dtype=torch.bfloat16, **settings) -> None:
+def step(num_sequences: int, dtype=torch.bfloat16, fp8=False, **settings) -> None:
     """One step of a layer of a released shape, and the choice of a token."""
     config = MLRAConfig(num_hidden_layers=1, **settings)
     with torch.device("meta"):
         model = MLRAForCausalLM(config).to(dtype)
+    if fp8:
+        replace_with_fp8_linear(model, ["lm_head"], FineGrainedFP8Config())
     rows = empty(num_sequences, 1, 4096, config.kv_lora_rank + 64, dtype=dtype)
     cache = Holder(layers=[Holder(rows=rows)])
     run = step_mlra.FusedStep(model, cache, empty(1 + 2 * num_sequences, dtype=torch.int32))
@@ -305,9 +309,9 @@ def attend_released(compiler: Compiler, shape: str, call: str, dtype: str) -> No
     attend(batch, length, latents, heads, **options)
 
 
-def step_released(compiler: Compiler, shape: str, sequences: int, dtype: str = "bf16") -> None:
-    compiler.what = f"{shape}, {sequences} sequences, {dtype}"
-    step(sequences, DTYPES[dtype], **STEPS[shape])
+def step_released(compiler: Compiler, shape: str, sequences: int, dtype: str = "bf16", fp8: bool = False) -> None:
+    compiler.what = f"{shape}, {sequences} sequences, {dtype}{', FP8 weights' if fp8 else ''}"
+    step(sequences, DTYPES[dtype], fp8, **STEPS[shape])
 
 
 def compile_all(name: str) -> list[str]:
