@@ -1,7 +1,7 @@
 """Runs device functions of the Hopper decode kernel that only count and copy as plain Python, one warp of one thread.
 
 Gluon has no interpreter. A function of a kernel is Python all the same: with stand-ins for the language, on tensors of
-torch, `_copy_tiles` leaves a list of what it asks the copy engine for.
+torch, `copy_tiles` leaves a list of what it asks the copy engine for.
 """
 
 import types
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import torch
 
-from modeling_mlra import decode_hopper_mlra
+from modeling_mlra import decode_copies_mlra
 
 
 class Pointer:
@@ -82,10 +82,10 @@ def copy_tiles(visible, pages, place, shape, tile, deal, early=False) -> list[tu
         "bulk_load": copies.load,
         "program_wait": lambda PDL: None,
     }
-    scope = {**vars(decode_hopper_mlra), **stand_ins}
-    for name in ("_share_start", "_deal", "_stretch", "_page", "_copy_tiles"):
-        scope[name] = types.FunctionType(getattr(decode_hopper_mlra, name).fn.__code__, scope, name)
-    scope["_copy_tiles"](
+    scope = {**vars(decode_copies_mlra), **stand_ins}
+    for name in ("_share_start", "share_of", "stretch_of", "_page", "copy_tiles"):
+        scope[name] = types.FunctionType(getattr(decode_copies_mlra, name).fn.__code__, scope, name)
+    scope["copy_tiles"](
         copies.descriptor, copies.descriptor, copies.buffers, visible, pages, place, shape, tile, deal, early
     )
     assert copies.announced == 0, "a barrier waits for other bytes than come"
