@@ -1,5 +1,7 @@
 """Decode attention over pages: which of them the Hopper kernel reads, and, marked `gpu`, that it reads them right."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -15,8 +17,18 @@ pytest.importorskip("triton")
 pytestmark = [pytest.mark.usefixtures("no_choice_from_outside")]
 if DEVICE == "cuda":
     pytestmark.append(pytest.mark.gpu)
-SHAPES = [(4, 1, 24, 128), (1, 1, 64, 128), (1, 1, 128, 128), (4, 2, 12, 128), (4, 4, 6, 128)]
-SHAPES += [(2, 2, 12, 256), (1, 1, 24, 512)]  # too wide for the Hopper kernel
+# Latents, groups, heads of a latent, width, query positions, whether two latents may share a program
+CASES = [
+    (4, 1, 24, 128, 1, False),
+    (4, 1, 24, 128, 1, True),
+    (4, 2, 12, 128, 2, True),
+    (4, 4, 6, 128, 1, True),
+    (1, 1, 64, 128, 1, False),
+    (1, 1, 128, 128, 1, False),  # with 128 query rows a program has tiles of the page's height
+    (4, 1, 24, 128, 5, False),
+    (2, 2, 12, 256, 1, False),  # too wide for the Hopper kernel
+    (1, 1, 24, 512, 1, False),
+]
 HOPPER = DeviceFacts(132, True, True, 232_448, 233_472, nvidia=True)
 
 
@@ -89,23 +101,12 @@ def plans_used(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("page_size", [16, 64, 128, 192])
-@pytest.mark.parametrize("length", [1, 5])
 @pytest.mark.parametrize(
-    ("num_latents", "groups", "heads", "width"),
-    [
-        (4, 1, 24, 128),
-        (1, 1, 64, 128),
-        (1, 1, 128, 128),
-        (4, 2, 12, 128),
-        (4, 4, 6, 128),
-        (2, 2, 12, 256),
-        (1, 1, 24, 512),
-    ],
+    ("case", "page_size"), [*itertools.product(CASES, (64, 128)), (CASES[0], 16), (CASES[0], 192), (CASES[5], 192)]
 )
-@pytest.mark.parametrize("paired", [False, True])
-def test_gpu_shuffled_pages(num_latents, groups, heads, width, length, page_size, paired, plans_used, monkeypatch):
+def test_gpu_shuffled_pages(case, page_size, plans_used, monkeypatch):
     """Ragged sequences, some of whole pages, one empty; NaN in unused pages and rows; -1 in the rest of the table."""
+    num_latents, groups, heads, width, length, paired = case
     monkeypatch.setattr(decode_plans_mlra, "PAIRED_ROWS", 0 if paired else 2**40)
     ends = [700, 64, 0, 129, 384, 5, 1000]
     sizes = (len(ends), length, num_latents, groups, heads, width, 64, 1000)
@@ -114,12 +115,12 @@ def test_gpu_shuffled_pages(num_latents, groups, heads, width, length, page_size
     holes = [*arguments[:2], *(x.clone() for x in arguments[2:])]
     for rows in holes[2:]:
         rows[~mask] = float("nan")
-    for used, options in ((arguments, {}), (arguments, {"settled": True}), (holes, {"key_mask": mask})):
+    for used, options in ((arguments, {}), (holes, {"key_mask": mask, "settled": True})):
         paged, pages = in_pages(used, kv_end, page_size)
         expected = run([x.double() for x in used], kv_end, "torch", scaling=0.07, **options)
         result = run(paged, kv_end, "triton", scaling=0.07, **options, **pages)
         assert ratio(result, expected) < tolerances.KERNEL_BF16_RATIO
-    hopper = device_mlra.device_facts(torch.device("cuda", 0)).hopper
+    hopper = device_mlra.device_facts(torch.device(DEVICE)).hopper
     on_bulk_copies = hopper and page_size % 64 == 0 and width == 128
     assert {isinstance(plan.tile, HopperTile) for plan in plans_used} == {on_bulk_copies}
 
