@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from modeling_mlra import MLRACache, modeling_mlra
+from modeling_mlra import MLRACache, generation_hooks_mlra
 from modeling_mlra.decode_mlra import ENVIRONMENT_VARIABLE, decode_calls, latent_attention
 from modeling_mlra.generation_mlra import can_capture, reaches_all_rows
 from modeling_mlra.library_mlra import CACHE
@@ -117,7 +117,7 @@ def test_generate_with_a_narrow_mask(width, monkeypatch):
         asked.append(reaches_all_rows(arguments[3].get("attention_mask"), arguments[1], arguments[3][CACHE]))
         return False
 
-    monkeypatch.setattr(modeling_mlra, "can_capture", recording)
+    monkeypatch.setattr(generation_hooks_mlra, "can_capture", recording)
     for cache in caches(model):
         with torch.no_grad():
             model(ids[:, :10], past_key_values=cache)
