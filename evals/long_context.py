@@ -1,4 +1,4 @@
-"""Loss by position beyond the length of training, and copying, of one or several models.
+"""Where context matters: loss by position beyond the length of training, copying, and last words, of several models.
 
     python -m evals.long_context --models build/compare_30m/*/final --data build/books/heldout.bin \
         --length 8192 --yarn 8 --output evals/results/long_context_30m.json
@@ -8,6 +8,8 @@ in spans that double. --yarn FACTOR stretches the rotary embedding (YaRN, as the
 Without it, positions beyond the model's context show what the plain embedding does there.
 Copying: a random sequence of tokens that comes twice; how much of the second time the model puts first, and its loss,
 for several lengths of which the double fits into the context of training.
+Last words: --last-words takes a file of {"text": …} lines, LAMBADA as evals.local_tasks writes it, and gives how often
+the last word is what the model puts first, and the perplexity of last words, as the harness's task does.
 
 Folders of scripts.compare_architectures, NAME_seedN/final, are shown by architecture: mean and deviation over seeds.
 """
@@ -33,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--yarn", type=positive_float, metavar="FACTOR", help="stretch the rotary embedding so much")
     parser.add_argument("--max-tokens", type=positive_int, default=10**6, help="predict at most so many")
     parser.add_argument("--copies", type=positive_int, default=64, help="sequences to copy, for each length")
+    parser.add_argument("--last-words", type=Path, metavar="FILE.jsonl", help="texts whose last words are predicted")
     parser.add_argument("--batch-size", type=positive_int, default=1, help="blocks at a time")
     parser.add_argument("--published", action="store_true", help="float32 weights, bfloat16 autocast")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write results here; a rerun goes on from it")
@@ -44,19 +47,24 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     sys.exit(main())
 
+import contextlib
 import copy
+import json
+import math
 import statistics
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from evals.common import PUBLISHED_NUMERICS, Results, fingerprint, markdown_table, model_fingerprint, publish_table
 from evals.corpora import read_token_file
 from evals.perplexity import Blocks, token_losses
-from scripts.loading import load_model
+from scripts.cli import read_lines
+from scripts.loading import load_model, load_tokenizer
 
 FIRST_SPAN = 256  # tokens; each further one is as long as all before it
 COPY_LENGTHS = (16, 64, 256, 1024)
+TEXTS_AT_ONCE = 32
 
 
 def stretched(model: PreTrainedModel, factor: float) -> PreTrainedModel:
@@ -110,6 +118,55 @@ def copying(model: PreTrainedModel, length: int, count: int, device: torch.devic
     return {"accuracy": right / (count * (length - 1)), "loss": loss / (count * (length - 1))}
 
 
+def read_texts(path: Path) -> list[str]:
+    """The texts of a file of {"text": …} lines.
+
+    Raises:
+        UserError: for a line that is something else, or a text of one word.
+    """
+    if not path.is_file():
+        raise UserError(f"no file {path}: evals.local_tasks writes DIR/data/lambada_openai.jsonl")
+    texts = []
+    for number, line in enumerate(read_lines(path), 1):
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f'{path}, line {number} is no {{"text": …}}: {line[:80]!r}') from error
+        if not isinstance(text, str) or not text.rpartition(" ")[0].strip() or text.endswith(" "):
+            raise UserError(f"{path}, line {number} has no last word after others: {text!r:.80}")
+        texts.append(text)
+    return texts
+
+
+def encode_last_word(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], int]:
+    """Tokens of a text, and how many of them are its last word's; a space belongs to the word that it precedes."""
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    before = tokenizer.encode(text.rpartition(" ")[0].rstrip(), add_special_tokens=False)
+    return tokens, len(tokens) - len(before)
+
+
+@torch.no_grad()
+def last_words(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], published: bool, device: torch.device
+) -> dict[str, float]:
+    """Share of the texts whose last word is put first, token by token, and the perplexity of the last words."""
+    encoded = sorted((encode_last_word(tokenizer, text) for text in texts), key=lambda pair: len(pair[0]))
+    autocast = torch.autocast(device.type, torch.bfloat16) if published else contextlib.nullcontext()
+    right, loss = 0, 0.0
+    for first in range(0, len(encoded), TEXTS_AT_ONCE):
+        batch = encoded[first : first + TEXTS_AT_ONCE]
+        longest = len(batch[-1][0])
+        padded = torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens, _ in batch], device=device)
+        with autocast:
+            logits = model(input_ids=padded[:, :-1], use_cache=False).logits
+        for row, (tokens, count), sequence in zip(logits, batch, padded, strict=True):
+            last = slice(len(tokens) - count - 1, len(tokens) - 1)  # what predicts the word
+            word = sequence[1:][last]
+            right += bool((row[last].argmax(-1) == word).all())
+            loss += torch.nn.functional.cross_entropy(row[last].float(), word, reduction="sum").item()
+    return {"accuracy": right / len(texts), "perplexity": math.exp(loss / len(texts))}
+
+
 def name_of(folder: Path) -> str:
     """What to call a model: its folder, or the run whose `final` it is."""
     folder = folder.resolve()
@@ -117,12 +174,14 @@ def name_of(folder: Path) -> str:
 
 
 def evaluate(args: argparse.Namespace) -> None:
+    texts = read_texts(args.last_words) if args.last_words is not None else []
     settings = {
         "data": f"{args.data.name} {fingerprint([args.data])}" if args.data.is_file() else str(args.data),
         "length": args.length,
         "yarn": args.yarn,
         "max_tokens": args.max_tokens,
         "copies": args.copies,
+        "last_words": args.last_words and f"{args.last_words.name} {fingerprint([args.last_words])}",
         "numerics": PUBLISHED_NUMERICS if args.published else "as stored",
     }
     blocks = Blocks(read_token_file(args.data), args.length, args.max_tokens)
@@ -154,6 +213,9 @@ def evaluate(args: argparse.Namespace) -> None:
             "positions": loss_by_position(model, blocks, args, device),
             "copying": {n: copying(model, n, args.copies, device) for n in COPY_LENGTHS if 2 * n <= context},
         }
+        if args.last_words is not None:
+            tokenizer = load_tokenizer(folder, model.config.vocab_size)
+            entry["last_words"] = last_words(model, tokenizer, texts, args.published, device)
         results.add(name, entry)
     results.entries = {name: results.entries[name] for name in names}
     print_table(args, settings, results.entries, len(blocks))
@@ -178,9 +240,13 @@ def print_table(args: argparse.Namespace, settings: dict, entries: dict[str, dic
         for length in lengths:
             copied = [{int(n): value for n, value in run["copying"].items()}.get(length) for run in runs]
             row.append("" if None in copied else cell([100 * value["accuracy"] for value in copied], 1))
+        if settings["last_words"] is not None:
+            row.append(cell([100 * run["last_words"]["accuracy"] for run in runs], 2))
+            row.append(cell([run["last_words"]["perplexity"] for run in runs], 1))
         rows.append(row)
     header = ["model", "runs", *(f"loss {first:,}–{last:,}" for first, last in places)]
     header += [f"copied of {length}, %" for length in lengths]
+    header += ["last words, %", "their perplexity"] * (settings["last_words"] is not None)
     stretch = f"YaRN by {args.yarn:g}" if args.yarn else "the rotary embedding as trained"
     contexts = " and ".join(f"{context:,}" for context in sorted({entry["context"] for entry in entries.values()}))
     publish_table(
@@ -189,5 +255,6 @@ def print_table(args: argparse.Namespace, settings: dict, entries: dict[str, dic
         markdown_table(header, rows),
         f"Nats per token by position in {blocks:,} blocks of {args.length:,} tokens of {args.data.name}, {stretch}; "
         f"trained on {contexts}. Copied: of a random sequence that comes twice, {args.copies} sequences of each "
-        f"length. ± is the deviation over seeds. Numerics: {settings['numerics']}.",
+        f"length. Last words: {args.last_words and args.last_words.name}. ± is the deviation over seeds. "
+        f"Numerics: {settings['numerics']}.",
     )

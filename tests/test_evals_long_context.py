@@ -6,11 +6,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evals import long_context
 from evals.corpora import read_token_file, token_file_header
 from scripts import recipe as recipes
+from tests.paths import DEMO, HELDOUT
 from tests.training import LLAMA, MODEL
 
 
@@ -105,7 +106,36 @@ def test_copying_of_a_model_that_copies():
     assert wrong["accuracy"] < 0.2 and wrong["loss"] > 50
 
 
+def test_last_words_are_those_of_a_plain_loop(tmp_path, monkeypatch):
+    """Texts of different lengths in batches, words of several tokens and after two spaces."""
+    texts = ["The function returns the number of elements", "It was the", "A dictionary of unquestionableness"]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(DEMO), AutoTokenizer.from_pretrained(DEMO)
+    greedy = model.generate(**tokenizer("It was the", return_tensors="pt"), max_new_tokens=12, do_sample=False)
+    texts += [tokenizer.decode(greedy[0]).rpartition(" ")[0].rstrip()]  # ends in what the model puts first
+    texts += ["Two  spaces", *(f"{'of the ' * count}package" for count in range(1, 5))]
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    monkeypatch.setattr(long_context, "TEXTS_AT_ONCE", 3)
+    flags = ["--models", str(DEMO), "--data", str(HELDOUT), "--length", "64", "--max-tokens", "64", "--copies", "1"]
+    assert long_context.main([*flags, "--last-words", str(file), "--output", str(tmp_path / "found.json")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())["results"][DEMO.name]["last_words"]
+    right, losses, counts = [], [], []
+    for text in texts:
+        tokens = tokenizer(text)["input_ids"]
+        given = len(tokenizer(text[: text.rstrip().rindex(" ")].rstrip())["input_ids"])
+        logits = model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)
+        places = range(given, len(tokens))
+        losses.append(-sum(logits[place - 1, tokens[place]].item() for place in places))
+        right.append(all(logits[place - 1].argmax() == tokens[place] for place in places))
+        counts.append(len(places))
+    assert max(counts) > 2 and 0 < sum(right) < len(right)
+    assert found["accuracy"] == sum(right) / len(texts)
+    assert found["perplexity"] == pytest.approx(np.exp(np.mean(losses)), rel=0.02)
+    assert f" {100 * found['accuracy']:.2f} |" in (tmp_path / "found.md").read_text()
+
+
 def test_refusals(folders, tmp_path, capsys):
+    (tmp_path / "words.jsonl").write_text('{"text": "two words"}\n{"text": "one"}\n')
     one = str(folders / "llama_seed0/final")
     data = ["--data", str(folders / "data.bin")]
     for arguments, message in (
@@ -113,6 +143,12 @@ def test_refusals(folders, tmp_path, capsys):
         (["--models", one, one, *data, "--length", "64"], "two of the models are called llama_seed0"),
         (["--models", one, "--data", str(tmp_path / "none.bin")], "no token file"),
         (["--models", "nowhere", *data], "no folder nowhere"),
+        (["--models", one, *data, "--length", "64", "--last-words", str(tmp_path / "none")], "no file"),
+        (
+            ["--models", one, *data, "--length", "64", "--last-words", str(tmp_path / "words.jsonl")],
+            "line 2 has no last",
+        ),
+        (["--models", one, *data, "--length", "64", "--last-words", str(folders / "data.bin")], "text"),
     ):
         assert long_context.main(arguments) == 2
         assert message in capsys.readouterr().err
