@@ -262,6 +262,25 @@ def draw(path: Path, summary: dict[str, dict], tokens_per_step: int) -> None:
     save_figure(figure, path)
 
 
+def shared_settings(models: dict[str, dict], recipe: Recipe) -> dict:
+    """What all runs have in common and results depend on: files by their content."""
+    return {
+        "models": models,
+        "max_steps": recipe.training["max_steps"],
+        "blocks_per_step": recipe.blocks_per_step,
+        "block_size": recipe.data.block_size,
+        "training": {
+            key: value for key, value in recipe.settings()["training"].items() if key not in ("seed", "data_seed")
+        },
+        "data": {
+            part: [
+                f"{Path(name).name} {fingerprint([Path(name)])}" if Path(name).is_file() else name for name in names
+            ]
+            for part, names in (("train", recipe.data.train), ("heldout", recipe.data.heldout))
+        },
+    }
+
+
 def compare(args: argparse.Namespace) -> int:
     deadline = None if args.time_budget is None else time.monotonic() + args.time_budget
     content = read_comparison(args)
@@ -286,21 +305,7 @@ def compare(args: argparse.Namespace) -> int:
         raise UserError(f"{args.config}: data.heldout names no corpus, there would be nothing to compare")
     if "max_steps" not in first.training:
         raise UserError(f"{args.config}: training.max_steps must say how many steps to train")
-    settings = {
-        "models": models,
-        "max_steps": first.training["max_steps"],
-        "blocks_per_step": first.blocks_per_step,
-        "block_size": first.data.block_size,
-        "training": {
-            key: value for key, value in first.settings()["training"].items() if key not in ("seed", "data_seed")
-        },
-        "data": {
-            part: [
-                f"{Path(name).name} {fingerprint([Path(name)])}" if Path(name).is_file() else name for name in names
-            ]
-            for part, names in (("train", first.data.train), ("heldout", first.data.heldout))
-        },
-    }
+    settings = shared_settings(models, first)
     if args.worker:
         work(recipes, settings, set(Results(args.output, settings).entries), deadline)
         return 0

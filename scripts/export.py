@@ -115,29 +115,9 @@ def export_folder(
             cannot be read or has more tokens than the model, or `tensors` are not exactly those of the model.
     """
     shapes = parameter_shapes(config)
-    if tokenizer is None:
-        own_tokenizer = None
-        defaults = dict.fromkeys(TOKEN_IDS, end_of_text_id(config.vocab_size))
-    else:
-        own_tokenizer = load_tokenizer(tokenizer, config.vocab_size)
-        defaults = {name: getattr(own_tokenizer, name) for name in TOKEN_IDS}
-    config = copy.deepcopy(config)
-    keep_valid_tokens(config, config.vocab_size, defaults)
-    config.architectures = ["MLRAForCausalLM"]
-    if remote_code:
-        config.auto_map = dict(AUTO_MAP)
-    elif hasattr(config, "auto_map"):
-        del config.auto_map
-    config.dtype = dtype
-    tokens = {name: getattr(config, name) for name in TOKEN_IDS}
-    if generation_config is None:
-        generation_config = GenerationConfig(**tokens)
-    else:
-        generation_config = copy.deepcopy(generation_config)
-        keep_valid_tokens(generation_config, config.vocab_size, tokens, missing=False)
-    generation_config.suppress_tokens = suppressed_tokens(
-        generation_config.suppress_tokens or [], own_tokenizer, config.vocab_size
-    )
+    own_tokenizer = None if tokenizer is None else load_tokenizer(tokenizer, config.vocab_size)
+    config = stored_config(config, dtype, own_tokenizer, remote_code)
+    generation_config = stored_generation_config(generation_config, config, own_tokenizer)
     total_bytes = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
     with new_folder(dst, total_bytes) as folder:
         write_weights(folder, tensors, shapes, dtype, max_shard_bytes, allow_nonfinite)
@@ -148,11 +128,7 @@ def export_folder(
         if tokenizer is None:
             write_tokenizer(folder, config.vocab_size, config.max_position_embeddings)
         else:
-            for path in (tokenizer / name for name in TOKENIZER_FILES):
-                if path.is_dir():
-                    shutil.copytree(path, folder / path.name)
-                elif path.exists():
-                    shutil.copyfile(path, folder / path.name)
+            copy_tokenizer(tokenizer, folder)
         card = render_card(
             config,
             dtype,
@@ -166,6 +142,47 @@ def export_folder(
         (folder / "README.md").write_text(card, encoding="utf-8")
         for file in folder.glob("*.safetensors"):  # written readable by their owner alone
             shutil.copymode(folder / "README.md", file)
+
+
+def stored_config(
+    config: MLRAConfig, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase | None, remote_code: bool
+) -> MLRAConfig:
+    """The configuration as the folder holds it: valid tokens, type of the weights, where the code is."""
+    if tokenizer is None:
+        defaults = dict.fromkeys(TOKEN_IDS, end_of_text_id(config.vocab_size))
+    else:
+        defaults = {name: getattr(tokenizer, name) for name in TOKEN_IDS}
+    config = copy.deepcopy(config)
+    keep_valid_tokens(config, config.vocab_size, defaults)
+    config.architectures = ["MLRAForCausalLM"]
+    if remote_code:
+        config.auto_map = dict(AUTO_MAP)
+    elif hasattr(config, "auto_map"):
+        del config.auto_map
+    config.dtype = dtype
+    return config
+
+
+def stored_generation_config(
+    given: GenerationConfig | None, config: MLRAConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> GenerationConfig:
+    """The generation settings as the folder holds them; `config` is that of `stored_config`."""
+    tokens = {name: getattr(config, name) for name in TOKEN_IDS}
+    if given is None:
+        settings = GenerationConfig(**tokens)
+    else:
+        settings = copy.deepcopy(given)
+        keep_valid_tokens(settings, config.vocab_size, tokens, missing=False)
+    settings.suppress_tokens = suppressed_tokens(settings.suppress_tokens or [], tokenizer, config.vocab_size)
+    return settings
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    for path in (source / name for name in TOKENIZER_FILES):
+        if path.is_dir():
+            shutil.copytree(path, folder / path.name)
+        elif path.exists():
+            shutil.copyfile(path, folder / path.name)
 
 
 def keep_valid_tokens(
@@ -236,6 +253,20 @@ def new_folder(dst: Path, needed_bytes: int = 0) -> Iterator[Path]:
             raise
 
 
+def check_values(name: str, tensor: Tensor, stored: Tensor, allow_nonfinite: bool) -> None:
+    """Refuse what became infinite as it is stored and, unless `allow_nonfinite`, what was not finite before."""
+    if torch.isfinite(stored).all():
+        return
+    if torch.isfinite(tensor).all():
+        narrow = str(stored.dtype).removeprefix("torch.")
+        raise UserError(f"{name} has values too large for {narrow}: use bfloat16")
+    if not allow_nonfinite:
+        raise UserError(
+            f"{name} has {(~torch.isfinite(tensor)).sum():,} of {tensor.numel():,} values that are NaN or "
+            "infinite: --allow-nonfinite to write them all the same"
+        )
+
+
 def write_weights(
     folder: Path,
     tensors: Iterable[tuple[str, Tensor]],
@@ -269,15 +300,7 @@ def write_weights(
             if tensor.shape != shapes[name]:
                 raise UserError(f"{name} has shape {tuple(tensor.shape)}, the model expects {tuple(shapes[name])}")
             stored = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
-            if not torch.isfinite(stored).all():
-                if torch.isfinite(tensor).all():
-                    narrow = str(dtype).removeprefix("torch.")
-                    raise UserError(f"{name} has values too large for {narrow}: use bfloat16")
-                if not allow_nonfinite:
-                    raise UserError(
-                        f"{name} has {(~torch.isfinite(tensor)).sum():,} of {tensor.numel():,} values that are NaN or "
-                        "infinite: --allow-nonfinite to write them all the same"
-                    )
+            check_values(name, tensor, stored, allow_nonfinite)
             if shard and sum(held.nbytes for held in shard.values()) + stored.nbytes > max_shard_bytes:
                 flush()
             shard[name] = stored
