@@ -47,6 +47,24 @@ def continuation(model, cache, width: int, columns: int, num_new: int) -> torch.
         return model(random_ids(2, num_new, seed=5), past_key_values=cache, attention_mask=mask).logits
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("num_new", [1, 3])
+def test_a_boolean_mask_of_every_pair_behind_a_prefix(num_new, implementation):
+    """`[B, 1, T, S]`, True where a query may attend, gives what its padding mask gives."""
+    model = tiny_model("mlra_4", attn_implementation=implementation)
+    padding = torch.ones(2, PREFIX + num_new, dtype=torch.long)
+    padding[0, :4] = 0
+    causal = torch.ones(num_new, PREFIX + num_new).tril(PREFIX).bool()
+    logits = []
+    for mask in (padding, causal & padding[:, None, None].bool()):
+        cache = MLRACache(model.config)
+        with torch.no_grad():
+            model(random_ids(2, PREFIX), past_key_values=cache, attention_mask=padding[:, :PREFIX])
+            new = {"attention_mask": mask, "position_ids": torch.arange(PREFIX, PREFIX + num_new)[None]}
+            logits.append(model(random_ids(2, num_new, seed=5), past_key_values=cache, **new).logits)
+    assert rms_ratio(*logits) < CACHE_LOGITS_RATIO
+
+
 @pytest.mark.parametrize(("width", "num_new"), [(2, 3), (5, 1), (PREFIX, 3), (PREFIX + 1, 3), (PREFIX + 1, 1)])
 def test_missing_columns_are_padding(width, num_new, llama, monkeypatch):
     full = PREFIX + num_new
