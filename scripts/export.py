@@ -1,7 +1,7 @@
 """Write a complete Hub folder: weights, config with auto_map, remote code, tokenizer, generation config, model card.
 
     python -m scripts.export checkpoints/mlra_4_demo build/demo
-    python -m scripts.export SRC DST [--dtype bfloat16] [--license apache-2.0]
+    python -m scripts.export SRC DST [--dtype bfloat16] [--fp8] [--license apache-2.0]
 
 SRC is a folder that `save_pretrained` wrote, such as a training checkpoint. Its tokenizer goes along with its chat
 template, and so do its generation settings; without a tokenizer, DST gets GPT-2's. DST appears whole or not at all.
@@ -24,6 +24,8 @@ from scripts.cli import UserError, check_model_folder, locked, refuse_existing
 def check(args: argparse.Namespace) -> None:
     check_model_folder(args.src, "mlra")
     refuse_existing(args.dst)
+    if cli.read_json(args.src / "config.json").get("quantization_config"):
+        raise UserError(f"{args.src} holds quantised weights: export the folder they were made from")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("src", type=Path, help="folder that save_pretrained wrote")
     parser.add_argument("dst", type=Path, help="folder to create")
     parser.add_argument("--dtype", choices=cli.DTYPES, help="type to store the weights as (default: as in SRC)")
+    parser.add_argument("--fp8", action="store_true", help="store linear layers as e4m3, each with one scale")
     parser.add_argument("--license", default="unknown", help="Hub identifier of the weights' licence")
     parser.add_argument("--allow-nonfinite", action="store_true", help="write weights that are NaN or infinite")
     return cli.run("scripts.export:export", parser.parse_args(argv), check)
@@ -48,6 +51,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 import modeling_mlra
 from modeling_mlra import MLRAConfig, MLRAForCausalLM
+from scripts.fp8 import FP8_CONFIG, fp8_shapes, fp8_tensors, stored_bytes, stored_dtype
 from scripts.loading import (
     DTYPES,
     GENERATION_FILE,
@@ -89,6 +93,7 @@ def export_folder(
     remote_code: bool = True,
     allow_nonfinite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    fp8: bool = False,
 ) -> None:
     """Write everything a Hub repository of an `MLRAForCausalLM` holds into the new folder `dst`.
 
@@ -109,6 +114,7 @@ def export_folder(
         remote_code: whether the folder gets the model's code, without which it needs this package.
         allow_nonfinite: write NaN and infinite values instead of refusing them.
         max_shard_bytes: largest size of one weight file.
+        fp8: store the linear layers' weights as the library's `FP8Linear` has them, whatever `dtype`.
 
     Raises:
         UserError: when `dst` exists, is being written by another command or does not fit on the disk, the tokenizer
@@ -129,6 +135,10 @@ def export_folder(
     elif hasattr(config, "auto_map"):
         del config.auto_map
     config.dtype = dtype
+    if fp8:
+        shapes = fp8_shapes(shapes, config)
+        tensors = fp8_tensors(tensors, shapes)
+        config.quantization_config = FP8_CONFIG.to_dict()
     tokens = {name: getattr(config, name) for name in TOKEN_IDS}
     if generation_config is None:
         generation_config = GenerationConfig(**tokens)
@@ -138,7 +148,7 @@ def export_folder(
     generation_config.suppress_tokens = suppressed_tokens(
         generation_config.suppress_tokens or [], own_tokenizer, config.vocab_size
     )
-    total_bytes = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
+    total_bytes = stored_bytes(shapes, dtype)
     with new_folder(dst, total_bytes) as folder:
         write_weights(folder, tensors, shapes, dtype, max_shard_bytes, allow_nonfinite)
         config.to_json_file(folder / "config.json")  # save_pretrained would add one file of the code
@@ -253,7 +263,7 @@ def write_weights(
     shard: dict[str, Tensor] = {}
     shards: list[Path] = []
     file_of: dict[str, Path] = {}
-    total_bytes = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
+    total_bytes = stored_bytes(shapes, dtype)
 
     def flush() -> None:
         shards.append(folder / f"shard-{len(shards)}")
@@ -268,14 +278,14 @@ def write_weights(
                 raise UserError(f"unexpected tensor {name}: the model has no such parameter, or it came twice")
             if tensor.shape != shapes[name]:
                 raise UserError(f"{name} has shape {tuple(tensor.shape)}, the model expects {tuple(shapes[name])}")
-            stored = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
-            if not torch.isfinite(stored).all():
-                if torch.isfinite(tensor).all():
+            stored = tensor.detach().to(device="cpu", dtype=stored_dtype(name, shapes, dtype)).contiguous()
+            if not finite(stored).all():
+                if finite(tensor).all():
                     narrow = str(dtype).removeprefix("torch.")
                     raise UserError(f"{name} has values too large for {narrow}: use bfloat16")
                 if not allow_nonfinite:
                     raise UserError(
-                        f"{name} has {(~torch.isfinite(tensor)).sum():,} of {tensor.numel():,} values that are NaN or "
+                        f"{name} has {(~finite(tensor)).sum():,} of {tensor.numel():,} values that are NaN or "
                         "infinite: --allow-nonfinite to write them all the same"
                     )
             if shard and sum(held.nbytes for held in shard.values()) + stored.nbytes > max_shard_bytes:
@@ -298,6 +308,11 @@ def write_weights(
         "weight_map": {name: final[file] for name, file in sorted(file_of.items())},
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def finite(tensor: Tensor) -> Tensor:
+    """Which values are neither NaN nor infinite."""
+    return torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor)
 
 
 def read_saved_tensors(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -325,4 +340,5 @@ def export(args: argparse.Namespace) -> None:
         tokenizer=args.src if has_tokenizer(args.src) else None,
         generation_config=load_generation_config(args.src),
         allow_nonfinite=args.allow_nonfinite,
+        fp8=args.fp8,
     )
