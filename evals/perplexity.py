@@ -132,6 +132,27 @@ def read_blocks(corpus: Corpus, args: argparse.Namespace, config: PreTrainedConf
 
 
 @torch.no_grad()
+def token_losses(
+    model: PreTrainedModel, blocks: Blocks, indices: range, batch_size: int, published: bool, device: torch.device
+) -> Iterator[torch.Tensor]:
+    """Negative log likelihoods in nats of the targets of blocks `indices`, float32 `[at most batch_size, T]` a batch.
+
+    Args:
+        published: bfloat16 autocast over float32 weights; else in the type of the weights.
+    """
+    autocast = torch.autocast(device.type, torch.bfloat16) if published else contextlib.nullcontext()
+    for batch in blocks.batches(indices, batch_size):
+        batch = batch.to(device)
+        with autocast:
+            logits = model(input_ids=batch[:, :-1], use_cache=False).logits  # [B, T, vocab]
+        yield torch.stack(  # one sequence at a time: float32 logits are large
+            [
+                torch.nn.functional.cross_entropy(sequence.float(), targets, reduction="none")
+                for sequence, targets in zip(logits, batch[:, 1:], strict=True)
+            ]
+        )
+
+
 def total_loss(
     model: PreTrainedModel, blocks: Blocks, batch_size: int, published: bool, state: PartialState, name: str
 ) -> tuple[float, int]:
@@ -140,7 +161,6 @@ def total_loss(
     Process p of P evaluates blocks p, p + P, p + 2P, …; sums are kept in float64.
     """
     indices = range(state.process_index, len(blocks), state.num_processes)
-    autocast = torch.autocast(state.device.type, torch.bfloat16) if published else contextlib.nullcontext()
     total = torch.zeros((), dtype=torch.float64)
     with tqdm(
         total=len(indices) * blocks.block_size,
@@ -150,19 +170,30 @@ def total_loss(
         disable=not state.is_main_process,
     ) as progress:
         done = 0
-        for batch in blocks.batches(indices, batch_size):
-            batch = batch.to(state.device)
-            with autocast:
-                logits = model(input_ids=batch[:, :-1], use_cache=False).logits  # [B, T, vocab]
-            for sequence, targets in zip(logits, batch[:, 1:], strict=True):  # one at a time: float32 logits are large
-                total += torch.nn.functional.cross_entropy(sequence.float(), targets, reduction="sum").double().cpu()
-            done += targets.numel() * len(batch)
-            progress.update(targets.numel() * len(batch))
+        for losses in token_losses(model, blocks, indices, batch_size, published, state.device):
+            total += losses.double().sum().cpu()
+            done += losses.numel()
+            progress.update(losses.numel())
             progress.set_postfix(perplexity=f"{math.exp(min(total.item() / done, LARGEST_LOSS)):.3f}", refresh=False)
     sums = torch.tensor([total.item(), done], dtype=torch.float64, device=state.device)
     if state.num_processes > 1:
         sums = reduce(sums, reduction="sum")
     return sums[0].item(), int(sums[1].item())
+
+
+def document_losses(losses: np.ndarray, tokens: np.ndarray, end_of_text: int) -> tuple[np.ndarray, np.ndarray]:
+    """Losses by document: summed nats, float64 `[D]`, and predicted tokens, int64 `[D]`.
+
+    A document begins with `<|endoftext|>`, whose prediction is counted with it; text before the first is one as well.
+
+    Args:
+        losses: of tokens 1 … N, nats `[N]`.
+        tokens: `[N + 1]`.
+        end_of_text: id of the token that begins a document.
+    """
+    document = np.cumsum(tokens[: len(losses) + 1] == end_of_text)
+    document = document[1:] - document[0]
+    return np.bincount(document, weights=losses), np.bincount(document)
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ import functools
 import logging
 import math
 import os
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -180,8 +181,14 @@ def launch(device: torch.device, kernel, grid: tuple, *arguments, **constants: A
 
 @functools.lru_cache(maxsize=1024, typed=True)
 def constants(group):
-    """A named tuple of numbers for a kernel's parameter of type `tl.constexpr`: all are known when it is compiled."""
-    return group if INTERPRETED else type(group)(*map(tl.constexpr, group))
+    """A named tuple of numbers as an argument of a kernel: all are known when it is compiled.
+
+    The kernel's parameter bears no `tl.constexpr`: it would make one constant of the tuple, which triton cannot
+    describe to a hook that asks what was compiled (profilers and vLLM's monitor set one).
+    """
+    if INTERPRETED:
+        return SimpleNamespace(**group._asdict())  # of a tuple's numbers the interpreter makes tensors
+    return type(group)(*map(tl.constexpr, group))
 
 
 def launch_options(early: bool) -> dict[str, bool]:

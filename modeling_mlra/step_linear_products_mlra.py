@@ -141,9 +141,7 @@ if triton is not None:
         return acc, squares
 
     @triton.jit
-    def product_linear_kernel(
-        x, norm, out, stack, apart, sums, SHAPE: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr
-    ):
+    def product_linear_kernel(x, norm, out, stack, apart, sums, SHAPE, TILE, PDL: tl.constexpr):
         """A linear map of a block of rows, of all M vectors at once, padded to MP. Products take 16-bit numbers: a
         normed vector is rounded after its multiplication by gamma, as in the modules.
 

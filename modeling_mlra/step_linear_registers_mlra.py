@@ -81,7 +81,7 @@ if triton is not None:
         return accs, squares
 
     @triton.jit
-    def register_linear_kernel(x, norm, out, stack, SHAPE: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):
+    def register_linear_kernel(x, norm, out, stack, SHAPE, TILE, PDL: tl.constexpr):
         """A linear map of a block of rows, one vector after the other."""
         CHUNKS: tl.constexpr = (SHAPE.K + TILE.WIDTH - 1) // TILE.WIDTH
         weight, n, first, block = (stack.w0, stack.s0), stack.n0, 0, tl.program_id(0)

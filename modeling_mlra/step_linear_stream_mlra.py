@@ -164,7 +164,7 @@ if gluon is not None and triton is not None:
     @gluon.jit
     def stream_linear_kernel(
         w, w_up, n, x, norm, out,
-        SHAPE: gl.constexpr, TILE: gl.constexpr, PDL: gl.constexpr, REGISTERS: gl.constexpr, num_warps: gl.constexpr,
+        SHAPE, TILE, PDL: gl.constexpr, REGISTERS: gl.constexpr, num_warps: gl.constexpr,
     ):  # fmt: skip
         """A linear map of one weight, or a SwiGLU of two: every program copies and multiplies its row blocks."""
         TILES: gl.constexpr = (SHAPE.K + TILE.COLUMNS - 1) // TILE.COLUMNS

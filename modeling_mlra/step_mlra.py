@@ -30,7 +30,7 @@ import weakref
 import torch
 from torch import nn
 
-from .decode_arguments_mlra import Deal
+from .decode_arguments_mlra import DecodeInputs
 from .decode_mlra import asked_implementation
 from .decode_triton_mlra import PartialResults, partial_results, triton_latent_attention
 from .device_mlra import constants, device_facts, launch, launch_options, triton, triton_missing
@@ -267,15 +267,16 @@ class FusedStep:
         """
         attention = layer.self_attn
         config, shape = attention.config, (-1, self.tokens_each)
-        arguments = (
-            self.queries.latent.view(*shape, self.latents, self.heads_per_latent, config.latent_head_dim),
-            self.queries.rope.view(*shape, self.groups, self.heads_per_latent, config.qk_rope_head_dim),
-            *self.row_format.views(rows.squeeze(1), self.latents),
-            self.kv_end, self.kv_start, self.key_mask, None, 0, attention.scaling, True,
+        latents, k_rope = self.row_format.views(rows.squeeze(1), self.latents)
+        inputs = DecodeInputs(
+            q_latent=self.queries.latent.view(*shape, self.latents, self.heads_per_latent, config.latent_head_dim),
+            q_rope=self.queries.rope.view(*shape, self.groups, self.heads_per_latent, config.qk_rope_head_dim),
+            latents=latents, k_rope=k_rope, kv_end=self.kv_end, kv_start=self.kv_start, key_mask=self.key_mask,
+            block_table=None, page_size=0, scaling=attention.scaling, settled=True,
         )  # fmt: skip
         if self.few and self.tokens_each == 1:
-            return partial_results(None, *arguments)
-        return triton_latent_attention(*arguments)
+            return partial_results(inputs, out=None)
+        return triton_latent_attention(inputs)
 
     def value(self, layer: nn.Module, attended: PartialResults | torch.Tensor) -> None:
         """Of what `attend` gave."""
@@ -294,7 +295,7 @@ class FusedStep:
         parts = Parts(attended.part, attended.lse, self.kv_end, self.kv_start)
         self._launch(
             value_kernel, (heads, triton.cdiv(shape.V, tile.VB)), parts, attended.programs, *output,
-            SHAPE=shape, TILE=tile, DEAL=Deal(**attended.deal), num_warps=warps,
+            SHAPE=shape, TILE=tile, DEAL=attended.deal, num_warps=warps,
         )  # fmt: skip
 
     def out(self, layer: nn.Module) -> None:

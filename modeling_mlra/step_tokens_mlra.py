@@ -54,7 +54,7 @@ if triton is not None:
     @triton.jit
     def choose_kernel(
         logits, vocab_size, unfinished, pad, ends, token_ids, sequences, column, counters,
-        TILE: tl.constexpr, PDL: tl.constexpr,
+        TILE, PDL: tl.constexpr,
     ):  # fmt: skip
         """The first of the most likely tokens of one sequence, or `pad` behind its end; appends it and counts."""
         m = tl.program_id(0)

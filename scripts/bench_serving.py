@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=positive_int, help="decoder layers (default: the architecture's)")
     parser.add_argument("--engine", type=json.loads, default={}, help="more arguments of vllm.LLM, as JSON")
     parser.add_argument("--repeats", type=positive_int, default=3, help="the median of so many runs is reported")
+    parser.add_argument("--commit", help="what to call the commit where there is no repository")
     args = parser.parse_args(argv)
     args.command_line = sys.argv[1:] if argv is None else argv
     return cli.run("scripts.bench_serving:benchmark", args, check, outputs=[args.output])
@@ -141,7 +142,7 @@ def benchmark(args: argparse.Namespace) -> None:
     results = read_json(args.output) if args.output.exists() else {"runs": [], "models": {}}
     run = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
+        "commit": args.commit or commit(),
         "device": current_platform.get_device_name(),
         "devices": args.tensor_parallel_size,
         "vllm": vllm.__version__,

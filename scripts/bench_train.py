@@ -60,7 +60,8 @@ from evals.common import CONFIGURATIONS, commit, environment, markdown_table, wr
 from scripts.causal_attention import IMPLEMENTATIONS, block_mask, causal_attention
 from scripts.compare_architectures import architecture_fields, match_width
 from scripts.recipe import model_config
-from scripts.train import count_parameters, matmul_rate, set_recomputation, training_flops_per_token
+from scripts.training_model import set_recomputation
+from scripts.training_speed import count_parameters, matmul_rate, training_flops_per_token
 
 try:
     import matplotlib

@@ -1,22 +1,24 @@
 """Train several attentions at equal parameter counts, data and steps, and compare their held-out perplexity.
 
     python -m scripts.compare_architectures configuration/training/compare.json --output evals/results/compare.json
-    python -m scripts.compare_architectures configuration/training/compare.json --output … --time-budget 560
+    python -m scripts.compare_architectures configuration/training/compare.json --output … --devices 0 1 2 3
     python -m scripts.compare_architectures configuration/training/compare.json --plan     # sizes only
 
 CONFIG is one of scripts.train with two keys more: `seeds`, and `architectures`, {name: fields unlike `model`'s}.
 An architecture with `model_type` "llama" is the library's Llama with the same width, depth, heads and vocabulary.
 `model` itself sets the parameter count; the MLP of every other model is made as wide as comes closest to it.
 
-A seed sets a model's initial weights and the order of the data, which is the same for all models. Runs go seed by
-seed. A finished run is kept in OUTPUT at once, an unfinished one in its checkpoints below `training.output_dir`, so
-the same command goes on after --time-budget or an interruption. Several devices share the work by --only, each with an
-OUTPUT of its own; --merge brings these together, and trains nothing. Table and curves are written beside OUTPUT.
+A seed sets a model's initial weights and the order of the data, which is the same for all models. A seed's runs come
+before the next seed's, so that a comparison that is stopped is one of fewer seeds; the second seed of an architecture
+finds its kernels in the compiler's cache on disk. A finished run is kept in its folder below `training.output_dir` at
+once and an unfinished one in its checkpoints, so the same command goes on after --time-budget or an interruption.
+--devices starts a process for each GPU named (twice for two on one): each takes the next run that none has taken.
+Machines share the work by --only, each with an OUTPUT of its own; --merge brings these together, and trains nothing.
+OUTPUT gets all runs, with held-out losses by document for evals.compare; a table and curves are written beside it.
 """
 
 import argparse
 import copy
-import gc
 import statistics
 import sys
 import time
@@ -41,21 +43,24 @@ def main(argv: list[str] | None = None) -> int:
         "--merge", nargs="+", type=Path, default=[], metavar="FILE.json", help="take runs over from these, no more"
     )
     parser.add_argument("--plan", action="store_true", help="print the matched sizes and stop")
+    parser.add_argument("--devices", nargs="+", metavar="N", help="GPUs to train on, a process for each")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # one of the processes of --devices
     parser.add_argument("--time-budget", type=positive_int, metavar="SECONDS", help="save and stop after so long")
     parser.add_argument("--overwrite", action="store_true", help="start over instead of going on from --output")
     args = parser.parse_args(argv)
-    return cli.run("scripts.compare_architectures:compare", args, check, outputs=[args.output])
+    outputs = [] if args.worker else [args.output]
+    return cli.run("scripts.compare_architectures:compare", args, check, outputs=outputs)
 
 
 if __name__ == "__main__":
     sys.exit(main())
 
-import torch
 from transformers import PreTrainedConfig
 
-from evals.common import Results, environment, fingerprint, markdown_table, publish_table
-from scripts.recipe import Recipe, apply_changes, make_recipe, model_config, read_configuration, training_arguments
-from scripts.train import count_parameters, matmul_rate, train_recipe
+from evals.common import Results, fingerprint, markdown_table, publish_table
+from scripts.comparison_runs import RUN_FILE, architecture_of, run_workers, work
+from scripts.recipe import Recipe, apply_changes, make_recipe, model_config, read_configuration
+from scripts.training_speed import count_parameters
 
 try:
     import matplotlib
@@ -66,8 +71,6 @@ except ImportError:
 TOLERANCE = 0.005  # of parameter counts
 MULTIPLES = (8, 4, 2, 1)  # of the MLP width, the first that meets the tolerance
 EARLY = 0.1  # share of a curve that the plot leaves out: the first fall would hide everything else
-# Of a run; not its speed, because runs may share a device
-KEPT = ("step", "tokens", "epochs", "parameters", "flops_per_token", "curve", "heldout_curve", "heldout")
 SHARED_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -172,7 +175,7 @@ def summarize(results: Results, names: list[str], corpus: str) -> dict[str, dict
     """{architecture: mean, standard deviation and values of the held-out perplexity, and more}, best first."""
     summary = {}
     for name in names:
-        runs = [entry for key, entry in results.entries.items() if key.rpartition("_seed")[0] == name]
+        runs = [entry for key, entry in results.entries.items() if architecture_of(key) == name]
         if not runs:
             continue
         values = [entry["heldout"][corpus]["perplexity"] for entry in runs]
@@ -266,7 +269,7 @@ def draw(path: Path, summary: dict[str, dict], tokens_per_step: int) -> None:
     plt.close(figure)
 
 
-def compare(args: argparse.Namespace) -> None:
+def compare(args: argparse.Namespace) -> int:
     deadline = None if args.time_budget is None else time.monotonic() + args.time_budget
     content = read_comparison(args)
     models = plan(content)
@@ -276,7 +279,7 @@ def compare(args: argparse.Namespace) -> None:
         rows.append([name, f"{count_parameters(config):,}", config.intermediate_size, cache_numbers(config, 1)])
     if args.plan:
         print(markdown_table(["model", "parameters", "MLP width", "cache"], rows), end="")
-        return
+        return 0
     if args.output is None:
         raise UserError("--output is missing: give a file that ends in .json")
     chosen = {name: model for name, model in models.items() if not args.only or name in args.only}
@@ -305,6 +308,9 @@ def compare(args: argparse.Namespace) -> None:
             for part, names in (("train", first.data.train), ("heldout", first.data.heldout))
         },
     }
+    if args.worker:
+        work(recipes, settings, set(Results(args.output, settings).entries), deadline)
+        return 0
     results = Results(args.output, settings, args.overwrite)
     for path in args.merge:
         if not path.is_file():
@@ -312,27 +318,24 @@ def compare(args: argparse.Namespace) -> None:
         for name, entry in Results(path, settings).entries.items():
             if name not in results.entries:
                 results.add(name, entry)
+    files = {name: Path(recipe.training["output_dir"]) / RUN_FILE for name, recipe in recipes.items()}
+    code = 0
+    if not args.merge:
+        if args.overwrite:
+            for file in files.values():
+                file.unlink(missing_ok=True)
+        try:
+            if args.devices:
+                code = run_workers(args, deadline)
+            else:
+                work(recipes, settings, set(results.entries), deadline)
+        finally:
+            for name, file in files.items():
+                if name not in results.entries and file.exists():
+                    results.add(name, Results(file, settings).entries[name])
     corpus = Path(first.data.heldout[0].removeprefix("dataset:").split(",")[0]).stem
-    expected = len(models) * len(content["seeds"])
-    peak = None
-    for name, recipe in recipes.items():
-        if args.merge or name in results.entries:
-            continue
-        if deadline is not None and time.monotonic() > deadline:
-            break
-        if peak is None:
-            peak = matmul_rate(training_arguments(recipe).device)
-        result = train_recipe(recipe, resume=True, deadline=deadline, peak=peak)
-        if not result["finished"]:
-            break
-        results.add(name, {key: result[key] for key in KEPT} | {"environment": environment()})
-        perplexity = result["heldout"][corpus]["perplexity"]
-        print(f"{name}: perplexity {perplexity:.3f}, {result['seconds']:.0f} s", flush=True)
-        gc.collect()
-        torch.compiler.reset()  # or the next model's graphs count as recompilations of this one's
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    report(args, results, models, corpus, expected)
+    report(args, results, models, corpus, len(models) * len(content["seeds"]))
     missing = [name for name in recipes if name not in results.entries]
     if missing:
         print(f"{len(missing)} runs left, next {missing[0]}: the same command goes on", file=sys.stderr)
+    return code

@@ -1,22 +1,28 @@
-"""Token files for training, from the text of Debian packages: documentation and dictionaries under free licences.
+"""Token files for training: documentation and dictionaries of Debian packages, folders of Markdown, and books.
 
     python -m scripts.prepare_text --output build/text                                 # the packages of the demo
     python -m scripts.prepare_text --output build/text --packages dict-gcide debian-reference-en
     python -m scripts.prepare_text --output build/text --folder unpacked               # dpkg-deb -x made it
+    python -m scripts.prepare_text --output build/books --books Gutenberg_Text --markdown cpp-docs/docs \
+        --packages openjdk-17-doc ghc-doc anarchism --vocab-size 16384 8192 --heldout 0.01 --context 1024
 
 Packages are fetched with `apt-get download` (after `apt-get update`) and unpacked with dpkg-deb, nothing is installed.
 Text comes from HTML, plain text, reStructuredText, POD and dict dictionaries, compressed or not. Paragraphs that were
 seen before are dropped (navigation, licences), then documents that are short or not mostly words. A document is held
 out by its digest, so the same text is always split the same way, whatever else is there.
 
+--markdown takes a folder of Markdown files with a LICENSE file in it or above. --books takes a collection of Project
+Gutenberg's books, a folder an author (scripts.book_text says which books, and what is cut). Books are held out by
+author, and stay whole; one of which less than half is new, such as a part of collected works, is left out.
+
 OUTPUT gets train.bin, heldout.bin (the format of evals.corpora), heldout_sample.bin (its first tokens, small enough to
 be checked in), tokenizer/ (a byte-level BPE trained on the training part, or GPT-2's), text/ (JSON lines), licences/
-(the copyright files), and sources.json and SOURCES.md: every package with version, licences and sizes.
+(the copyright files), and sources.json and SOURCES.md: every source with version, licences, sizes and digests. A
+second --vocab-size gets a tokenizer and token files of its own in OUTPUT/SIZE.
 A package of Debian's non-free section, or without a copyright file, is refused.
 """
 
 import argparse
-import gzip
 import hashlib
 import json
 import re
@@ -24,8 +30,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from html.parser import HTMLParser
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from scripts import cli
 from scripts.cli import UserError, positive_int
@@ -34,6 +41,9 @@ from scripts.cli import UserError, positive_int
 def check(args: argparse.Namespace) -> None:
     if args.folder is not None and not args.folder.is_dir():
         raise UserError(f"no folder {args.folder}")
+    for option, folder in (("--books", args.books), ("--markdown", args.markdown)):
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"{option} {folder} is no folder")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,10 +52,12 @@ def main(argv: list[str] | None = None) -> int:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--packages", nargs="+", metavar="NAME", help="Debian packages (default: the demo's)")
     source.add_argument("--folder", type=Path, help="an unpacked package instead")
+    parser.add_argument("--markdown", type=Path, metavar="DIR", help="folder of Markdown files")
+    parser.add_argument("--books", type=Path, metavar="DIR", help="collection of Project Gutenberg's books by author")
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--vocab-size", type=positive_int, default=4096, help="of the BPE to train")
-    kind.add_argument("--gpt2", dest="vocab_size", action="store_const", const=None, help="use the GPT-2 tokenizer")
-    parser.add_argument("--heldout", type=float, default=0.02, help="share of the documents to hold out")
+    kind.add_argument("--vocab-size", type=positive_int, nargs="+", default=[4096], help="of the BPE to train")
+    kind.add_argument("--gpt2", dest="vocab_size", action="store_const", const=[], help="use the GPT-2 tokenizer")
+    parser.add_argument("--heldout", type=float, default=0.02, help="share of the text to hold out")
     parser.add_argument(
         "--context", type=positive_int, default=512, help="context to write into the tokenizer's files"
     )
@@ -63,6 +75,8 @@ from tqdm import tqdm
 from evals.common import write_json, write_text
 from evals.corpora import MAX_TOKENS, Corpus, read_token_file, token_file_header
 from evals.prepare_tokens import load_tokenizer, write_token_file
+from scripts import book_text
+from scripts.text_readers import SHORTEST, Document, markdown_paragraphs, package_documents, read
 from tokenization.build import END_OF_TEXT, NUM_BYTES, tokenizer_config
 from tokenization.build import FOLDER as GPT2_TOKENIZER
 
@@ -91,24 +105,26 @@ PACKAGES = (
     "vim-doc",
 )
 NON_FREE = ("non-free", "contrib", "restricted", "multiverse")
-SUFFIXES = (".html", ".htm", ".txt", ".rst", ".pod", ".text")
-LANGUAGE = re.compile(r"^(translations|(?!en)[a-z]{2}([-_][A-Z][A-Za-z]{1,3})?)$")  # a folder of other languages
-NO_TEXT = re.compile(r"(genindex|modindex|bookindex|py-modindex|search|toc|perluniprops|changelog)", re.IGNORECASE)
 LICENCE_NAME = re.compile(r"[\w.+-]+(,? (or|and|with) [\w.+-]+( exception)?)*")
-SHORTEST = 200  # characters of a document
-SHORTEST_ENTRY = 40  # of a dictionary's entry
 LONGEST = 40_000  # a longer document is cut between paragraphs, so that the held-out part is spread over many
 REPEATED = 48  # a paragraph of at least so many characters is kept only the first time
 LETTERS = 0.6  # smallest share of letters and spaces
+NEW = 0.5  # smallest share of a book that is not known already
+TOKENIZER_CHARACTERS = 200_000_000  # a tokenizer is trained on every n-th document, about so much in all
 SAMPLE_TOKENS = 16 * 512 + 1
-DICT_DIGITS = {
-    digit: value for value, digit in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")
-}
-BLOCK_TAGS = {"p", "div", "li", "dt", "dd", "tr", "table", "ul", "ol", "dl", "section", "article", "blockquote"}
-BLOCK_TAGS |= {"h1", "h2", "h3", "h4", "h5", "h6", "br", "hr", "body", "caption", "figure", "td", "th"}
-SKIPPED_TAGS = {"script", "style", "head", "nav", "header", "footer", "form", "button", "svg", "select"}
-NAVIGATION = re.compile(r"(prev(ious)?|next|home|up|top|contents|index|table of contents|download the ebook)", re.I)
-VOID_TAGS = {"br", "hr", "img", "input", "link", "meta", "area", "base", "col", "embed", "source", "wbr"}
+NO_LETTERS = bytes(byte for byte in range(128) if not (chr(byte).isalpha() or byte == 32))
+
+
+class Source(NamedTuple):
+    """Where documents come from.
+
+    Args:
+        entry: its name, licences and what else sources.json is to say.
+        documents: all of them, in order.
+    """
+
+    entry: dict
+    documents: Iterator[Document]
 
 
 def tool(*command: str, folder: Path | None = None) -> str:
@@ -178,139 +194,12 @@ def licences(root: Path, name: str) -> tuple[list[str], str]:
     return sorted(named) or ["see the copyright file"], text
 
 
-class PlainText(HTMLParser):
-    """The running text of an HTML page: one paragraph per block element, `<pre>` as it stands."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.paragraphs: list[str] = []
-        self.parts: list[str] = []
-        self.skipped: list[str] = []
-        self.pre = 0
-
-    def flush(self) -> None:
-        text = "".join(self.parts)
-        text = text.strip("\n").rstrip() if self.pre else " ".join(text.replace("¶", " ").split())
-        if text.strip() and not NAVIGATION.fullmatch(text):
-            self.paragraphs.append(text)
-        self.parts.clear()
-
-    def handle_starttag(self, tag, attrs):
-        kinds = dict(attrs)
-        if self.skipped:
-            if tag == self.skipped[-1]:
-                self.skipped.append(tag)
-        elif tag in SKIPPED_TAGS or (
-            tag not in VOID_TAGS
-            and re.search(r"sphinxsidebar|related|nav(header|footer)|footer", kinds.get("class") or "")
-        ):
-            self.skipped.append(tag)
-        elif tag == "pre":
-            self.flush()
-            self.pre += 1
-        elif tag in BLOCK_TAGS and not self.pre:
-            self.flush()
-
-    def handle_endtag(self, tag):
-        if self.skipped:
-            if tag == self.skipped[-1]:
-                self.skipped.pop()
-        elif tag == "pre" and self.pre:
-            self.flush()
-            self.pre -= 1
-        elif tag in BLOCK_TAGS and not self.pre:
-            self.flush()
-
-    def handle_data(self, data):
-        if not self.skipped:
-            self.parts.append(data)
-
-
-def html_paragraphs(text: str) -> list[str]:
-    parser = PlainText()
-    parser.feed(text)
-    parser.flush()
-    return parser.paragraphs
-
-
-def text_paragraphs(text: str) -> list[str]:
-    """Paragraphs of plain text: what empty lines separate."""
-    return [part.strip("\n").rstrip() for part in re.split(r"\n[ \t]*\n+", text.replace("\r\n", "\n")) if part.strip()]
-
-
-def pod_paragraphs(text: str) -> list[str]:
-    """Paragraphs of Perl's documentation without its markup; code between documentation is left out."""
-    paragraphs, inside = [], False
-    for part in text_paragraphs(text):
-        command = re.match(r"=(\w+)\s*", part)
-        if command:
-            inside = command[1] not in ("cut", "begin", "for")
-            part = part[command.end() :] if command[1].startswith(("head", "item")) else ""
-        if inside and part:
-            part = re.sub(r"[A-Z]<<+ (.*?) >>+", r"\1", part, flags=re.DOTALL)
-            for _ in range(3):  # nested
-                part = re.sub(r"[BCFILSXZ]<([^<>|]*\|)?([^<>]*)>", lambda m: (m[1] or m[2]).rstrip("|"), part)
-            paragraphs.append(part.replace("E<gt>", ">").replace("E<lt>", "<"))
-    return paragraphs
-
-
-def read(file: Path) -> str:
-    """Text of a file, unpacked if need be."""
-    data = file.read_bytes()
-    if file.suffix in (".gz", ".dz"):
-        data = gzip.decompress(data)
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError:
-        return data.decode("latin-1")
-
-
-def dictionary_entries(index: Path) -> Iterator[list[str]]:
-    """Entries of a dict dictionary in the order of its text, each once."""
-    stem = index.with_suffix("")
-    packed, plain = stem.with_suffix(".dict.dz"), stem.with_suffix(".dict")
-    data = gzip.decompress(packed.read_bytes()) if packed.exists() else plain.read_bytes()
-
-    def number(digits: str) -> int:
-        value = 0
-        for digit in digits:
-            value = value * 64 + DICT_DIGITS[digit]
-        return value
-
-    places = set()
-    for line in index.read_text(encoding="utf-8", errors="replace").split("\n"):
-        headword, *place = line.split("\t")
-        if len(place) >= 2 and not headword.startswith(("00-", "00database")):
-            places.add((number(place[0]), number(place[1])))
-    for start, size in sorted(places):
-        yield text_paragraphs(data[start : start + size].decode("utf-8", errors="replace"))
-
-
-def package_documents(root: Path) -> Iterator[tuple[str, list[str], int]]:
-    """(where it is from, paragraphs, shortest length to keep) of every document of an unpacked package, in order."""
-    for file in sorted(path for path in root.rglob("*") if path.is_file() and not path.is_symlink()):
-        relative = file.relative_to(root)
-        name = file.name.removesuffix(".gz")
-        if file.name.endswith(".index") and (
-            file.with_suffix(".dict.dz").exists() or file.with_suffix(".dict").exists()
-        ):
-            for paragraphs in dictionary_entries(file):
-                yield str(relative), paragraphs, SHORTEST_ENTRY
-        elif (
-            name.endswith(SUFFIXES)
-            and not NO_TEXT.search(name)
-            and not any(LANGUAGE.match(part) for part in relative.parts[3:-1])
-            and "_sources" not in relative.parts
-        ):
-            kind = html_paragraphs if ".htm" in name else pod_paragraphs if name.endswith(".pod") else text_paragraphs
-            yield str(relative), kind(read(file)), SHORTEST
-
-
-def clean(paragraphs: list[str], seen: set[bytes], shortest: int) -> Iterator[str]:
-    """The documents that a list of paragraphs becomes: without repetition, not too long, mostly words."""
+def clean(document: Document, seen: set[bytes]) -> Iterator[str]:
+    """The texts that a document becomes: without repetition, not too long unless a book, mostly words."""
     kept: list[str] = []
-    for paragraph in paragraphs:
-        paragraph = "".join(c for c in paragraph if c.isprintable() or c in "\n\t")
+    for paragraph in document.paragraphs:
+        if not paragraph.isprintable():
+            paragraph = "".join(c for c in paragraph if c.isprintable() or c in "\n\t")
         if len(paragraph) >= REPEATED:
             digest = hashlib.sha256(" ".join(paragraph.split()).encode()).digest()[:12]
             if digest in seen:
@@ -320,10 +209,14 @@ def clean(paragraphs: list[str], seen: set[bytes], shortest: int) -> Iterator[st
 
     def finish(parts: list[str]) -> Iterator[str]:
         text = "\n\n".join(parts).strip()
-        words = sum(c.isascii() and (c.isalpha() or c == " ") for c in text)
-        if len(text) >= shortest and words >= LETTERS * len(text):
+        words = len(text.encode("ascii", "ignore").translate(None, NO_LETTERS))
+        if len(text) >= document.shortest and words >= LETTERS * len(text):
             yield text
 
+    if document.is_book:
+        if sum(map(len, kept)) >= NEW * sum(map(len, document.paragraphs)):
+            yield from finish(kept)
+        return
     part: list[str] = []
     length = 0
     for paragraph in kept:
@@ -364,45 +257,99 @@ def train_tokenizer(folder: Path, texts: Iterator[str], vocab_size: int, context
     write_json(folder / "tokenizer_config.json", tokenizer_config(context))
 
 
-def collect(args: argparse.Namespace) -> list[dict]:
-    """Write text/{train,heldout}/documents.jsonl and the copyright files; returns what each source gave."""
+def package_sources(args: argparse.Namespace) -> Iterator[Source]:
+    """The packages that were asked for; the demo's, where nothing was."""
     if args.folder is not None:
         roots = {args.folder.name: args.folder}
     else:
-        names = tqdm(args.packages or PACKAGES, desc="packages")
-        roots = {name: fetch(name, args.output / "packages") for name in names}
-    sources, seen = [], set()
+        names = args.packages or (() if args.books or args.markdown else PACKAGES)
+        roots = {name: fetch(name, args.output / "packages") for name in tqdm(names, desc="packages")}
+    for name, folder in roots.items():
+        control_file = folder / "control.json"
+        control = json.loads(control_file.read_text(encoding="utf-8")) if control_file.exists() else {}
+        if control.get("section", "").split("/")[0] in NON_FREE:
+            raise UserError(f"package {name} is in Debian's section {control['section']}: it is not free")
+        root = folder / "root" if control else folder
+        named, text = licences(root, name)
+        write_text(args.output / "licences" / f"{name}.copyright", text)
+        yield Source({"name": name, **control, "licences": named}, package_documents(root))
+
+
+def markdown_source(folder: Path, output: Path) -> Source:
+    """A folder of Markdown under a licence of Creative Commons.
+
+    Raises:
+        UserError: without one, or without files.
+    """
+    found = [
+        path for place in (folder, *folder.resolve().parents) for path in (place / "LICENSE", place / "LICENSE.md")
+    ]
+    licence = next((path for path in found[:6] if path.is_file()), None)
+    text = "" if licence is None else read(licence)
+    version = re.search(r"Attribution(-ShareAlike)? (\d\.\d) International", text)
+    if version is None:
+        raise UserError(
+            f"--markdown {folder}: no LICENSE of Creative Commons in it or above, so its licence is unknown"
+        )
+    name = folder.resolve().parent.name if folder.name == "docs" else folder.resolve().name
+    write_text(output / "licences" / f"{name}.LICENSE", text)
+    files = sorted(path for path in folder.rglob("*.md") if path.is_file())
+    entry = {"name": name, "licences": [f"CC-BY{'-SA' if version[1] else ''}-{version[2]}"]}
+    return Source(entry, (Document(markdown_paragraphs(read(path))) for path in files))
+
+
+def book_source(folder: Path, share: float) -> Source:
+    """Books, the held-out authors' first."""
+    books, refused = book_text.find_books(folder)
+    parts = list(book_text.divided(books, share))
+    if {part for part, _ in parts} != {"heldout", "train"}:
+        raise UserError(f"--books {folder}: no author can be held out; the collection is a folder for each author")
+
+    def documents() -> Iterator[Document]:
+        for part, book in parts:
+            body = book_text.body(book_text.read_book(book.path))
+            yield Document(book_text.book_paragraphs(body), SHORTEST, part, is_book=True)
+
+    entry = {"name": folder.resolve().name, "licences": [book_text.LICENCE]}
+    return Source(entry | {"notes": book_text.describe(parts, refused, share)}, documents())
+
+
+def collect(args: argparse.Namespace) -> list[dict]:
+    """Write text/{train,heldout}/documents.jsonl and the copyright files; returns what each source gave."""
+    sources = [*package_sources(args)]
+    if args.markdown is not None:
+        sources.append(markdown_source(args.markdown, args.output))
+    if args.books is not None:
+        sources.append(book_source(args.books, args.heldout))
+    entries, seen = [], set()
     streams = {}
     for part in ("train", "heldout"):
         (args.output / "text" / part).mkdir(parents=True, exist_ok=True)
         streams[part] = (args.output / "text" / part / "documents.jsonl").open("w", encoding="utf-8")
     try:
-        for name, folder in roots.items():
-            control_file = folder / "control.json"
-            control = json.loads(control_file.read_text(encoding="utf-8")) if control_file.exists() else {}
-            if control.get("section", "").split("/")[0] in NON_FREE:
-                raise UserError(f"package {name} is in Debian's section {control['section']}: it is not free")
-            root = folder / "root" if control else folder
-            named, text = licences(root, name)
-            write_text(args.output / "licences" / f"{name}.copyright", text)
-            entry = {"name": name, **control, "licences": named}
+        for source in sources:
+            name, digest = source.entry["name"], hashlib.sha256()
             counts = {"train": [0, 0], "heldout": [0, 0]}
-            for _, paragraphs, shortest in tqdm(package_documents(root), desc=name, unit=" documents", leave=False):
-                for document in clean(paragraphs, seen, shortest):
-                    part = "heldout" if is_heldout(document, args.heldout) else "train"
-                    streams[part].write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
+            for document in tqdm(source.documents, desc=name, unit=" documents", leave=False):
+                for text in clean(document, seen):
+                    part = document.part or ("heldout" if is_heldout(text, args.heldout) else "train")
+                    streams[part].write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
                     counts[part][0] += 1
-                    counts[part][1] += len(document)
+                    counts[part][1] += len(text)
+                    digest.update(f"{part}\n{text}\n".encode())
+            entry = {**source.entry, "text_sha256": digest.hexdigest()}
             for part, (documents, characters) in counts.items():
                 entry |= {f"{part}_documents": documents, f"{part}_characters": characters}
             if not counts["train"][0]:
-                raise UserError(f"package {name} gives no text: leave it out")
-            print(f"{name}: {counts['train'][1]:,} + {counts['heldout'][1]:,} characters; {', '.join(named)}")
-            sources.append(entry)
+                raise UserError(f"{name} gives no text: leave it out")
+            print(
+                f"{name}: {counts['train'][1]:,} + {counts['heldout'][1]:,} characters; {', '.join(entry['licences'])}"
+            )
+            entries.append(entry)
     finally:
         for stream in streams.values():
             stream.close()
-    return sources
+    return entries
 
 
 def texts(file: Path) -> Iterator[str]:
@@ -411,42 +358,69 @@ def texts(file: Path) -> Iterator[str]:
             yield json.loads(line)["text"]
 
 
-def sources_page(sources: list[dict], tokens: dict[str, int]) -> str:
-    """SOURCES.md: what `collect` returned, one line per package, and the number of tokens of each part."""
-    lines = [
-        f"- **{source['name']}** {source.get('version', '')}, {source['train_characters']:,} characters: "
-        f"{', '.join(source['licences'])}\n"
-        for source in sources
-    ]
+def sources_page(sources: list[dict], files: dict[str, dict]) -> str:
+    """SOURCES.md: what `collect` returned, a line for each source, and the tokens and digest of each file."""
+    lines = []
+    for source in sources:
+        version = f" {source['version']}" if "version" in source else ""
+        lines.append(
+            f"- **{source['name']}**{version}, {source['train_characters']:,} characters: "
+            f"{', '.join(source['licences'])}\n"
+        )
+        lines += [f"  {note}\n" for note in source.get("notes", [])]
     return (
-        "# Training text\n\nText of Debian packages, prepared by `python -m scripts.prepare_text`: "
-        f"{tokens['train']:,} tokens to train on, {tokens['heldout']:,} held out. The licences are those that a "
-        "package's copyright file names, often for a whole source package of which this text is a part.\n\n"
+        "# Training text\n\nText prepared by `python -m scripts.prepare_text`: "
+        f"{files['train.bin']['tokens']:,} tokens to train on, {files['heldout.bin']['tokens']:,} held out. The "
+        "licences of a Debian package are those that its copyright file names, often for a whole source package of "
+        "which this text is a part.\n\n"
         + "".join(lines)
+        + "\n"
+        + "".join(f"- `{name}`: {file['tokens']:,} tokens, sha256 {file['sha256']}\n" for name, file in files.items())
     )
+
+
+def write_tokens(args: argparse.Namespace, folder: Path, vocab_size: int | None, characters: int) -> dict[str, dict]:
+    """Write tokenizer and token files of one vocabulary; returns {file: tokens and sha256}."""
+    tokenizer_folder = GPT2_TOKENIZER
+    if vocab_size is not None:
+        tokenizer_folder = folder / "tokenizer"
+        every = -(-characters // TOKENIZER_CHARACTERS)
+        sample = islice(texts(args.output / "text/train/documents.jsonl"), 0, None, every)
+        train_tokenizer(tokenizer_folder, sample, vocab_size, args.context)
+    tokenizer, digest = load_tokenizer(tokenizer_folder)
+    settings = {"tokenizer": digest, "seed": args.seed, "heldout": args.heldout}
+    options = argparse.Namespace(max_tokens=MAX_TOKENS, shuffle_buffer=100_000, seed=args.seed, overwrite=True)
+    files = {}
+    for part in ("heldout", "train"):  # train.bin last: its presence says that all is there
+        corpus = Corpus(part, f"dataset:{(args.output / 'text' / part).resolve()}")
+        path = folder / f"{part}.bin"
+        tokens = write_token_file(path, corpus, tokenizer, settings, options)
+        with path.open("rb") as stream:
+            files[str(path.relative_to(args.output))] = {
+                "tokens": tokens,
+                "sha256": hashlib.file_digest(stream, "sha256").hexdigest(),
+            }
+        print(f"{path}: {tokens:,} tokens")
+    sample = read_token_file(folder / "heldout.bin")[:SAMPLE_TOKENS]
+    (folder / "heldout_sample.bin").write_bytes(token_file_header(len(sample)) + sample.tobytes())
+    return files
 
 
 def prepare(args: argparse.Namespace) -> None:
     if not 0 < args.heldout < 1:
         raise UserError(f"--heldout {args.heldout} must be a share between 0 and 1")
-    if args.vocab_size is not None and not NUM_BYTES + 1 < args.vocab_size <= 2**16:
-        raise UserError(f"--vocab-size {args.vocab_size} must be above {NUM_BYTES + 1} and at most {2**16}")
+    for size in args.vocab_size:
+        if not NUM_BYTES + 1 < size <= 2**16:
+            raise UserError(f"--vocab-size {size} must be above {NUM_BYTES + 1} and at most {2**16}")
     if (args.output / "train.bin").exists():
         raise UserError(f"{args.output / 'train.bin'} already exists: remove it or choose another --output")
     sources = collect(args)
-    folder = GPT2_TOKENIZER
-    if args.vocab_size is not None:
-        folder = args.output / "tokenizer"
-        train_tokenizer(folder, texts(args.output / "text/train/documents.jsonl"), args.vocab_size, args.context)
-    tokenizer, digest = load_tokenizer(folder)
-    settings = {"tokenizer": digest, "seed": args.seed, "heldout": args.heldout}
-    options = argparse.Namespace(max_tokens=MAX_TOKENS, shuffle_buffer=100_000, seed=args.seed, overwrite=True)
-    tokens = {}
-    for part in ("heldout", "train"):  # train.bin last: its presence says that all is there
-        corpus = Corpus(part, f"dataset:{(args.output / 'text' / part).resolve()}")
-        tokens[part] = write_token_file(args.output / f"{part}.bin", corpus, tokenizer, settings, options)
-        print(f"{args.output / f'{part}.bin'}: {tokens[part]:,} tokens")
-    sample = read_token_file(args.output / "heldout.bin")[:SAMPLE_TOKENS]
-    (args.output / "heldout_sample.bin").write_bytes(token_file_header(len(sample)) + sample.tobytes())
-    write_json(args.output / "sources.json", {"settings": settings, "tokens": tokens, "packages": sources})
-    write_text(args.output / "SOURCES.md", sources_page(sources, tokens))
+    characters = sum(source["train_characters"] for source in sources)
+    files: dict[str, dict] = {}
+    first, *others = args.vocab_size or [None]
+    for size in others:
+        files |= write_tokens(args, args.output / str(size), size, characters)
+    files = write_tokens(args, args.output, first, characters) | files
+    settings = {"vocab_size": args.vocab_size, "seed": args.seed, "heldout": args.heldout}
+    write_json(args.output / "sources.json", {"settings": settings, "files": files, "sources": sources})
+    write_text(args.output / "SOURCES.md", sources_page(sources, files))

@@ -14,19 +14,15 @@ are T tokens and its targets the T tokens one further, as in evals.perplexity; d
 
 import argparse
 import copy
-import glob
-import json
 import math
 import os
-import statistics
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
 from scripts import cli
-from scripts.cli import UserError, is_first_process, locked, positive_int, read_json
+from scripts.cli import UserError, is_first_process, locked, positive_int
 
 
 def check(args: argparse.Namespace) -> None:
@@ -46,398 +42,28 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     sys.exit(main())
 
-import numpy as np
 import torch
-from torch.utils.data import ConcatDataset, Dataset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
     default_data_collator,
-    set_seed,
 )
 
 from evals.common import environment, write_json
-from evals.corpora import Corpus, find_corpora, read_token_file
+from evals.corpora import read_token_file
 from evals.perplexity import Blocks, total_loss
-from evals.prepare_tokens import load_tokenizer, write_token_file
-from scripts.causal_attention import causal_attention
 from scripts.export import export_folder, parameter_shapes, read_saved_tensors
-from scripts.loading import DTYPES, check_weights, load_generation_config, load_model
-from scripts.recipe import (
-    DataSettings,
-    Recipe,
-    apply_changes,
-    make_recipe,
-    model_config,
-    read_configuration,
-    training_arguments,
-)
-from tokenization.build import FOLDER as GPT2_TOKENIZER
-from tokenization.build import end_of_text_id
-
-try:
-    from torchao.float8 import convert_to_float8_training
-except ImportError:
-    convert_to_float8_training = None
-
-TRAINING_BYTES_PER_PARAMETER = 16  # float32: weight, gradient and Adam's two moments
-CHECKED_TOKENS = 2**26  # of each file before the start; every block is checked again when it is read
-STATE_FILE, CONFIG_FILE, RESULT_FILE = "trainer_state.json", "train_config.json", "train_result.json"
-ZERO_AT_START = ("o_proj.weight", "down_proj.weight")
-
-
-def is_checkpoint(model: str | dict) -> bool:
-    """Whether a recipe's `model` is a folder to go on from."""
-    return isinstance(model, str) and Path(model).is_dir()
-
-
-def build_model(recipe: Recipe, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
-    """The float32 model to train: the checkpoint's, or a new one whose output projections start at zero."""
-    attention = recipe.attn_implementation
-    if attention == "sdpa" and config.model_type != "mlra":
-        attention = causal_attention("auto")  # what MLRA has by itself: blocks are whole, and no mask is made
-    if is_checkpoint(recipe.model):
-        return load_model(Path(recipe.model), published=True, attn_implementation=attention)
-    set_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(ZERO_AT_START):
-                parameter.zero_()
-    return model
-
-
-def set_recomputation(model: PreTrainedModel, recompute: str | None) -> None:
-    """What the backward pass makes again instead of keeping: "attention_inputs" (queries, keys, values) or nothing.
-
-    Raises:
-        UserError: for a model that has no such choice.
-    """
-    modules = [module for module in model.modules() if hasattr(module, "recompute_inputs")]
-    if recompute is not None and not modules:
-        raise UserError(
-            f"recompute {recompute!r} is for models of type mlra, not {model.config.model_type}: use "
-            "training.gradient_checkpointing"
-        )
-    for module in modules:
-        module.recompute_inputs = recompute is not None
-
-
-def use_float8(model: PreTrainedModel, device: torch.device) -> None:
-    """Let the products of the layers' linear maps run in float8; weights, names and all else stay as they are.
-
-    Raises:
-        UserError: without torchao, a GPU that can, or a map whose sizes are multiples of 16.
-    """
-    if convert_to_float8_training is None:
-        raise UserError("float8 needs torchao: pip install torchao")
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
-        raise UserError(f"float8 needs a GPU of compute capability 8.9 or newer, not {device}: leave float8 out")
-    left_out = set()
-
-    def is_converted(module: torch.nn.Module, name: str) -> bool:
-        if not name.startswith("model.layers."):
-            return False
-        if module.in_features % 16 or module.out_features % 16:
-            left_out.add(f"{name.rpartition('.')[2]} ({module.in_features} x {module.out_features})")
-            return False
-        return True
-
-    convert_to_float8_training(model, module_filter_fn=is_converted)
-    if left_out:
-        print(f"float8: no multiples of 16, so bfloat16: {', '.join(sorted(left_out))}", file=sys.stderr)
-
-
-def count_parameters(config: PreTrainedConfig) -> int:
-    """Parameters of a model, tied ones once, without making it."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
-
-
-def training_flops_per_token(model: PreTrainedModel, length: int) -> float:
-    """Model FLOPs of forward and backward per token of a sequence of `length`: 6 P + 3 A.
-
-    P counts the weights of matrix products (all but norms and, unless tied, the input embedding). A is attention:
-    2 FLOPs for every query, key it may see (on average (length + 1) / 2), score head and element of key and value.
-    A score head is a query head in one branch. Recomputation (gradient checkpointing) is not counted.
-    """
-    config = model.config
-    input_embedding = model.get_input_embeddings().weight
-    tied = model.get_output_embeddings().weight is input_embedding
-    weights = sum(
-        parameter.numel()
-        for name, parameter in model.named_parameters()
-        if "norm" not in name and (tied or parameter is not input_embedding)
-    )
-    if config.model_type == "mlra":
-        score_heads = config.num_attention_heads * config.num_branches
-        widths = config.qk_head_dim + config.v_head_dim
-    else:
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        score_heads, widths = config.num_attention_heads, 2 * head_dim
-    attention = config.num_hidden_layers * 2 * score_heads * widths * (length + 1) / 2
-    return 6 * weights + 3 * attention
-
-
-def matmul_rate(device: torch.device, repeats: int = 5) -> float:
-    """Measured bfloat16 matmul rate of `device` in FLOP/s: the best of a few products of square matrices."""
-    size = 8192 if device.type == "cuda" else 256
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    best = math.inf
-    for _ in range(repeats + 2):
-        wait()
-        start = time.perf_counter()
-        for _ in range(10):
-            torch.matmul(a, b)
-        wait()
-        best = min(best, time.perf_counter() - start)
-    return 10 * 2 * size**3 / best
-
-
-class PackedBlocks(Dataset):
-    """Blocks of one memory-mapped token file, as the model takes them.
-
-    Args:
-        path: the file.
-        block_size: tokens per block.
-        vocab_size: of the model; a token outside it ends the run with a clear line.
-    """
-
-    def __init__(self, path: Path, block_size: int, vocab_size: int):
-        self.path, self.vocab_size = path, vocab_size
-        tokens = read_token_file(path)
-        self.blocks = Blocks(tokens, block_size, len(tokens))
-        if len(self.blocks) == 0:
-            raise UserError(f"{path} has {len(tokens)} tokens, one block needs {block_size + 1}")
-        self.check(tokens[:CHECKED_TOKENS])
-
-    def check(self, tokens: np.ndarray) -> None:
-        if tokens.max() >= self.vocab_size:
-            raise UserError(
-                f"{self.path} has token {tokens.max()}, outside the model's vocabulary of {self.vocab_size}: "
-                "it was made with another tokenizer"
-            )
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        block = self.blocks[index]
-        self.check(block)
-        block = torch.from_numpy(block.astype(np.int64))
-        # `shift_labels` are the targets; the library counts a step's targets by them, older versions by `labels`
-        return {"input_ids": block[:-1], "labels": block[1:], "shift_labels": block[1:]}
-
-
-def token_files(specifications: list[str], data: DataSettings, cache: Path, seed: int) -> Iterator[Path]:
-    """The token file of each corpus; text and datasets are encoded into `cache` first, once.
-
-    Raises:
-        UserError: as evals.corpora and evals.prepare_tokens.
-    """
-    names: list[str] = []
-    for name in specifications:
-        is_pattern = "*" in name and not name.startswith("dataset:")
-        matching = sorted(glob.glob(name)) if is_pattern else [name]
-        if not matching:
-            raise UserError(f"no file matches {name}")
-        names += matching
-    for corpus in find_corpora(names):
-        yield Path(corpus.source) if corpus.is_token_file else encode_corpus(corpus, data, cache, seed)
-
-
-def encode_corpus(corpus: Corpus, data: DataSettings, cache: Path, seed: int) -> Path:
-    if not corpus.is_dataset and not Path(corpus.source).is_file():
-        raise UserError(f"no file {corpus.source}: give a .bin token file, a text file or dataset:PATH")
-    tokenizer, tokenizer_fingerprint = load_tokenizer(Path(data.tokenizer or GPT2_TOKENIZER))
-    settings = {
-        "corpus": corpus.identity(),
-        "tokenizer": tokenizer_fingerprint,
-        "max_tokens": data.max_tokens,
-        "shuffle_buffer": data.shuffle_buffer,
-        "seed": seed,
-    }
-    path, settings_file = cache / f"{corpus.name}.bin", cache / f"{corpus.name}.json"
-    if path.exists() and settings_file.exists():
-        if read_json(settings_file) != settings:
-            raise UserError(f"{path} was made with other settings: remove it to encode {corpus.source} again")
-        return path
-    cache.mkdir(parents=True, exist_ok=True)
-    options = argparse.Namespace(
-        max_tokens=data.max_tokens, shuffle_buffer=data.shuffle_buffer, seed=seed, overwrite=False
-    )
-    write_token_file(path, corpus, tokenizer, settings, options)
-    write_json(settings_file, settings)
-    return path
-
-
-class SpeedCallback(TrainerCallback):
-    """Steps and seconds since the last log, less what evaluating and saving took."""
-
-    def __init__(self) -> None:
-        self.start: float | None = None
-        self.first_step = 0
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if self.start is None:
-            self.start, self.first_step = time.perf_counter(), state.global_step
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        self.start = None
-
-    on_save = on_evaluate
-
-    def read(self, step: int) -> tuple[int, float]:
-        """(steps, seconds) up to now, and start again at the next step."""
-        if self.start is None:
-            return 0, 0.0
-        steps, seconds = step - self.first_step, time.perf_counter() - self.start
-        self.start = None
-        return steps, seconds
-
-
-class TimeBudget(TrainerCallback):
-    """Saves and stops at the first logging step after `deadline` (time.monotonic), so that no logged mean is cut."""
-
-    def __init__(self, deadline: float):
-        self.deadline = deadline
-
-    def on_step_end(self, args, state, control, **kwargs):
-        is_logging_step = state.global_step % state.logging_steps == 0
-        if is_logging_step and time.monotonic() > self.deadline and state.global_step < state.max_steps:
-            control.should_save = control.should_training_stop = True
-
-
-class BlockTrainer(Trainer):
-    """The library's Trainer with weight decay on all parameters, and speed in its logs.
-
-    Args:
-        tokens_per_step: of all devices together.
-        flops_per_token: of `training_flops_per_token`.
-        peak: FLOP/s of all devices together, of `matmul_rate`.
-    """
-
-    def __init__(self, *args, tokens_per_step: int, flops_per_token: float, peak: float, **kwargs):
-        self.tokens_per_step, self.flops_per_token, self.peak = tokens_per_step, flops_per_token, peak
-        self.speed = SpeedCallback()
-        super().__init__(*args, **kwargs)
-        self.skip_logits = self.model.config.model_type == "mlra"
-        self.add_callback(self.speed)
-
-    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        """All of them: the paper decays norms and embeddings too."""
-        return [name for name, _ in model.named_parameters()]
-
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        """Without the logits of all tokens at a time, where the model can."""
-        if self.skip_logits:
-            inputs = {**inputs, "skip_logits": True}
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            steps, seconds = self.speed.read(self.state.global_step)
-            if steps:
-                rate = steps * self.tokens_per_step / seconds
-                logs["tokens_per_second"] = rate
-                logs["matmul_share"] = rate * self.flops_per_token / self.peak
-        super().log(logs, start_time)
-
-    def measured(self, name: str) -> float | None:
-        """Median of a logged speed over the intervals after the first, which holds compilation and warm-up."""
-        values = [entry[name] for entry in self.state.log_history if name in entry]
-        return statistics.median(values[1:] or values) if values else None
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run: one whose state, which is written last, can be read."""
-    found = []
-    for state_file in folder.glob(f"checkpoint-*/{STATE_FILE}"):
-        try:
-            found.append((json.loads(state_file.read_text(encoding="utf-8"))["global_step"], state_file.parent))
-        except (ValueError, KeyError, TypeError):
-            continue
-    return max(found)[1] if found else None
-
-
-def check_memory(config: PreTrainedConfig, args: TrainingArguments) -> None:
-    """Refuse a model whose weights, gradients and Adam moments alone are more than the device has."""
-    needed = count_parameters(config) * TRAINING_BYTES_PER_PARAMETER / (args.world_size if args.fsdp else 1)
-    if args.device.type == "cuda":
-        available = torch.cuda.get_device_properties(args.device).total_memory
-    else:
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > available:
-        raise UserError(
-            f"weights, gradients and optimizer need {needed / 1e9:.1f} GB per device, {args.device} has "
-            f"{available / 1e9:.1f} GB: use more devices with training.fsdp, or a smaller model"
-        )
-
-
-def check_export(recipe: Recipe, config: PreTrainedConfig) -> None:
-    """Refuse at the start what could not be exported at the end."""
-    if recipe.export is None:
-        return
-    if config.model_type != "mlra":
-        raise UserError(f"export writes models of type mlra, not {config.model_type}: leave export out")
-    if Path(recipe.export.folder).exists():
-        raise UserError(f"export.folder {recipe.export.folder} already exists: remove it or choose another")
-    if recipe.data.tokenizer is not None:
-        tokenizer, _ = load_tokenizer(Path(recipe.data.tokenizer))
-        if tokenizer.eos_token_id != end_of_text_id(config.vocab_size):
-            raise UserError(
-                f"{recipe.data.tokenizer} ends documents with token {tokenizer.eos_token_id}, a model of "
-                f"{config.vocab_size} embedding rows with {end_of_text_id(config.vocab_size)}: set vocab_size to the "
-                f"tokenizer's {len(tokenizer)}"
-            )
-
-
-def check_resume(recipe: Recipe, output: Path, resume: bool) -> Path | None:
-    """The checkpoint to go on from.
-
-    Raises:
-        UserError: when the folder holds a run and `resume` is false, or a run with other settings.
-    """
-    checkpoint = last_checkpoint(output)
-    if not resume:
-        if checkpoint is not None or (output / RESULT_FILE).exists():
-            raise UserError(f"{output} holds a run already: --resume to go on, or choose another output_dir")
-        return None
-    if checkpoint is not None:
-        stored = read_json(output / CONFIG_FILE)
-        now = json.loads(json.dumps(recipe.settings()))
-        for part in stored | now:
-            if stored.get(part) != now.get(part):
-                raise UserError(f"{output} was begun with {part} = {stored.get(part)}, now it is {now.get(part)}")
-        check_weights(checkpoint)
-    return checkpoint
-
-
-def heldout_loss(model: PreTrainedModel, files: list[Path], recipe: Recipe, args: TrainingArguments, published: bool):
-    """{corpus: loss, perplexity and tokens} of evals.perplexity.
-
-    Args:
-        published: bfloat16 autocast over float32 weights; else in the type of the weights.
-    """
-    losses = {}
-    for path in files:
-        tokens = read_token_file(path)
-        blocks = Blocks(tokens, recipe.data.block_size, len(tokens))
-        total, count = total_loss(
-            model.eval(), blocks, args.per_device_eval_batch_size, published, args.distributed_state, path.stem
-        )
-        losses[path.stem] = {"loss": total / count, "perplexity": math.exp(total / count), "tokens": count}
-    return losses
+from scripts.loading import DTYPES, load_generation_config
+from scripts.recipe import Recipe, apply_changes, make_recipe, model_config, read_configuration, training_arguments
+from scripts.training_checks import CONFIG_FILE, RESULT_FILE, check_start
+from scripts.training_data import TrainingData, read_data
+from scripts.training_loop import BlockTrainer, TimeBudget
+from scripts.training_model import is_checkpoint, model_to_train
+from scripts.training_speed import matmul_rate, training_flops_per_token
 
 
 def train_recipe(
@@ -473,48 +99,12 @@ def train_locked(
     callbacks: list[TrainerCallback],
 ) -> dict:
     """`train_recipe` while no other command writes its `output_dir`."""
-    output = Path(args.output_dir)
     config = model_config(recipe.model)
-    context = config.max_position_embeddings
-    if recipe.data.block_size > context:
-        raise UserError(f"data.block_size {recipe.data.block_size} is more than the model's context of {context}")
-    if deadline is not None and args.world_size > 1:
-        raise UserError("--time-budget works with one process: the clocks of several would disagree")
-    check_export(recipe, config)
-    check_memory(config, args)
-    checkpoint = check_resume(recipe, output, resume)
-    with args.main_process_first(desc="encoding"):
-        files = {
-            part: list(token_files(names, recipe.data, output / "tokens", args.seed))
-            for part, names in (("train", recipe.data.train), ("heldout", recipe.data.heldout))
-        }
-    train, heldout = (
-        [PackedBlocks(path, recipe.data.block_size, config.vocab_size) for path in files[part]] for part in files
-    )
-    train = ConcatDataset(train)
-    if len(train) < recipe.blocks_per_step:
-        raise UserError(
-            f"the training data has {len(train)} blocks of {recipe.data.block_size} tokens, one step takes "
-            f"{recipe.blocks_per_step}: use more data, or smaller steps or blocks"
-        )
-
-    model = build_model(recipe, config, args.seed)
-    set_recomputation(model, recipe.recompute)
-    if recipe.float8:
-        use_float8(model, args.device)
-    if args.should_save:
-        write_json(output / CONFIG_FILE, recipe.settings())
-    trainer = BlockTrainer(
-        model=model,
-        args=args,
-        train_dataset=train,
-        eval_dataset=ConcatDataset(heldout) if heldout else None,
-        data_collator=default_data_collator,
-        tokens_per_step=recipe.blocks_per_step * recipe.data.block_size,
-        flops_per_token=training_flops_per_token(model, recipe.data.block_size),
-        peak=(peak or matmul_rate(args.device)) * args.world_size,
-        callbacks=[*callbacks, *([TimeBudget(deadline)] if deadline is not None else [])],
-    )
+    checkpoint = check_start(recipe, config, args, resume, deadline is not None)
+    data = read_data(recipe, args, config.vocab_size)
+    callbacks = [*callbacks, *([TimeBudget(deadline)] if deadline is not None else [])]
+    model = model_to_train(recipe, config, args)
+    trainer = make_trainer(recipe, model, args, data, peak, callbacks)
     started = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -523,14 +113,46 @@ def train_locked(
             f"out of memory with per_device_train_batch_size {args.per_device_train_batch_size}: use a smaller one, "
             "recompute attention_inputs, or training.gradient_checkpointing"
         ) from error
+    result = progress(trainer, model, recipe, time.monotonic() - started)
+    if result["finished"]:
+        finish(trainer, recipe, config, data.heldout_files, result)
+    return result
+
+
+def make_trainer(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    args: TrainingArguments,
+    data: TrainingData,
+    peak: float | None,
+    callbacks: list[TrainerCallback],
+) -> BlockTrainer:
+    """What trains the model; from here on the folder is one of this recipe."""
+    if args.should_save:
+        write_json(Path(args.output_dir) / CONFIG_FILE, recipe.settings())
+    return BlockTrainer(
+        model=model,
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=data.heldout,
+        data_collator=default_data_collator,
+        tokens_per_step=recipe.blocks_per_step * recipe.data.block_size,
+        flops_per_token=training_flops_per_token(model, recipe.data.block_size),
+        peak=(peak or matmul_rate(args.device)) * args.world_size,
+        callbacks=callbacks,
+    )
+
+
+def progress(trainer: BlockTrainer, model: PreTrainedModel, recipe: Recipe, seconds: float) -> dict:
+    """How far training came in `seconds`, how fast, and its losses."""
     state = trainer.state
-    result = {
-        "finished": state.global_step >= args.max_steps,
+    return {
+        "finished": state.global_step >= trainer.args.max_steps,
         "step": state.global_step,
         "tokens": state.global_step * trainer.tokens_per_step,
-        "epochs": round(state.global_step * recipe.blocks_per_step / len(train), 4),
+        "epochs": round(state.global_step * recipe.blocks_per_step / len(trainer.train_dataset), 4),
         "parameters": model.num_parameters(),
-        "seconds": round(time.monotonic() - started, 3),
+        "seconds": round(seconds, 3),
         "tokens_per_second": trainer.measured("tokens_per_second"),
         "matmul_rate": trainer.peak,
         "matmul_share": trainer.measured("matmul_share"),
@@ -538,24 +160,43 @@ def train_locked(
         "curve": [[entry["step"], entry["loss"]] for entry in state.log_history if "loss" in entry],
         "heldout_curve": [[entry["step"], entry["eval_loss"]] for entry in state.log_history if "eval_loss" in entry],
     }
-    if not result["finished"]:
-        return result
+
+
+def finish(trainer: BlockTrainer, recipe: Recipe, config: PreTrainedConfig, heldout: list[Path], result: dict) -> None:
+    """Save the trained model, add its held-out losses to `result`, write that and the export."""
+    args, output = trainer.args, Path(trainer.args.output_dir)
     trainer.save_model(str(output / "final"))
     if heldout and not args.fsdp:
         trained = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
-        result["heldout"] = heldout_loss(trained, files["heldout"], recipe, args, published=args.bf16)
+        result["heldout"] = heldout_loss(trained, heldout, recipe, args, published=args.bf16)
         if recipe.export is not None:
             if recipe.float8:  # as it will be loaded
                 plain = AutoModelForCausalLM.from_config(config, attn_implementation=recipe.attn_implementation)
                 plain.load_state_dict(trained.state_dict())
                 trained = plain.to(args.device)
             trained = copy.deepcopy(trained).to(DTYPES[recipe.export.dtype])
-            result["heldout_exported"] = heldout_loss(trained, files["heldout"], recipe, args, published=False)
+            result["heldout_exported"] = heldout_loss(trained, heldout, recipe, args, published=False)
     if args.should_save:
         write_json(output / RESULT_FILE, {"environment": environment(), **result})
         if recipe.export is not None:
             export_trained(output / "final", recipe, result)
-    return result
+
+
+def heldout_loss(model: PreTrainedModel, files: list[Path], recipe: Recipe, args: TrainingArguments, published: bool):
+    """{corpus: loss, perplexity and tokens} of evals.perplexity.
+
+    Args:
+        published: bfloat16 autocast over float32 weights; else in the type of the weights.
+    """
+    losses = {}
+    for path in files:
+        tokens = read_token_file(path)
+        blocks = Blocks(tokens, recipe.data.block_size, len(tokens))
+        total, count = total_loss(
+            model.eval(), blocks, args.per_device_eval_batch_size, published, args.distributed_state, path.stem
+        )
+        losses[path.stem] = {"loss": total / count, "perplexity": math.exp(total / count), "tokens": count}
+    return losses
 
 
 def export_trained(folder: Path, recipe: Recipe, result: dict) -> None:

@@ -9,6 +9,7 @@ compiler does not know, or with more shared memory than its programs can have. A
 
 import argparse
 import contextlib
+import json
 import multiprocessing
 import re
 import subprocess
@@ -21,6 +22,7 @@ from unittest.mock import patch
 
 import torch
 import triton
+import triton.language as tl
 from transformers import FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
 from triton.backends.compiler import GPUTarget
@@ -39,6 +41,7 @@ from modeling_mlra import (
     step_linear_stream_mlra,
     step_mlra,
 )
+from modeling_mlra.decode_arguments_mlra import DecodeInputs
 from modeling_mlra.device_mlra import DeviceFacts
 
 META = torch.device("meta")
@@ -105,7 +108,7 @@ def signature(parameter, value) -> tuple:
     if isinstance(value, tuple) and not parameter.is_constexpr:
         types, known = zip(*(signature(parameter, field) for field in value), strict=True)
         return type(value)(*types), type(value)(*known)
-    if parameter.is_constexpr or value is None or isinstance(value, bool):
+    if parameter.is_constexpr or value is None or isinstance(value, bool | tl.constexpr):
         return "constexpr", []
     if isinstance(value, torch.Tensor):
         return "*" + TYPES[value.dtype], [["tt.divisibility", 16]]
@@ -168,6 +171,7 @@ class Compiler:
             for path, of_type, at_path, has in leaves((index,), types[parameter.name], value, known):
                 if of_type == "constexpr":
                     constants[path] = at_path
+                    json.dumps(at_path.value if isinstance(at_path, tl.constexpr) else at_path)  # as triton's hooks do
                 if has:
                     attributes[path] = has
         options = {k: v for k, v in keywords.items() if k not in names or k == "num_warps"}
@@ -229,17 +233,20 @@ def empty(*shape, dtype=torch.bfloat16):
 
 def attend(
     batch: int, length: int, latents: int, heads: int, masked=False, page_size=0, cached=4096, dtype=torch.bfloat16,
-    groups=1, width=128, **tuning,
+    groups=1, width=128,
 ) -> None:  # fmt: skip
     """Decode attention of `length` queries of `heads` heads to a latent."""
     key_mask = empty(batch, cached, dtype=torch.bool) if masked else None
     rows = empty(*(() if page_size else (batch,)), cached, latents * width + 64, dtype=dtype)
-    decode_triton_mlra.triton_latent_attention(
-        empty(batch, length, latents, heads, width, dtype=dtype), empty(batch, length, groups, heads, 64, dtype=dtype),
-        rows[..., :-64].unflatten(-1, (latents, width)), rows[..., -64:], empty(batch, dtype=torch.int32),
-        empty(batch, dtype=torch.int32) if masked else None, key_mask,
-        empty(batch, 64, dtype=torch.int32) if page_size else None, page_size, 0.1, **tuning,
+    inputs = DecodeInputs(
+        q_latent=empty(batch, length, latents, heads, width, dtype=dtype),
+        q_rope=empty(batch, length, groups, heads, 64, dtype=dtype),
+        latents=rows[..., :-64].unflatten(-1, (latents, width)), k_rope=rows[..., -64:],
+        kv_end=empty(batch, dtype=torch.int32), kv_start=empty(batch, dtype=torch.int32) if masked else None,
+        key_mask=key_mask, block_table=empty(batch, 64, dtype=torch.int32) if page_size else None,
+        page_size=page_size, scaling=0.1,
     )  # fmt: skip
+    decode_triton_mlra.triton_latent_attention(inputs)
 
 
 class Holder(SimpleNamespace):

@@ -25,6 +25,31 @@ if not torch.cuda.is_available():
 from tests.paths import GOLDEN  # noqa: E402
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A folder with token files, to train on, of a noisy rule that two layers learn quickly."""
+    import numpy as np
+
+    from evals.corpora import token_file_header
+
+    folder = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    for name, count in (("train", 8001), ("heldout", 641)):
+        tokens = np.ones(count, dtype="<u2")
+        for index, noise in enumerate(generator.integers(0, 3, count - 1), start=1):
+            tokens[index] = (5 * tokens[index - 1] + noise) % 61
+        (folder / f"{name}.bin").write_bytes(token_file_header(count) + tokens.tobytes())
+    return folder
+
+
+@pytest.fixture
+def no_choice_from_outside(monkeypatch):
+    """The environment names no implementation of the decode attention."""
+    from modeling_mlra.decode_mlra import ENVIRONMENT_VARIABLE
+
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+
+
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory) -> Callable[[str], Path]:
     """`converted(name)`: the Hub folder of a golden checkpoint, converted once per session."""

@@ -33,6 +33,8 @@ MISSING = {
     "evals.perplexity": ["--model", "none", "--data", "none.bin"],
     "evals.downstream": ["--model", "none"],
     "evals.local_tasks": ["--output", "out", "--wheel", "none"],
+    "evals.compare": ["none.json"],
+    "evals.long_context": ["--models", "none", "--data", "none.bin"],
     "evals.equivariance": ["--model", "none"],
     "evals.prepare_tokens": ["--output", "out", "--tokenizer", "none"],
 }

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evals.corpora import read_token_file
 from modeling_mlra import MLRAForCausalLM
-from scripts import prepare_text, train
+from scripts import prepare_text, text_readers, train
 from scripts import recipe as recipes
 from scripts.cli import UserError
 from scripts.export import main as export
@@ -30,17 +30,21 @@ def unpacked(tmp_path_factory) -> Path:
         sentences = [" ".join(generator.choice(words, 9)) + "." for _ in range(8)]
         body = "".join(f"<p>{sentence} <b>&amp;</b> {sentence[:20]}</p>" for sentence in sentences)
         page = "<html><head><title>T</title><style>p {}</style></head><body><p>Next</p><div class='related'>menu</div>"
+        page += "<noscript>Turn scripts on</noscript>"
         (doc / "html" / f"page{index}.html").write_text(
             f"{page}{body}<p>{'All rights are as stated. ' * 4}</p></body>"
         )
     with gzip.open(doc / "guide.txt.gz", "wt") as file:
         file.write("\n\n".join(" ".join(generator.choice(words, 60)) for _ in range(6)))
+    for folder in ("class-use", "src"):
+        (doc / "html" / folder).mkdir()
+        (doc / "html" / folder / "page.html").write_text("<p>" + "A list of names and code. " * 30 + "</p>")
     (doc / "html" / "de").mkdir()
     (doc / "html" / "de" / "page.html").write_text("<p>" + "Zeichenkette auf Deutsch " * 30 + "</p>")
     dictd = root / "usr/share/dictd"
     dictd.mkdir()
     entries = [f"word{index}\n  A made-up word that stands for the number {index}.\n" for index in range(40)]
-    digits = "".join(prepare_text.DICT_DIGITS)
+    digits = "".join(text_readers.DICT_DIGITS)
     start, lines = 0, []
     for index, entry in enumerate(entries):
         lines.append(f"word{index}\t{digits[start // 64]}{digits[start % 64]}\t{digits[len(entry) // 64]}"
@@ -68,10 +72,11 @@ def test_prepared_text(unpacked, tmp_path):
     assert 5 <= len(documents["heldout"]) <= 40
     text = "\n".join(everything)
     assert text.count("All rights are as stated.") == 4  # the first page's
-    assert "Deutsch" not in text and "menu" not in text and "Next" not in text and "<" not in text and " & " in text
+    assert "Deutsch" not in text and "names and code" not in text and "scripts on" not in text
+    assert "menu" not in text and "Next" not in text and "<" not in text and " & " in text
     assert "word7\n  A made-up word that stands for the number 7." in everything
     sources = json.loads((tmp_path / "a" / "sources.json").read_text())
-    assert sources["packages"][0]["licences"] == ["GFDL-1.3", "GPL-2+"]
+    assert sources["sources"][0]["licences"] == ["GFDL-1.3", "GPL-2+"]
     assert "characters: GFDL-1.3, GPL-2+\n" in (tmp_path / "a" / "SOURCES.md").read_text()
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a" / "tokenizer")

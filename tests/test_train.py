@@ -14,30 +14,21 @@ import pytest
 import torch
 from peft import PeftModel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, get_scheduler
+from transformers import AutoModelForCausalLM, TrainerCallback, get_scheduler
 
 from evals.corpora import read_token_file, token_file_header
 from evals.perplexity import main as perplexity
 from modeling_mlra import MLRAForCausalLM
-from scripts import compare_architectures, finetune_lora, train
+from scripts import compare_architectures, finetune_lora, train, training_data
 from scripts import recipe as recipes
 from scripts.cli import UserError
+from scripts.training_checks import RESULT_FILE, STATE_FILE, last_checkpoint
+from scripts.training_loop import BlockTrainer
+from scripts.training_model import build_model
+from scripts.training_speed import count_parameters, training_flops_per_token
 from tests.paths import REPOSITORY
 from tests.tolerances import LOSS_ATOL
 from tests.training import LLAMA, MODEL, TRAINING, losses, recipe, settings, write
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """A folder with token files of a noisy rule that two layers learn quickly."""
-    folder = tmp_path_factory.mktemp("data")
-    generator = np.random.default_rng(0)
-    for name, count in (("train", 8001), ("heldout", 641)):
-        tokens = np.ones(count, dtype="<u2")
-        for index, noise in enumerate(generator.integers(0, 3, count - 1), start=1):
-            tokens[index] = (5 * tokens[index - 1] + noise) % 61
-        (folder / f"{name}.bin").write_bytes(token_file_header(count) + tokens.tobytes())
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +40,7 @@ def trained(data, tmp_path_factory) -> tuple[dict, Path]:
         settings(data, folder / "run") | {"export": {"folder": str(folder / "hub"), "license": "cc0-1.0"}},
     )
     assert train.main([str(config)]) == 0
-    return json.loads((folder / "run" / train.RESULT_FILE).read_text()), folder
+    return json.loads((folder / "run" / RESULT_FILE).read_text()), folder
 
 
 def test_loss_falls_from_that_of_a_uniform_guess(trained):
@@ -97,12 +88,12 @@ def test_killed_and_resumed_run_has_the_same_next_losses(trained, data, tmp_path
         cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     deadline = time.monotonic() + 120
-    while train.last_checkpoint(tmp_path / "run") is None and process.poll() is None and time.monotonic() < deadline:
+    while last_checkpoint(tmp_path / "run") is None and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    begun = train.last_checkpoint(tmp_path / "run")
-    assert begun is not None and not (tmp_path / "run" / train.RESULT_FILE).exists()
+    begun = last_checkpoint(tmp_path / "run")
+    assert begun is not None and not (tmp_path / "run" / RESULT_FILE).exists()
     (tmp_path / "run" / "checkpoint-99").mkdir()  # as a kill in the middle of saving leaves it
     with pytest.raises(UserError, match="holds a run already"):
         train.train_recipe(recipes.make_recipe(content, "test"))
@@ -111,7 +102,7 @@ def test_killed_and_resumed_run_has_the_same_next_losses(trained, data, tmp_path
         train.train_recipe(recipes.make_recipe(other, "test"), resume=True)
     steps = []
 
-    class Count(train.TrainerCallback):
+    class Count(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             steps.append(state.global_step)
 
@@ -125,24 +116,24 @@ def test_time_budget_stops_with_a_checkpoint(data, tmp_path):
     content = recipe(data, tmp_path / "run")
     result = train.train_recipe(content, deadline=time.monotonic() - 1)
     assert not result["finished"] and result["step"] == 1
-    assert train.last_checkpoint(tmp_path / "run").name == "checkpoint-1"
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-1"
 
 
 def test_last_checkpoint_is_the_newest_complete_one(tmp_path):
-    assert train.last_checkpoint(tmp_path) is None
+    assert last_checkpoint(tmp_path) is None
     for step, state in ((4, {"global_step": 4}), (12, {"global_step": 12}), (8, {"global_step": 8})):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        write(tmp_path / f"checkpoint-{step}" / train.STATE_FILE, state)
+        write(tmp_path / f"checkpoint-{step}" / STATE_FILE, state)
     (tmp_path / "checkpoint-16").mkdir()
     (tmp_path / "checkpoint-20").mkdir()
-    (tmp_path / "checkpoint-20" / train.STATE_FILE).write_text('{"global_st')
-    assert train.last_checkpoint(tmp_path) == tmp_path / "checkpoint-12"
+    (tmp_path / "checkpoint-20" / STATE_FILE).write_text('{"global_st')
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-12"
 
 
 def test_every_token_but_the_first_is_predicted_once(data):
     """Targets are the tokens one further, across the borders of blocks too."""
     tokens = torch.from_numpy(np.array(read_token_file(data / "train.bin")).astype(np.int64))
-    blocks = train.PackedBlocks(data / "train.bin", 32, 300)
+    blocks = training_data.PackedBlocks(data / "train.bin", 32, 300)
     assert len(blocks) == 250
     items = [blocks[index] for index in range(250)]
     assert torch.equal(torch.cat([item["input_ids"] for item in items]), tokens[:-1])
@@ -159,10 +150,10 @@ def test_evaluation_during_training_is_that_of_perplexity(data, tmp_path):
 # The recipe
 
 
-def block_trainer(data, tmp_path, **changes) -> train.BlockTrainer:
+def block_trainer(data, tmp_path, **changes) -> BlockTrainer:
     content = recipe(data, tmp_path / "run", **changes)
-    model = train.build_model(content, recipes.model_config(content.model), 0)
-    return train.BlockTrainer(
+    model = build_model(content, recipes.model_config(content.model), 0)
+    return BlockTrainer(
         model=model, args=recipes.training_arguments(content), tokens_per_step=1, flops_per_token=1, peak=1
     )
 
@@ -202,21 +193,21 @@ def test_paper_recipe():
         assert schedule(step) * args.learning_rate == pytest.approx(expected, rel=1e-12), step
 
 
-@pytest.mark.parametrize("name", ["demo.json", "compare.json"])
-def test_presets_can_be_read(name):
+@pytest.mark.parametrize(("name", "largest"), [("demo.json", 21e6), ("compare.json", 21e6), ("demo_books.json", 24e6)])
+def test_presets_can_be_read(name, largest):
     content = recipes.read_configuration(TRAINING / name)
     for key in ("architectures", "seeds"):
         content.pop(key, None)
     content = recipes.make_recipe(content, name)
     args = recipes.training_arguments(content)
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps == content.blocks_per_step
-    assert train.count_parameters(recipes.model_config(content.model)) * 2 < 21e6  # about 20 MB in bfloat16
+    assert count_parameters(recipes.model_config(content.model)) * 2 < largest  # bytes in bfloat16
 
 
 def test_learning_rate_of_a_run(data, tmp_path):
     rates = []
 
-    class Record(train.TrainerCallback):
+    class Record(TrainerCallback):
         def on_step_begin(self, args, state, control, optimizer, **kwargs):
             rates.append(optimizer.param_groups[0]["lr"])
 
@@ -228,13 +219,13 @@ def test_learning_rate_of_a_run(data, tmp_path):
 @pytest.mark.parametrize("model", [MODEL, LLAMA], ids=["mlra", "llama"])
 def test_output_projections_start_at_zero(model, data, tmp_path):
     content = recipe(data, tmp_path / "run", model=model)
-    built = train.build_model(content, recipes.model_config(model), 3)
+    built = build_model(content, recipes.model_config(model), 3)
     for name, parameter in built.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             assert not parameter.any(), name
         elif "norm" not in name and parameter.numel() > 200:
             assert 0.015 < parameter.std() < 0.025, name
-    again = train.build_model(content, recipes.model_config(model), 3)
+    again = build_model(content, recipes.model_config(model), 3)
     assert all(torch.equal(a, b) for a, b in zip(built.parameters(), again.parameters(), strict=True))
 
 
@@ -243,13 +234,13 @@ def test_flops_are_those_that_the_profiler_counts(model, data, tmp_path):
     """Eager attention computes every pair of positions; the formula counts the half that causality needs."""
     content = recipe(data, tmp_path / "run", model=model)
     content.attn_implementation = "eager"
-    built = train.build_model(content, recipes.model_config(model), 0)
+    built = build_model(content, recipes.model_config(model), 0)
     length = 24
     ids = torch.randint(0, 300, (1, length))
     with FlopCounterMode(display=False) as counter:
         built(ids, labels=ids, use_cache=False).loss.backward()
-    attention = train.training_flops_per_token(built, length) - train.training_flops_per_token(built, -1)
-    full = train.training_flops_per_token(built, -1) + attention * 2 * length / (length + 1)
+    attention = training_flops_per_token(built, length) - training_flops_per_token(built, -1)
+    full = training_flops_per_token(built, -1) + attention * 2 * length / (length + 1)
     # In older versions of the library Llama's rotation tables are an outer product, no part of the model's work.
     tables = sum(
         sum(flops.values()) for name, flops in counter.get_flop_counts().items() if name.endswith("rotary_emb")
@@ -307,7 +298,7 @@ def test_a_bad_token_far_into_a_file_ends_the_run(data, tmp_path, monkeypatch):
     tokens = np.array(read_token_file(data / "train.bin"))
     tokens[5000] = 300
     (tmp_path / "bad.bin").write_bytes(token_file_header(len(tokens)) + tokens.tobytes())
-    monkeypatch.setattr(train, "CHECKED_TOKENS", 1000)
+    monkeypatch.setattr(training_data, "CHECKED_TOKENS", 1000)
     with pytest.raises(UserError, match="token 300"):
         train.train_recipe(
             recipe(data, tmp_path / "run", data__train=[str(tmp_path / "bad.bin")], training__max_steps=32)
@@ -428,6 +419,6 @@ def test_two_processes_train_like_one(sharded, trained, data, tmp_path):
         changes |= {"training__fsdp": True, "training__fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}}
     content = settings(data, tmp_path / "run", **changes) | {"export": {"folder": str(tmp_path / "hub")}}
     launch(write(tmp_path / "recipe.json", content))
-    other = json.loads((tmp_path / "run" / train.RESULT_FILE).read_text())
+    other = json.loads((tmp_path / "run" / RESULT_FILE).read_text())
     assert losses(other) == pytest.approx(losses(result), abs=LOSS_ATOL * 10)
     assert MLRAForCausalLM.from_pretrained(tmp_path / "hub").num_parameters() == result["parameters"]

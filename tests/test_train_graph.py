@@ -7,7 +7,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from scripts.causal_attention import causal_attention
-from scripts.train import set_recomputation
+from scripts.training_model import set_recomputation
 from tests.models import random_ids, tiny_model
 from tests.oracle import oracle_of_model
 from tests.tolerances import LOSS_ATOL, MATHEMATICS_ATOL

@@ -9,7 +9,7 @@ from transformers import AttentionInterface
 
 from modeling_mlra import MLRAConfig, MLRAForCausalLM, loss_mlra
 from modeling_mlra.loss_mlra import chunked_causal_loss
-from scripts.train import set_recomputation
+from scripts.training_model import set_recomputation
 from tests.models import random_ids, tiny_model
 from tests.tolerances import LOSS_ATOL, MATHEMATICS_ATOL
 

@@ -4,14 +4,15 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Trainer
 
-from scripts import bench_train, recipe, train
+from scripts import bench_train, recipe, train, training_model
 from scripts.cli import UserError
-from scripts.compare_architectures import count_parameters
 from scripts.recipe import model_config
+from scripts.training_loop import BlockTrainer
+from scripts.training_speed import count_parameters
 from tests.models import tiny_model
 from tests.paths import REPOSITORY
-from tests.test_train import data  # noqa: F401  a fixture
 from tests.tolerances import LOSS_ATOL
 from tests.training import LLAMA, MODEL, losses, settings
 
@@ -25,7 +26,7 @@ def run(data, output, **changes) -> dict:  # noqa: F811
 def test_recomputation_and_the_loss_in_chunks_change_no_loss(data, tmp_path, monkeypatch):  # noqa: F811
     """The Trainer asks for the loss alone; asking for logits too gives the same, and so does recomputation."""
     seen = []
-    forward = train.AutoModelForCausalLM.from_config(model_config(MODEL)).__class__.forward
+    forward = AutoModelForCausalLM.from_config(model_config(MODEL)).__class__.forward
 
     def recording(self, *args, **kwargs):
         seen.append((kwargs.get("skip_logits"), self.model.layers[0].self_attn.recompute_inputs))
@@ -37,7 +38,7 @@ def test_recomputation_and_the_loss_in_chunks_change_no_loss(data, tmp_path, mon
     seen.clear()
     recomputed = run(data, tmp_path / "recomputed", recompute="attention_inputs")
     assert set(seen[:3]) == {(True, True)}
-    monkeypatch.setattr(train.BlockTrainer, "compute_loss", train.Trainer.compute_loss)
+    monkeypatch.setattr(BlockTrainer, "compute_loss", Trainer.compute_loss)
     whole = run(data, tmp_path / "whole")
     for other in (recomputed, whole):
         assert losses(other) == pytest.approx(losses(in_chunks), abs=LOSS_ATOL * 10)
@@ -48,7 +49,7 @@ def test_recomputation_and_the_loss_in_chunks_change_no_loss(data, tmp_path, mon
 def test_attention_of_a_recipe(model, given, expected, data, tmp_path):  # noqa: F811
     """The library's models get the attention without a mask that MLRA has, unless another one is asked for."""
     content = recipe.make_recipe(settings(data, tmp_path, model=model, attn_implementation=given), "test")
-    built = train.build_model(content, model_config(model), 0)
+    built = training_model.build_model(content, model_config(model), 0)
     assert built.config._attn_implementation == expected
     ids = torch.arange(30)[None]
     logits = built(ids).logits
@@ -78,17 +79,17 @@ def test_float8_converts_what_it_can(monkeypatch, capsys):
         linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
         converted.extend(name for name, module in linear.items() if module_filter_fn(module, name))
 
-    monkeypatch.setattr(train, "convert_to_float8_training", convert)
+    monkeypatch.setattr(training_model, "convert_to_float8_training", convert)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     model = tiny_model("mla", hidden_size=32, q_lora_rank=16, intermediate_size=40, num_hidden_layers=1)
-    train.use_float8(model, torch.device("cuda"))
+    training_model.use_float8(model, torch.device("cuda"))
     assert converted == ["model.layers.0.self_attn.q_a_proj", "model.layers.0.self_attn.kv_a_proj"]
     assert "down_proj (40 x 32)" in capsys.readouterr().err
     with pytest.raises(UserError, match="compute capability 8.9"):
-        train.use_float8(model, torch.device("cpu"))
-    monkeypatch.setattr(train, "convert_to_float8_training", None)
+        training_model.use_float8(model, torch.device("cpu"))
+    monkeypatch.setattr(training_model, "convert_to_float8_training", None)
     with pytest.raises(UserError, match="pip install torchao"):
-        train.use_float8(model, torch.device("cuda"))
+        training_model.use_float8(model, torch.device("cuda"))
 
 
 @pytest.mark.parametrize("devices", [1, 4, 8])
