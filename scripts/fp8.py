@@ -51,6 +51,21 @@ def to_fp8(model: nn.Module, block: tuple[int, int] | None, kept: tuple[str, ...
         model.set_submodule(name, layer.eval())
 
 
+def widened(layer: FP8Linear, dtype: torch.dtype) -> Tensor:
+    """The numbers that the weights of an FP8 layer stand for."""
+    scale = layer.weight_scale_inv
+    if layer.block_size is not None:
+        (n, inner), (rows, columns), device = layer.weight.shape, layer.block_size, scale.device
+        scale = scale[torch.arange(n, device=device) // rows][:, torch.arange(inner, device=device) // columns]
+    return (layer.weight.float() * scale).to(dtype)
+
+
+def multiply_plainly() -> None:
+    """From now on FP8 layers multiply by the numbers their weights stand for, slowly: for machines that do not get the
+    library's own kernel, which is on the Hub. The fused step does not ask them."""
+    FP8Linear.forward = lambda layer, x: nn.functional.linear(x, widened(layer, x.dtype))
+
+
 def fp8_shapes(shapes: dict[str, torch.Size], config: MLRAConfig) -> dict[str, torch.Size]:
     """Shapes of the tensors of a model, and of the scales that some get."""
     with torch.device("meta"):

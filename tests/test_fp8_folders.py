@@ -11,14 +11,15 @@ from transformers.integrations.finegrained_fp8 import FP8Linear
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 from modeling_mlra.capture_mlra import fingerprint, is_plain
+from modeling_mlra.generation_mlra import captured_decodes
 from modeling_mlra.step_maps_mlra import ScaledWeight, format_of, weight_of
 from modeling_mlra.step_mlra import obstacle
 from scripts import export
-from scripts.fp8 import linear_names
+from scripts.fp8 import linear_names, multiply_plainly
 from tests.fused_checks import compare
 from tests.models import random_ids, rms_ratio, tiny_model
-from tests.quantized import exact, scaled_weight
-from tests.tolerances import FUSED_FLOAT32_RATIO
+from tests.quantized import exact, fp8_copy, scaled_weight
+from tests.tolerances import FUSED_BFLOAT16_RATIO, FUSED_FLOAT32_RATIO
 
 SIZES = {"vocab_size": 300, "hidden_size": 256, "intermediate_size": 200, "q_lora_rank": 128, "kv_lora_rank": 128}
 
@@ -131,6 +132,29 @@ def test_rows_that_torchao_scales():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     result = compare("mlra_4", device, quantise=with_scaled_rows)
     assert max(result["logits"], result["rows"]) < FUSED_FLOAT32_RATIO
+
+
+@pytest.mark.gpu
+def test_gpu_generate_runs_fused(monkeypatch):
+    """With the cache that generate() makes itself; prompts by the numbers that the weights stand for."""
+    monkeypatch.setattr(FP8Linear, "forward", FP8Linear.forward)
+    multiply_plainly()
+    plain = tiny_model("mlra_4", dtype=torch.bfloat16, **SIZES).cuda()
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.mul_(0.2)
+    small, ids = fp8_copy(plain, (128, 128)), random_ids(2, 9).cuda()
+    settings = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    settings |= {"output_logits": True, "return_dict_in_generate": True}
+    before = captured_decodes["fused"]
+    expected, seen = plain.generate(ids, **settings), small.generate(ids, **settings)
+    assert captured_decodes["fused"] == before + 2
+    same = (expected.sequences == seen.sequences).all(0).cumprod(0).sum().item() - ids.shape[1]
+    assert same > 1
+    for step in range(same):
+        assert rms_ratio(expected.logits[step].float(), seen.logits[step].float()) < FUSED_BFLOAT16_RATIO
+    for _ in range(2):
+        assert torch.equal(small.generate(ids, **settings | {"output_logits": False}).sequences, seen.sequences)
 
 
 def test_graphs_follow_the_tensors_that_torchao_keeps():

@@ -5,15 +5,16 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import nn
+from transformers.integrations.finegrained_fp8 import FP8Linear
 
 from modeling_mlra import step_linear_mlra, step_linear_products_mlra, step_linear_registers_mlra, step_mlra
 from modeling_mlra.capture_mlra import is_plain
 from modeling_mlra.device_mlra import DeviceFacts
 from modeling_mlra.modeling_mlra import MLRARMSNorm
 from modeling_mlra.step_device_mlra import machine_of
-from modeling_mlra.step_maps_mlra import LinearMap, scaled
+from modeling_mlra.step_maps_mlra import LinearMap, scaled, weight_of
 from modeling_mlra.step_mlra import obstacle
-from scripts.fp8 import fp8_blocks
+from scripts.fp8 import fp8_blocks, multiply_plainly, to_fp8, widened
 from tests.fused_checks import compare
 from tests.models import rms_ratio, tiny_model
 from tests.quantized import exact, fp8_copy, scaled_weight
@@ -95,6 +96,17 @@ def test_how_weights_become_fp8(shape, block):
     numbers, scale = fp8_blocks(torch.zeros(shape), block)
     assert not numbers.float().any()
     assert torch.isfinite(scale).all()
+
+
+@pytest.mark.parametrize("block", [(16, 32), (1, 2**30), None])
+def test_what_fp8_layers_stand_for(block, monkeypatch):
+    monkeypatch.setattr(FP8Linear, "forward", FP8Linear.forward)
+    model = nn.Sequential(nn.Linear(70, 50, bias=False))
+    to_fp8(model, block)
+    expected, x = exact(weight_of(model[0])).float(), torch.randn(3, 70)
+    assert torch.equal(widened(model[0], torch.float32), expected)
+    multiply_plainly()
+    assert torch.equal(model(x), x @ expected.T)
 
 
 BLOCKS = {"blocks": (16, 16), "a scale for each": None, "some kept": (16, 16)}
