@@ -1,33 +1,30 @@
 """Weights of 8 bits through the library: folders, quantisation while loading, and what the fused step makes of it."""
 
 import json
-from unittest.mock import patch
 
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import FP8Linear
-from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 from modeling_mlra.capture_mlra import fingerprint, is_plain
 from modeling_mlra.generation_mlra import captured_decodes
 from modeling_mlra.step_maps_mlra import ScaledWeight, format_of, weight_of
 from modeling_mlra.step_mlra import obstacle
 from scripts import export
-from scripts.fp8 import linear_names, multiply_plainly
+from scripts.fp8 import linear_names
 from tests.fused_checks import compare
 from tests.models import random_ids, rms_ratio, tiny_model
-from tests.quantized import exact, fp8_copy, scaled_weight
+from tests.quantized import as_on_a_gpu, exact, fp8_copy, scaled_weight
 from tests.tolerances import FUSED_BFLOAT16_RATIO, FUSED_FLOAT32_RATIO
 
 SIZES = {"vocab_size": 300, "hidden_size": 256, "intermediate_size": 200, "q_lora_rank": 128, "kv_lora_rank": 128}
 
 
 @pytest.fixture
-def as_on_a_gpu():
-    """The library, which refuses FP8 without a GPU, builds the layers all the same."""
-    with patch.object(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None):
+def on_a_gpu():
+    with as_on_a_gpu():
         yield
 
 
@@ -51,7 +48,7 @@ def equal(one: nn.Module, other: nn.Module) -> bool:
     )
 
 
-def test_exported_folder(plain, folder, as_on_a_gpu, tmp_path):
+def test_exported_folder(plain, folder, on_a_gpu, tmp_path):
     """FP8 layers of the weights' numbers, which the step takes, and which go to a folder and back as they are."""
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -85,7 +82,7 @@ def test_a_quantised_folder_is_not_exported_again(folder, tmp_path, capsys):
     assert json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"] == "fp8"
 
 
-def test_quantised_while_loading(plain, as_on_a_gpu, tmp_path):
+def test_quantised_while_loading(plain, on_a_gpu, tmp_path):
     """The library keeps weights that its blocks do not divide in 16 bits; the step takes them side by side."""
     plain.save_pretrained(tmp_path)
     kept = ["lm_head", "q_b_proj"]
@@ -135,10 +132,8 @@ def test_rows_that_torchao_scales():
 
 
 @pytest.mark.gpu
-def test_gpu_generate_runs_fused(monkeypatch):
+def test_gpu_generate_runs_fused(on_a_gpu):
     """With the cache that generate() makes itself; prompts by the numbers that the weights stand for."""
-    monkeypatch.setattr(FP8Linear, "forward", FP8Linear.forward)
-    multiply_plainly()
     plain = tiny_model("mlra_4", dtype=torch.bfloat16, **SIZES).cuda()
     with torch.no_grad():
         for parameter in plain.parameters():
