@@ -152,6 +152,9 @@ def test_which_weights_the_step_takes(monkeypatch):
         attention.o_proj, weight=nn.Parameter(torch.zeros(24, 60, dtype=torch.float16))
     )
     assert "q_a_proj' has a bias" in trouble(attention.q_a_proj, bias=nn.Parameter(torch.zeros(10)))
+    with patch.object(step_mlra, "tensor_parallel_mesh", lambda model: object()):
+        assert "q_a_proj of layer 0 has scales for blocks of weights" in obstacle(model, 1).replace("self_attn.", "")
+        assert obstacle(fp8_copy(tiny_model(dtype=torch.bfloat16).to(DEVICE), None), 1) is None
     monkeypatch.setattr(step_mlra, "device_facts", lambda device: DeviceFacts(float8=False))
     assert "capability 8.9" in obstacle(model, 1)
     assert obstacle(tiny_model(dtype=torch.bfloat16).to(DEVICE), 1) is None
