@@ -172,6 +172,7 @@ def export_folder(
             limits=limits,
             remote_code=remote_code,
             tokens=None if own_tokenizer is None else len(own_tokenizer),
+            fp8=fp8,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
         for file in folder.glob("*.safetensors"):  # written readable by their owner alone

@@ -51,6 +51,7 @@ def equal(one: nn.Module, other: nn.Module) -> bool:
 def test_exported_folder(plain, folder, on_a_gpu, tmp_path):
     """FP8 layers of the weights' numbers, which the step takes, and which go to a folder and back as they are."""
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert "linear layers as FP8" in (folder / "README.md").read_text()
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert obstacle(model, 1) is None
     for name in linear_names(plain):
