@@ -1,7 +1,7 @@
 """Write a complete Hub folder: weights, config with auto_map, remote code, tokenizer, generation config, model card.
 
     python -m scripts.export checkpoints/mlra_4_demo build/demo
-    python -m scripts.export SRC DST [--dtype bfloat16] [--license apache-2.0]
+    python -m scripts.export SRC DST [--dtype bfloat16] [--fp8] [--license apache-2.0]
 
 SRC is a folder that `save_pretrained` wrote, such as a training checkpoint. Its tokenizer goes along with its chat
 template, and so do its generation settings; without a tokenizer, DST gets GPT-2's. DST appears whole or not at all.
@@ -23,6 +23,8 @@ from scripts.cli import UserError, check_model_folder, locked, refuse_existing
 def check(args: argparse.Namespace) -> None:
     check_model_folder(args.src, "mlra")
     refuse_existing(args.dst)
+    if cli.read_json(args.src / "config.json").get("quantization_config"):
+        raise UserError(f"{args.src} holds quantised weights: export the folder they were made from")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("src", type=Path, help="folder that save_pretrained wrote")
     parser.add_argument("dst", type=Path, help="folder to create")
     parser.add_argument("--dtype", choices=cli.DTYPES, help="type to store the weights as (default: as in SRC)")
+    parser.add_argument("--fp8", action="store_true", help="store linear layers as e4m3, each with one scale")
     parser.add_argument("--license", default="unknown", help="Hub identifier of the weights' licence")
     parser.add_argument("--allow-nonfinite", action="store_true", help="write weights that are NaN or infinite")
     return cli.run("scripts.export:export", parser.parse_args(argv), check)
@@ -44,6 +47,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 import modeling_mlra
 from modeling_mlra import MLRAConfig, MLRAForCausalLM
+from scripts.fp8 import FP8_CONFIG, fp8_shapes, fp8_tensors, stored_bytes
 from scripts.loading import (
     DTYPES,
     GENERATION_FILE,
@@ -85,6 +89,7 @@ def export_folder(
     remote_code: bool = True,
     allow_nonfinite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    fp8: bool = False,
 ) -> None:
     """Write everything a Hub repository of an `MLRAForCausalLM` holds into the new folder `dst`.
 
@@ -105,6 +110,7 @@ def export_folder(
         remote_code: whether the folder gets the model's code, without which it needs this package.
         allow_nonfinite: write NaN and infinite values instead of refusing them.
         max_shard_bytes: largest size of one weight file.
+        fp8: store the linear layers' weights as the library's `FP8Linear` has them, whatever `dtype`.
 
     Raises:
         UserError: when `dst` exists, is being written by another command or does not fit on the disk, the tokenizer
@@ -114,7 +120,11 @@ def export_folder(
     own_tokenizer = None if tokenizer is None else load_tokenizer(tokenizer, config.vocab_size)
     config = stored_config(config, dtype, own_tokenizer, remote_code)
     generation_config = stored_generation_config(generation_config, config, own_tokenizer)
-    total_bytes = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
+    if fp8:
+        shapes = fp8_shapes(shapes, config)
+        tensors = fp8_tensors(tensors, shapes)
+        config.quantization_config = FP8_CONFIG.to_dict()
+    total_bytes = stored_bytes(shapes, dtype)
     with new_folder(dst, total_bytes) as folder:
         write_weights(folder, tensors, shapes, dtype, max_shard_bytes, allow_nonfinite)
         config.to_json_file(folder / "config.json")  # save_pretrained would add one file of the code
@@ -134,6 +144,7 @@ def export_folder(
             limits=limits,
             remote_code=remote_code,
             tokens=None if own_tokenizer is None else len(own_tokenizer),
+            fp8=fp8,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
         for file in folder.glob("*.safetensors"):  # written readable by their owner alone
@@ -264,4 +275,5 @@ def export(args: argparse.Namespace) -> None:
         tokenizer=args.src if has_tokenizer(args.src) else None,
         generation_config=load_generation_config(args.src),
         allow_nonfinite=args.allow_nonfinite,
+        fp8=args.fp8,
     )

@@ -11,21 +11,27 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scripts.cli import UserError
+from scripts.fp8 import stored_bytes, stored_dtype
 from scripts.loading import weight_files
 
 MAX_SHARD_BYTES = 10**9  # one shard is in memory while it is collected
 
 
+def finite(tensor: Tensor) -> Tensor:
+    """Which values are neither NaN nor infinite."""
+    return torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor)
+
+
 def check_values(name: str, tensor: Tensor, stored: Tensor, allow_nonfinite: bool) -> None:
     """Refuse what became infinite as it is stored and, unless `allow_nonfinite`, what was not finite before."""
-    if torch.isfinite(stored).all():
+    if finite(stored).all():
         return
-    if torch.isfinite(tensor).all():
+    if finite(tensor).all():
         narrow = str(stored.dtype).removeprefix("torch.")
         raise UserError(f"{name} has values too large for {narrow}: use bfloat16")
     if not allow_nonfinite:
         raise UserError(
-            f"{name} has {(~torch.isfinite(tensor)).sum():,} of {tensor.numel():,} values that are NaN or "
+            f"{name} has {(~finite(tensor)).sum():,} of {tensor.numel():,} values that are NaN or "
             "infinite: --allow-nonfinite to write them all the same"
         )
 
@@ -47,7 +53,7 @@ def write_weights(
     shard: dict[str, Tensor] = {}
     shards: list[Path] = []
     file_of: dict[str, Path] = {}
-    total_bytes = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
+    total_bytes = stored_bytes(shapes, dtype)
 
     def flush() -> None:
         shards.append(folder / f"shard-{len(shards)}")
@@ -62,7 +68,7 @@ def write_weights(
                 raise UserError(f"unexpected tensor {name}: the model has no such parameter, or it came twice")
             if tensor.shape != shapes[name]:
                 raise UserError(f"{name} has shape {tuple(tensor.shape)}, the model expects {tuple(shapes[name])}")
-            stored = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
+            stored = tensor.detach().to(device="cpu", dtype=stored_dtype(name, shapes, dtype)).contiguous()
             check_values(name, tensor, stored, allow_nonfinite)
             if shard and sum(held.nbytes for held in shard.values()) + stored.nbytes > max_shard_bytes:
                 flush()
