@@ -47,7 +47,7 @@ class Sums(NamedTuple):
 if triton is not None:
     from .device_triton_mlra import dot
     from .step_device_mlra import rms_factor, swiglu, wait_for_front
-    from .step_maps_mlra import block_of
+    from .step_maps_mlra import block_of, widen
 
     @triton.jit
     def _vectors_tile(x, x_stride, first, K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, WIDTH: tl.constexpr):
@@ -65,7 +65,8 @@ if triton is not None:
             squares += tl.sum(exact * exact, 1)
             vectors = (exact * gamma.to(tl.float32)).to(vectors.dtype)
         if SHAPE.BLOCK_COLUMNS > 0:
-            acc += dot(tile.to(vectors.dtype), tl.trans(vectors), None) * scale
+            numbers = widen(tile).to(vectors.dtype)  # exact; in one step, half as fast as the memory
+            acc += dot(numbers, tl.trans(vectors), None) * scale
         else:
             acc = dot(tile, tl.trans(vectors), acc)
         return acc, squares

@@ -117,7 +117,7 @@ def weight_of(layer: nn.Module) -> Weight:
     if hasattr(weight, "qdata"):
         return scaled(weight.qdata, weight.scale, weight.block_size)
     if has_scales(layer) and weight.dtype in SCALED_DTYPES:
-        return scaled(weight, layer.weight_scale_inv, getattr(layer, "block_size", None))
+        return scaled(weight, local_tensor(layer.weight_scale_inv), getattr(layer, "block_size", None))
     return weight
 
 
@@ -130,6 +130,12 @@ def scaled(values: torch.Tensor, scale: torch.Tensor, block) -> ScaledWeight:
 
 def is_scaled(layer: nn.Module) -> bool:
     return isinstance(weight_of(layer), ScaledWeight)
+
+
+def has_blocks(layer: nn.Module) -> bool:
+    """Whether parts of a layer's weight have scales of their own, so that a share of it may end inside one."""
+    weight = weight_of(layer)
+    return isinstance(weight, ScaledWeight) and weight.block != (WHOLE, WHOLE)
 
 
 def weight_obstacle(layer: nn.Module, dtype: torch.dtype) -> str | None:

@@ -51,7 +51,7 @@ from .step_attention_mlra import (
 from .step_device_mlra import Vectors, machine_of, norm_of
 from .step_linear_mlra import FEW_VECTORS, run
 from .step_linear_products_mlra import PRODUCT_SHARED_BYTES
-from .step_maps_mlra import LinearMap, format_of, is_scaled, weight_obstacle, weights_of
+from .step_maps_mlra import LinearMap, format_of, has_blocks, is_scaled, weight_obstacle, weights_of
 from .step_tokens_mlra import Ends, choice_plan, choose_kernel, embed_kernel
 from .tensor_parallel_mlra import (
     gather_output,
@@ -101,6 +101,7 @@ def obstacle(model: nn.Module, num_sequences: int) -> str | None:
 
 def formats_obstacle(model: nn.Module) -> str | None:
     """Where weights of a format, each of which the kernels know, are not expected."""
+    parallel = tensor_parallel_mesh(model) is not None
     for index, layer in enumerate(model.model.layers):
         mlp = layer.mlp
         if len({*map(format_of, weights_of(mlp.gate_proj, mlp.up_proj))}) > 1:
@@ -108,8 +109,8 @@ def formats_obstacle(model: nn.Module) -> str | None:
         if is_scaled(layer.self_attn.kv_b_proj):
             return f"kv_b_proj of layer {index} has quantised weights"
         scaled = [name for name, child in layer.named_modules() if name.endswith("_proj") and is_scaled(child)]
-        if scaled and tensor_parallel_mesh(model) is not None:
-            return f"{scaled[0]} of layer {index} has quantised weights, which the step does not split over ranks"
+        if parallel and (name := next((name for name in scaled if has_blocks(layer.get_submodule(name))), None)):
+            return f"{name} of layer {index} has scales for blocks of weights, which are not split over ranks"
         if scaled and not device_facts(model.device).float8:
             return f"{scaled[0]} of layer {index} has weights of 8 bits, which take a GPU of compute capability 8.9"
     return None

@@ -16,15 +16,14 @@ from unittest.mock import patch
 
 from scripts import cli
 from scripts.cli import UserError, positive_int
-
-WEIGHTS = {"bfloat16": None, "fp8": (128, 128), "fp8-rows": (1, 2**30), "fp8-whole": (2**30, 2**30)}
+from scripts.variants import WEIGHTS
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = cli.Parser("scripts.bench_fused", __doc__)
     parser.add_argument("--contexts", nargs="+", type=positive_int, default=[2048, 131072])
     parser.add_argument("--sequences", type=positive_int, default=1, help="of the fused step (default: 1)")
-    parser.add_argument("--weights", choices=WEIGHTS, default="bfloat16", help="fp8: 128 x 128, a row, all to a scale")
+    parser.add_argument("--weights", choices=WEIGHTS, default="bfloat16", help="of linear layers")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json")
     args = parser.parse_args(argv)
     args.command_line = sys.argv[1:] if argv is None else argv

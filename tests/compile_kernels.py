@@ -69,8 +69,8 @@ def _amd(arch: str, multiprocessors: int, shared: int, warp_size: int) -> tuple[
 
 
 TARGETS = {
-    "sm_80": _nvidia(80, 108, 166_912),
-    "sm_86": _nvidia(86, 84, 101_376),
+    "sm_80": _nvidia(80, 108, 166_912, float8=False),
+    "sm_86": _nvidia(86, 84, 101_376, float8=False),
     "sm_89": _nvidia(89, 128, 101_376),
     "sm_90": _nvidia(90, 132, 232_448, early=True, hopper=True),
     "sm_100": _nvidia(100, 148, 232_448, early=True),
@@ -324,6 +324,8 @@ def compile_all(name: str) -> list[str]:
         for sequences in (1, 2, 16):
             for shape in STEPS:
                 step_released(compiler, shape, sequences)
+            if compiler.facts.float8:
+                step_released(compiler, "mlra_4", sequences, fp8=True)
     return compiler.faults()
 
 
@@ -344,6 +346,9 @@ def compile_sample(name: str) -> list[str]:
             attend(batch=3, length=4, latents=4, heads=24, page_size=128)
             for sequences in (1, 2, 16):
                 step_released(compiler, "mlra_4, gated", sequences)
+            compiler.only = "register_linear_kernel"
+            step_released(compiler, "mlra_4", 1, fp8=True)
+            compiler.only = None
         for shape, call, dtype in SAMPLE.get(name, ()):
             attend_released(compiler, shape, call, dtype)
         if name == "gfx90a":

@@ -1,12 +1,19 @@
 """Models whose linear layers are of 8 bits, for tests on machines where the library itself would not make them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
+from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import nn
+from transformers import FineGrainedFP8Config
+from transformers.integrations.finegrained_fp8 import FP8Linear
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 from modeling_mlra.step_maps_mlra import ScaledWeight, scaled, weight_of
-from scripts.fp8 import KEPT, linear_names, to_fp8
+from scripts.fp8 import KEPT, linear_names, multiply_plainly, to_fp8
 
 
 def scaled_weight(weight: torch.Tensor, block: tuple[int, int]) -> ScaledWeight:
@@ -27,6 +34,26 @@ def exact(weight: ScaledWeight) -> torch.Tensor:
     rows, columns = weight.block
     scale, of_column = weight.scale.double(), torch.arange(weight.shape[1], device=weight.scale.device) // columns
     return torch.stack([row.double() * scale[i // rows, of_column] for i, row in enumerate(weight.values.unbind())])
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """The library, which refuses FP8 without a GPU, builds its layers all the same, and they multiply."""
+    with (
+        patch.object(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None),
+        patch.object(FP8Linear, "forward", FP8Linear.forward),
+    ):
+        multiply_plainly()
+        yield
+
+
+def save_fp8(model: nn.Module, block: tuple[int, int] | None, folder: Path) -> nn.Module:
+    """Writes the model with FP8 layers, and returns it."""
+    to_fp8(model, block)
+    settings = FineGrainedFP8Config(weight_block_size=block, modules_to_not_convert=["lm_head"])
+    model.config.quantization_config = settings.to_dict()
+    model.save_pretrained(folder)
+    return model
 
 
 def fp8_copy(model: nn.Module, block: tuple[int, int] | None, kept: tuple[str, ...] = KEPT) -> nn.Module:

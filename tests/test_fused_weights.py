@@ -5,15 +5,16 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import nn
+from transformers.integrations.finegrained_fp8 import FP8Linear
 
 from modeling_mlra import step_linear_mlra, step_linear_products_mlra, step_linear_registers_mlra, step_mlra
 from modeling_mlra.capture_mlra import is_plain
 from modeling_mlra.device_mlra import DeviceFacts
 from modeling_mlra.modeling_mlra import MLRARMSNorm
 from modeling_mlra.step_device_mlra import machine_of
-from modeling_mlra.step_maps_mlra import LinearMap, scaled
+from modeling_mlra.step_maps_mlra import LinearMap, scaled, weight_of
 from modeling_mlra.step_mlra import obstacle
-from scripts.fp8 import fp8_blocks
+from scripts.fp8 import fp8_blocks, multiply_plainly, to_fp8, widened
 from tests.fused_checks import compare
 from tests.models import rms_ratio, tiny_model
 from tests.quantized import exact, fp8_copy, scaled_weight
@@ -97,6 +98,17 @@ def test_how_weights_become_fp8(shape, block):
     assert torch.isfinite(scale).all()
 
 
+@pytest.mark.parametrize("block", [(16, 32), (1, 2**30), None])
+def test_what_fp8_layers_stand_for(block, monkeypatch):
+    monkeypatch.setattr(FP8Linear, "forward", FP8Linear.forward)
+    model = nn.Sequential(nn.Linear(70, 50, bias=False))
+    to_fp8(model, block)
+    expected, x = exact(weight_of(model[0])).float(), torch.randn(3, 70)
+    assert torch.equal(widened(model[0], torch.float32), expected)
+    multiply_plainly()
+    assert torch.equal(model(x), x @ expected.T)
+
+
 BLOCKS = {"blocks": (16, 16), "a scale for each": None, "some kept": (16, 16)}
 KEPT = {"some kept": ("lm_head", "k_rope_proj", "o_proj", "layers.1.mlp.down_proj")}
 
@@ -140,6 +152,9 @@ def test_which_weights_the_step_takes(monkeypatch):
         attention.o_proj, weight=nn.Parameter(torch.zeros(24, 60, dtype=torch.float16))
     )
     assert "q_a_proj' has a bias" in trouble(attention.q_a_proj, bias=nn.Parameter(torch.zeros(10)))
+    with patch.object(step_mlra, "tensor_parallel_mesh", lambda model: object()):
+        assert "q_a_proj of layer 0 has scales for blocks of weights" in obstacle(model, 1).replace("self_attn.", "")
+        assert obstacle(fp8_copy(tiny_model(dtype=torch.bfloat16).to(DEVICE), None), 1) is None
     monkeypatch.setattr(step_mlra, "device_facts", lambda device: DeviceFacts(float8=False))
     assert "capability 8.9" in obstacle(model, 1)
     assert obstacle(tiny_model(dtype=torch.bfloat16).to(DEVICE), 1) is None
