@@ -119,9 +119,10 @@ def variants(sequences: int, fp8: bool) -> dict:
     if fp8:
         return {
             "shipped": contextlib.nullcontext(),
-            **{f"residual, {n} chunks ahead": tiles("residual", AHEAD=n) for n in (2, 3, 6)},
-            "residual, rows of 2048": tiles("residual", WIDTH=2048, AHEAD=2),
-            "residual, 8 rows": tiles("residual", ROWS=8, AHEAD=2),
+            **{f"residual, {n} chunks ahead": tiles("residual", AHEAD=n) for n in (1, 3)},
+            "residual, chunks of 1024, 4 ahead": tiles("residual", WIDTH=1024, AHEAD=4),
+            "residual, chunks of 4096, 1 ahead": tiles("residual", WIDTH=4096, AHEAD=1),
+            "residual, 2 rows": tiles("residual", ROWS=2),
             "residual, 8 rows, 8 warps": tiles("residual", ROWS=8, num_warps=8),
             **{f"gate and up, {n} rows each": tiles("swiglu", ROWS=n) for n in (2, 8)},
             "gate and up, 8 rows each, 8 warps": tiles("swiglu", ROWS=8, num_warps=8),
