@@ -14,6 +14,7 @@ from modeling_mlra.step_maps_mlra import ScaledWeight, format_of, weight_of
 from modeling_mlra.step_mlra import obstacle
 from scripts import export
 from scripts.fp8 import linear_names
+from scripts.loading import load_model
 from tests.fused_checks import compare
 from tests.models import random_ids, rms_ratio, tiny_model
 from tests.quantized import as_on_a_gpu, exact, fp8_copy, scaled_weight
@@ -66,7 +67,8 @@ def test_exported_folder(plain, folder, on_a_gpu, tmp_path):
 
 
 def test_exported_folder_without_a_gpu(plain, folder):
-    """The library gives the layers the numbers that the weights stand for, in 16 bits."""
+    """The library gives the layers the numbers that the weights stand for, in 16 bits or, where asked, in 32."""
+    assert {parameter.dtype for parameter in load_model(folder, dtype=torch.float32).parameters()} == {torch.float32}
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     for name in linear_names(plain):
         weight = plain.get_submodule(name).weight
