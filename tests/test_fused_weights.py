@@ -12,6 +12,7 @@ from modeling_mlra.capture_mlra import is_plain
 from modeling_mlra.device_mlra import DeviceFacts
 from modeling_mlra.modeling_mlra import MLRARMSNorm
 from modeling_mlra.step_device_mlra import machine_of
+from modeling_mlra.step_linear_mlra import FEW_VECTORS
 from modeling_mlra.step_maps_mlra import LinearMap, scaled, weight_of
 from modeling_mlra.step_mlra import obstacle
 from scripts.fp8 import fp8_blocks, multiply_plainly, to_fp8, widened
@@ -44,7 +45,10 @@ def cases(inner: int, sizes: tuple[int, ...], vectors: int, block, dtype):
     x, weights, up = normal(vectors, inner + 8)[:, :inner], tuple(map(weight, sizes)), weight(sizes[0])
     wide, before = x.double(), normal(vectors, sum(sizes))
     stacked = torch.cat([*map(exact, weights)])
-    normed = wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * norm.weight.double()
+    scaled_x = wide * norm.weight.double()
+    if dtype == HALF and vectors > FEW_VECTORS:  # products take 16-bit numbers
+        scaled_x = scaled_x.to(dtype).double()
+    normed = scaled_x * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
     gated = nn.functional.silu(normed @ exact(weights[0]).T) * (normed @ exact(up).T)
     return x, {
         "norm": (LinearMap(weights, norm, 0.7), None, 0.7 * normed @ stacked.T),
