@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--contexts", nargs="+", type=positive_int, default=[2048, 131072])
     parser.add_argument("--sequences", type=positive_int, default=1, help="of the fused step (default: 1)")
     parser.add_argument("--weights", choices=WEIGHTS, default="bfloat16", help="of linear layers")
+    parser.add_argument("--cache-rows", choices=("plain", "fp8"), default="plain", help="format of cached rows")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json")
     args = parser.parse_args(argv)
     args.command_line = sys.argv[1:] if argv is None else argv
@@ -176,7 +177,7 @@ def benchmark(arguments: argparse.Namespace) -> int:
         if not (check["counters"] and max(check["logits"], check["rows"]) < FUSED_FLOAT32_RATIO):
             print(f"error: the fused step differs from the modules, so it is not timed: {check}", file=sys.stderr)
             return 1
-    model = build("mlra_4", max(arguments.contexts))
+    model = build("mlra_4", max(arguments.contexts), arguments.cache_rows)
     if fp8:
         to_fp8(model, WEIGHTS[arguments.weights])
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
@@ -187,6 +188,7 @@ def benchmark(arguments: argparse.Namespace) -> int:
         "date": date.today().isoformat(),
         "sequences": arguments.sequences,
         "weights": arguments.weights,
+        "cache_rows": arguments.cache_rows,
         "command": "python -m scripts.bench_fused " + " ".join(arguments.command_line),
         "check": checks,
         "read_ceiling_GB_s": read_ceiling(),
