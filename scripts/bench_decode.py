@@ -33,7 +33,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = cli.Parser("scripts.bench_decode", __doc__)
     parser.add_argument("--output", type=Path, help="folder for decode_results.json and decode_latency.png")
     parser.add_argument(
-        "--only", nargs="+", choices=("figure", "shapes", "throughput", "pages"), help="parts to run; default all"
+        "--only",
+        nargs="+",
+        choices=("figure", "shapes", "throughput", "pages", "fp8"),
+        help="parts to run; default all",
     )
     parser.add_argument("--libraries", nargs="*", help="operator libraries to load for the peers")
     args = parser.parse_args(argv)
@@ -71,10 +74,13 @@ THROUGHPUT_CONTEXTS = (1024, 2048, 4096, 8192, 16384)
 
 @dataclass
 class Case:
-    """One timed shape: `lengths` holds the cached rows of each sequence; `heads` counts query heads per latent."""
+    """One timed shape: `lengths` holds the cached rows of each sequence; `heads` counts query heads per latent.
+
+    `kind` is "latent", "pages" (the same, also in pages), "fp8" (latents in eight bits), "mla" or "gqa".
+    """
 
     name: str
-    kind: str  # "latent", "pages" (the same, also in pages), "mla" or "gqa"
+    kind: str
     lengths: list[int] = field(repr=False)
     heads: int
     latents: int = 1
@@ -88,9 +94,15 @@ class Case:
         return 2 * self.width if self.kind == "gqa" else self.latents * self.width + self.rope
 
     @property
+    def row_format(self) -> RowFormat:
+        scales = self.latents if self.kind == "fp8" else 0
+        return RowFormat(self.latents * self.width, self.rope, torch.bfloat16, scales)
+
+    @property
     def bytes(self) -> int:
-        """The fewest bytes to read: each cached bfloat16 row once."""
-        return 2 * self.row_elements * sum(self.lengths)
+        """The fewest bytes to read: each cached row once, of bfloat16 but where latents are kept in eight bits."""
+        row = self.row_format.nbytes if self.kind == "fp8" else 2 * self.row_elements
+        return row * sum(self.lengths)
 
     @property
     def flops(self) -> int:
@@ -113,10 +125,10 @@ class Inputs:
         self.scaling = (128 + (0 if case.kind == "gqa" else case.rope)) ** -0.5
         self.kv_end = torch.tensor(case.lengths, dtype=torch.int32, device="cuda")
         size = longest if batch == 1 else math.ceil(longest / 64) * 64
-        self.rows = [normal(batch, size, case.row_elements) for _ in range(copies)]
+        self.rows = [self.cached(normal, batch, size) for _ in range(copies)]
         for rows in self.rows:
-            for b, length in enumerate(case.lengths):
-                rows[b, length:] = float("nan") if case.kind in ("latent", "pages") else 0
+            for b, length in enumerate(case.lengths):  # bytes of 255 are NaN
+                rows[b, length:] = {"latent": float("nan"), "pages": float("nan"), "fp8": 255}.get(case.kind, 0)
         self.queries = [
             normal(
                 batch, case.queries, case.heads * case.latents, case.width + (0 if case.kind == "gqa" else case.rope)
@@ -124,16 +136,27 @@ class Inputs:
             for _ in range(copies)
         ]
 
+    def cached(self, normal: Callable, batch: int, size: int) -> torch.Tensor:
+        """Random rows `[batch, size, width]`, of which eight bits take more room on the way: some at a time."""
+        case = self.case
+        if case.kind != "fp8":
+            return normal(batch, size, case.row_elements)
+        rows = torch.empty(batch, size, case.row_format.width, dtype=torch.uint8, device="cuda")
+        for part in rows.flatten(0, 1).split(2**18):
+            part.copy_(case.row_format.join(normal(len(part), case.row_format.latents), normal(len(part), case.rope)))
+        return rows
+
     def latent(self, i: int):
-        """`q_latent, q_rope, latents, k_rope` of set i; all latents form one group."""
+        """`q_latent, q_rope, latents, k_rope, scales` of set i; all latents form one group."""
         case, rows = self.case, self.rows[i]
-        latents, k_rope = RowFormat(case.latents * case.width, case.rope, rows.dtype).views(rows, case.latents)
+        latents, k_rope, scales = case.row_format.views(rows, case.latents)
         queries = self.queries[i].unflatten(2, (case.latents, case.heads))
         return (
             queries[..., : case.width].contiguous(),
             queries[:, :, :1, :, case.width :].contiguous(),
             latents,
             k_rope,
+            scales,
         )
 
     def reference(self, i: int) -> torch.Tensor:
@@ -147,9 +170,10 @@ class Inputs:
                 weights = (query[0].float().flatten(0, 1) @ key.T * self.scaling).softmax(-1)
                 results.append((weights @ value).view(1, self.case.queries, -1, self.case.width))
                 continue
-            q_latent, q_rope, latents, k_rope = (x[b : b + 1] for x in self.latent(i))
+            q_latent, q_rope, latents, k_rope, scales = (x if x is None else x[b : b + 1] for x in self.latent(i))
             arguments = [q_latent.float(), q_rope.float(), latents[:, :length], k_rope[:, :length]]
-            z = reference_latent_attention(*arguments, self.kv_end[b : b + 1], scaling=self.scaling)
+            scales = None if scales is None else scales[:, :length]
+            z = reference_latent_attention(*arguments, self.kv_end[b : b + 1], scaling=self.scaling, scales=scales)
             results.append(z.flatten(2, 3))
         return torch.cat(results)
 
@@ -195,10 +219,9 @@ def ours(inputs: Inputs, **options) -> list[Callable]:
     """As the fused step calls it: the cached rows are there before the kernel in front has ended."""
 
     def call(i):
-        arguments = inputs.latent(i)
-        return lambda: latent_attention(
-            *arguments, kv_end=inputs.kv_end, scaling=inputs.scaling, implementation="triton", settled=True, **options
-        )
+        *arguments, scales = inputs.latent(i)
+        settings = {"kv_end": inputs.kv_end, "scaling": inputs.scaling, "scales": scales, "settled": True} | options
+        return lambda: latent_attention(*arguments, implementation="triton", **settings)
 
     return [call(i) for i in range(len(inputs.rows))]
 
@@ -287,6 +310,7 @@ def flash_mla_decode(inputs: Inputs) -> list[Callable]:
 KERNELS: dict[str, dict[str, Callable]] = {
     "latent": {"ours": ours, "flash_attention_3": flash_attention_3},
     "pages": {"ours": ours} | {f"ours, pages of {n}": functools.partial(paged, page_size=n) for n in (64, 128, 16)},
+    "fp8": {"ours": ours},
     "mla": {"flash_mla": flash_mla_decode},
     "gqa": {"flash_attention_3": flash_attention_3},
 }
@@ -349,6 +373,22 @@ def page_cases() -> list[Case]:
         *shares,
         *(Case(f"mlra_4 {name}", "pages", lengths, 24, latents=4) for name, lengths in released),
         Case("mlra share 128 heads 128 x 4K", "pages", [4096] * 128, 128),
+    ]
+
+
+def fp8_cases() -> list[Case]:
+    """Rows of latents in eight bits, each behind the same case in 16 bits."""
+    shapes = {
+        "mlra_4 128K": ([131072], 24, 4),
+        "mlra_4 1M": ([1048576], 24, 4),
+        "mlra_4 16 x 128K": ([131072] * 16, 24, 4),
+        "mlra share 128K": ([131072], 64, 1),
+        "mlra share 2M": ([2097152], 64, 1),
+    }
+    return [
+        Case(f"{name}{', FP8 rows' if kind == 'fp8' else ''}", kind, lengths, heads, latents=latents)
+        for name, (lengths, heads, latents) in shapes.items()
+        for kind in ("latent", "fp8")
     ]
 
 
@@ -454,7 +494,8 @@ def benchmark(args: argparse.Namespace) -> None:
     load_libraries(args.libraries)
     if args.output is not None:
         args.output.mkdir(parents=True, exist_ok=True)
-    parts = {"figure": figure_cases, "shapes": shape_cases, "throughput": throughput_cases, "pages": page_cases}
+    parts = {"figure": figure_cases, "shapes": shape_cases, "throughput": throughput_cases}
+    parts |= {"pages": page_cases, "fp8": fp8_cases}
     ceiling = read_ceiling()
     print(f"{torch.cuda.get_device_name()}: read ceiling {ceiling:.0f} GB/s", flush=True)
     results: dict[str, list[dict]] = {}

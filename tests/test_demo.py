@@ -10,14 +10,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available, is_optimum_quanto_available
 
 from evals.corpora import read_token_file
+from evals.downstream import main as downstream
 from evals.perplexity import main as perplexity
 from modeling_mlra import MLRAForCausalLM
 from modeling_mlra.library_mlra import cache_of
 from scripts import finetune_lora, generate
 from tests.paths import DEMO, HELDOUT, REPOSITORY
-from tests.tolerances import DEMO_PERPLEXITY_RTOL
+from tests.tolerances import DEMO_LAST_WORDS_RTOL, DEMO_PERPLEXITY_RTOL
 
-BLOCK = 512
+BLOCK = json.loads((DEMO / "config.json").read_text())["max_position_embeddings"]
+SAMPLE = ("openbookqa", "hellaswag", "lambada_openai")
 LINES = REPOSITORY / "configuration" / "training" / "devils_dictionary.txt"
 
 
@@ -33,8 +35,8 @@ def model() -> MLRAForCausalLM:
 
 @pytest.fixture(scope="module")
 def blocks() -> torch.Tensor:
-    """Four blocks of held-out text, `[4, BLOCK]`."""
-    return torch.from_numpy(read_token_file(HELDOUT)[: 4 * BLOCK].astype("int64")).view(4, BLOCK)
+    """Blocks of held-out text, 2,048 tokens together, `[…, BLOCK]`."""
+    return torch.from_numpy(read_token_file(HELDOUT)[:2048].astype("int64")).view(-1, BLOCK)
 
 
 @torch.no_grad()
@@ -52,8 +54,26 @@ def test_perplexity_is_that_of_the_card(tmp_path):
     card = (DEMO / "README.md").read_text(encoding="utf-8")
     sentence = rf"`{HELDOUT.stem}` \(([\d,]+) predicted, blocks of {BLOCK}\): ([\d.]+),"
     tokens, stated = re.search(sentence, card).groups()
-    assert int(tokens.replace(",", "")) == measured["tokens"] == 16 * BLOCK
+    assert int(tokens.replace(",", "")) == measured["tokens"] == 8192
     assert measured["perplexity"] == pytest.approx(float(stated), rel=DEMO_PERPLEXITY_RTOL)
+
+
+def test_zero_shot_figures_of_the_sample(tmp_path):
+    """Those of the results file, for 60 questions of three tasks; a near tie may fall the other way."""
+    pytest.importorskip("lm_eval")
+    output = tmp_path / "sample.json"
+    arguments = ["--model", str(DEMO), "--local", "evals/sample", "--tasks", *SAMPLE, "--batch-size", "16"]
+    assert downstream([*arguments, "--output", str(output)]) == 0
+    measured, stated = (
+        json.loads(file.read_text()) for file in (output, REPOSITORY / "evals" / "results" / "sample_demo.json")
+    )
+    assert measured["settings"] == stated["settings"]  # the same weights
+    for name in SAMPLE:
+        (found,), (expected,) = (content["results"][name].values() for content in (measured, stated))
+        assert found["samples"] == expected["samples"] == 60
+        for metric, value in expected["metrics"].items():
+            tolerance = {"rel": DEMO_LAST_WORDS_RTOL} if metric == "perplexity" else {"abs": 1.01 / 60}
+            assert found["metrics"][metric]["value"] == pytest.approx(value["value"], **tolerance), (name, metric)
 
 
 def test_folder_is_plain_and_small():
@@ -61,7 +81,7 @@ def test_folder_is_plain_and_small():
     names = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
     assert {file.name for file in DEMO.iterdir()} == names | {"tokenizer.json", "tokenizer_config.json"}
     assert "auto_map" not in json.loads((DEMO / "config.json").read_text())
-    assert sum(file.stat().st_size for file in DEMO.iterdir()) < 21e6
+    assert sum(file.stat().st_size for file in DEMO.iterdir()) < 24e6
     assert MLRAForCausalLM.from_pretrained(DEMO).dtype == torch.bfloat16
 
 
@@ -151,7 +171,7 @@ def test_speculation_saves_forwards(model, tokenizer):
 
 def test_yarn_reads_beyond_the_trained_context(blocks):
     """Twice the trained context: YaRN loses less than plain extrapolation on the second half."""
-    text = blocks.view(2, 2 * BLOCK)
+    text = blocks.view(-1, 2 * BLOCK)
     yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": BLOCK, "rope_theta": 10000.0}
     changes = {"plain": {}, "yarn": {"rope_parameters": yarn, "max_position_embeddings": 2 * BLOCK}}
     losses = {}

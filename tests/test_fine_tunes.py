@@ -21,6 +21,7 @@ TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+WORDS = json.loads((DEMO / "config.json").read_text())["vocab_size"]  # the last one ends a text
 CHAT = [{"role": "user", "content": "How do I install it?"}]
 LENGTH = 24
 ISOLATED = """
@@ -61,7 +62,7 @@ def tuned(tmp_path_factory):
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     model.generation_config.suppress_tokens = [tokenizer.convert_tokens_to_ids("<|im_start|>"), 11]
     speak(model, prompt["input_ids"], 7, end)
-    model.config.eos_token_id = model.generation_config.eos_token_id = [4095, end, 10]
+    model.config.eos_token_id = model.generation_config.eos_token_id = [WORDS - 1, end, 10]
     model.config.pad_token_id = model.generation_config.pad_token_id = 0
     model.generation_config.cache_implementation = "static"
     model.generation_config.temperature = 0.7  # without do_sample: loads, though it cannot be saved again
@@ -127,8 +128,8 @@ def test_settings_and_tokenizer_files_survive(tuned, exported):
     own, kept = (json.loads((folder / "generation_config.json").read_text()) for folder in (tuned, exported))
     for name in ("eos_token_id", "pad_token_id", "bos_token_id", "cache_implementation", "temperature"):
         assert kept[name] == own[name], name
-    assert kept["eos_token_id"] == [4095, 4097, 10] and kept["cache_implementation"] == "static"
-    assert kept["suppress_tokens"] == [11, 4096]
+    assert kept["eos_token_id"] == [WORDS - 1, WORDS + 1, 10] and kept["cache_implementation"] == "static"
+    assert kept["suppress_tokens"] == [11, WORDS]
     configs = [json.loads((folder / "config.json").read_text()) for folder in (tuned, exported)]
     for name in ("eos_token_id", "pad_token_id", "bos_token_id", "vocab_size"):
         assert configs[1][name] == configs[0][name], name
@@ -178,5 +179,5 @@ def test_tokens_outside_the_model_become_the_tokenizers(tmp_path):
     stored, settings = (
         json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("config", "generation_config")
     )
-    assert (stored["eos_token_id"], stored["pad_token_id"]) == (4095, 7)
-    assert settings["eos_token_id"] == 4095 and settings["top_k"] == 9 and settings.get("pad_token_id") is None
+    assert (stored["eos_token_id"], stored["pad_token_id"]) == (WORDS - 1, 7)
+    assert settings["eos_token_id"] == WORDS - 1 and settings["top_k"] == 9 and settings.get("pad_token_id") is None

@@ -128,7 +128,7 @@ def test_what_does_not_fit_is_refused(capsys, copy, tmp_path, name):
     folder, output = copy(edit), tmp_path / "out"
     assert message in refusal(capsys, generate.main, "--model", folder, "--prompt", "a", "--max-new-tokens", "1")
     assert message in refusal(capsys, export.main, folder, output)
-    assert message in refusal(capsys, perplexity.main, "--model", folder, "--data", HELDOUT, "--max-tokens", "512")
+    assert message in refusal(capsys, perplexity.main, "--model", folder, "--data", HELDOUT, "--block-size", "512")
     assert not output.exists()
 
 
@@ -169,7 +169,8 @@ def test_a_tokenizer_larger_than_the_model(capsys, copy, tmp_path):
         tokenizer.save(str(folder / "tokenizer.json"))
 
     folder = copy(grow)
-    message = "has 4098 tokens, the model 4096 embedding rows"
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    message = f"has {rows + 2} tokens, the model {rows} embedding rows"
     assert message in refusal(capsys, generate.main, "--model", folder, "--prompt", "a")
     assert message in refusal(capsys, export.main, folder, tmp_path / "out")
     assert message in refusal(capsys, perplexity.main, "--model", folder, "--data", folder / "README.md")
@@ -193,15 +194,15 @@ def test_a_tied_embedding_under_its_other_name_is_the_same_model(capsys, copy):
 @pytest.mark.parametrize(("value", "name"), [(float("nan"), "NaN"), (float("inf"), "infinite")])
 def test_export_names_weights_that_are_no_numbers(capsys, copy, tmp_path, value, name):
     def spoil(state):
-        state["model.layers.2.mlp.up_proj.weight"][3, 4:6] = value
+        state["model.layers.2.self_attn.kv_a_proj.weight"][3, 4:6] = value
         return state
 
     folder, output = copy(weights(spoil)), tmp_path / "out"
     line = refusal(capsys, export.main, folder, output)
-    assert "model.layers.2.mlp.up_proj.weight has 2 of 331,776 values" in line and name in line
+    assert "model.layers.2.self_attn.kv_a_proj.weight has 2 of 49,152 values" in line and name in line
     assert not output.exists()
     assert export.main([str(folder), str(output), "--allow-nonfinite"]) == 0
-    written = load_file(output / "model.safetensors")["model.layers.2.mlp.up_proj.weight"]
+    written = load_file(output / "model.safetensors")["model.layers.2.self_attn.kv_a_proj.weight"]
     assert (~torch.isfinite(written)).sum() == 2
 
 

@@ -108,7 +108,7 @@ def test_folders_made_for_a_lock_go_again(tmp_path):
 def test_a_second_evaluation_is_refused_and_the_first_loses_nothing(monkeypatch, capsys, tmp_path):
     shutil.copy(HELDOUT, tmp_path / "other.bin")
     output = tmp_path / "results.json"
-    flags = ["--model", str(DEMO), "--max-tokens", "512", "--output", str(output), "--data"]
+    flags = ["--model", str(DEMO), "--block-size", "512", "--max-tokens", "512", "--output", str(output), "--data"]
     total_loss, codes = perplexity.total_loss, []
 
     def and_another(*arguments):
