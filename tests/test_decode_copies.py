@@ -17,7 +17,7 @@ def asked_for(ends, page_size, table, rows, paired=False, starts=None, programs=
     """Of each program: (buffer, row, column) of its copies."""
     latents = 2 if paired else 1
     tile = HopperTile(NL=latents, BM=64, BN=rows, STAGES=4, AHEAD=3, OVERLAP=False)
-    shape = DecodeShape(L=4, GROUPS=1, H=24, R=WIDTH, E=64, HAS_MASK=False, PAGE=page_size, CAUSAL=False)
+    shape = DecodeShape(L=4, GROUPS=1, H=24, R=WIDTH, E=64, HAS_MASK=False, PAGE=page_size, CAUSAL=False, SCALED=False)
     programs, deal = deal_work(len(ends), CAPACITY, 1, programs, rows, 2, starts is not None)
     lengths = torch.tensor(ends, dtype=torch.int32)
     visible = Visible(Pointer(lengths), None if starts is None else Pointer(torch.tensor(starts)), None, 0)
