@@ -66,6 +66,11 @@ class LatentRows:
     def _part(self, index: int):
         raise NotImplementedError
 
+    def _seen(self, rows: torch.Tensor, index: int) -> torch.Tensor:
+        """The keys (0) or values (1) of rows."""
+        part = self.format.split(rows)[index]
+        return part if index else self.format.read(part)
+
     def _assign(self, index: int, part: torch.Tensor | None) -> None:
         if part is None and not self.is_initialized:  # as the library's own `__init__` does
             return
@@ -161,8 +166,7 @@ class MLRADynamicLayer(LatentRows, CacheLayerMixin):
         if index in self._assigned or not self.is_initialized:
             return self._assigned.get(index)
         self._num_seen = max(self._num_seen, self._length)
-        part = self.format.split(self._rows[:, :, : self._length])[index]
-        return part if index else self.format.read(part)
+        return self._seen(self._rows[:, :, : self._length], index)
 
     def _assignable(self, index: int) -> tuple[int | None, ...]:
         return None, 1, None, (self.format.latents, self.format.rope)[index] if self.is_initialized else None
@@ -325,10 +329,7 @@ class MLRAStaticLayer(LatentRows, StaticLayer):
         self.rows = rows
 
     def _part(self, index: int):
-        if not self.is_initialized:
-            return None
-        part = self.format.split(self.rows)[index]
-        return part if index else self.format.read(part)
+        return self._seen(self.rows, index) if self.is_initialized else None
 
     def _assignable(self, index: int) -> tuple[int | None, ...]:
         if not self.is_initialized:

@@ -22,6 +22,7 @@ from modeling_mlra import MLRACache, MLRAConfig, modeling_mlra
 from modeling_mlra.decode_mlra import decode_calls
 from modeling_mlra.library_mlra import CACHE, cache_of
 from modeling_mlra.paged_mlra import exchange_by_table, update_paged
+from tests.compiling import compiled_generate, recording_backend
 from tests.models import VARIANTS, random_ids, tiny_model
 
 NEW_TOKENS = 10
@@ -200,18 +201,8 @@ def test_compiled_decoding_with_a_static_cache():
     model = tiny_model("mlra_2", attn_output_gate=True)
     ids = random_ids(2, 6)
     expected = greedy(model, ids)
-    torch._dynamo.reset()
-    graphs = []
-
-    def backend(graph, inputs, **options):
-        graphs.append(graph)
-        return graph
-
-    compile_config = CompileConfig(fullgraph=True, dynamic=False, backend=backend)
-    compile_config._compile_all_devices = True
-    tokens = model.generate(
-        ids, max_new_tokens=NEW_TOKENS, do_sample=False, cache_implementation="static", compile_config=compile_config
-    )
+    backend, graphs = recording_backend()
+    tokens = compiled_generate(model, ids, backend, max_new_tokens=NEW_TOKENS, do_sample=False)
     assert torch.equal(tokens[:, 6:], expected)
     assert len(graphs) == 1
 

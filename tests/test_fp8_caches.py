@@ -7,12 +7,13 @@ import pickle
 
 import pytest
 import torch
-from transformers import CompileConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from modeling_mlra import MLRACache, modeling_mlra
 from modeling_mlra.cache_mlra import MLRADynamicCache
 from modeling_mlra.capture_mlra import fingerprint, give_back, held_with, take_spare
 from modeling_mlra.generation_mlra import captured_decodes
+from tests.compiling import compiled_generate, recording_backend
 from tests.fp8_oracle import rounded, rounded_cache
 from tests.models import padded_batch, random_ids, rms_ratio, tiny_model
 from tests.test_features_generation import batching_config
@@ -189,16 +190,8 @@ def test_compiled_steps_over_a_static_cache(model):
     """One graph without breaks, as of plain rows."""
     ids, settings = random_ids(2, 6), {"max_new_tokens": NEW_TOKENS, "do_sample": False}
     expected = model.generate(ids, **settings)
-    torch._dynamo.reset()
-    graphs = []
-
-    def backend(graph, inputs, **options):
-        graphs.append(graph)
-        return graph
-
-    compile_config = CompileConfig(fullgraph=True, dynamic=False, backend=backend)
-    compile_config._compile_all_devices = True
-    tokens = model.generate(ids, cache_implementation="static", compile_config=compile_config, **settings)
+    backend, graphs = recording_backend()
+    tokens = compiled_generate(model, ids, backend, **settings)
     assert torch.equal(tokens, expected) and len(graphs) == 1
 
 
