@@ -40,6 +40,7 @@ from modeling_mlra import (
     step_linear_registers_mlra,
     step_linear_stream_mlra,
     step_mlra,
+    step_pages_mlra,
 )
 from modeling_mlra.decode_arguments_mlra import DecodeInputs
 from modeling_mlra.device_mlra import DeviceFacts
@@ -273,6 +274,19 @@ def step(num_sequences: int, dtype=torch.bfloat16, fp8=False, **settings) -> Non
     run.choose(*choice, scores_of=torch.Tensor.float)
 
 
+def step_over_pages(num_sequences: int, dtype=torch.bfloat16, **settings) -> None:
+    """The same of a layer whose rows lie in pages of 64."""
+    config = MLRAConfig(num_hidden_layers=1, **settings)
+    with torch.device("meta"):
+        model = MLRAForCausalLM(config).to(dtype)
+    row_format = RowFormat.of_config(config, dtype=dtype)
+    run = step_pages_mlra.PagedStep(model, row_format, num_sequences)
+    numbers, table = empty(num_sequences, dtype=torch.long), empty(num_sequences, 2048, dtype=torch.int32)
+    tokens = step_pages_mlra.PagedTokens(numbers, numbers, table[:, 0].contiguous(), table, 64)
+    pool = empty(2**20, row_format.width, dtype=row_format.element)
+    run(empty(num_sequences, config.hidden_size, dtype=dtype), [pool], tokens)
+
+
 SHAPES = {
     "mla": (1, 1, 24, 512),
     "mla, double heads": (1, 1, 48, 512),
@@ -319,6 +333,14 @@ def step_released(compiler: Compiler, shape: str, sequences: int, dtype: str = "
     step(sequences, DTYPES[dtype], fp8, **STEPS[shape])
 
 
+def pages_released(compiler: Compiler, shape: str, sequences: int) -> None:
+    """Of a step over pages, the kernels that differ."""
+    compiler.what = f"{shape}, {sequences} sequences in pages"
+    for compiler.only in ("absorb_kernel", "rows_kernel", "decode_kernel"):
+        step_over_pages(sequences, **STEPS[shape])
+    compiler.only = None
+
+
 def compile_all(name: str) -> list[str]:
     """Every kernel for one target; prints them, and returns what is wrong."""
     with Compiler(name).in_place_of_launches() as compiler:
@@ -331,6 +353,7 @@ def compile_all(name: str) -> list[str]:
         for sequences in (1, 2, 16):
             for shape in STEPS:
                 step_released(compiler, shape, sequences)
+                pages_released(compiler, shape, sequences)
             if compiler.facts.float8:
                 step_released(compiler, "mlra_4", sequences, fp8=True)
     return compiler.faults()
@@ -354,6 +377,8 @@ def compile_sample(name: str) -> list[str]:
             attend(batch=1, length=1, latents=1, heads=64, eight_bits=True)
             for sequences in (1, 2, 16):
                 step_released(compiler, "mlra_4, gated", sequences)
+            for shape, sequences in (("mlra_4", 1), ("gla_2", 2), ("mla", 32), ("mlra_4, FP8 rows", 16)):
+                pages_released(compiler, shape, sequences)
             compiler.only = "register_linear_kernel"
             step_released(compiler, "mlra_4", 1, fp8=True)
             compiler.only = "absorb_kernel"

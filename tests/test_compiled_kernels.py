@@ -52,3 +52,5 @@ def test_kernels_compile_for_gpus_that_are_not_here(tmp_path):
     assert sum(" 8 bulk copies" in line for line in on_hopper) == 6, "gate and up, down, vocabulary; 1 and 2 sequences"
     assert sum("rows_kernel" in line and " 5 bulk copies" in line for line in on_hopper) == 3, "two latents"
     assert sum("rows_kernel" in line and "sample, pages" in line for line in on_hopper) == 4
+    in_pages = [line.split()[1:3] for line in on_hopper if "sequences in pages" in line]
+    assert sum(kernel == "absorb_kernel" for kernel, _ in in_pages) == 4 and ["rows_kernel", "mlra_4,"] in in_pages
