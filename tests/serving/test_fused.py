@@ -1,0 +1,80 @@
+"""Steps that only decode run by the package's fused kernels, interpreted, on vLLM's parameters and pages."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.config import CompilationConfig
+
+from mlra_vllm import fused
+from tests.models import random_ids
+from tests.paths import REPOSITORY
+from tests.serving.models import ask, continuations, saved_model, tokens
+
+PROMPTS = [random_ids(length, seed=length).tolist() for length in (3, 70, 100)]
+MARGIN = 0.05
+"""How far below the largest float32 logit a token chosen in float16 may lie, in standard deviations of the logits."""
+
+
+def margins(model, prompt: list[int], new: list[int]) -> torch.Tensor:
+    """How far below the largest the float32 logits of these tokens lie, in their standard deviations."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + new]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+    chosen = logits.gather(1, torch.tensor(new)[:, None])[:, 0]
+    return (logits.max(-1).values - chosen) / logits.std(-1)
+
+
+@pytest.mark.parametrize(("variant", "gated"), [("mlra_4", False), ("gla_2", True)])
+def test_decoding_by_fused_kernels(variant, gated, tmp_path):
+    """Prompts in chunks of 64 tokens: steps of prompts and decoding take the modules, those of decoding alone do not
+    unless they are of two requests. The second round starts from cached blocks."""
+    model = saved_model(tmp_path, variant, num_attention_heads=4, attn_output_gate=gated)
+    command = [sys.executable, "-m", "tests.serving.fused_engine", str(tmp_path), "1", "3"]
+    result = subprocess.run(
+        command, cwd=REPOSITORY, env=os.environ, input=json.dumps(PROMPTS), capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "MLRA decodes up to 3 requests at a time by fused kernels" in result.stdout + result.stderr
+    given = json.loads(result.stdout.splitlines()[-1])
+    assert {number for number, _ in given["ran"]} == {1, 3}
+    for chosen in given["rounds"]:
+        for prompt, new in zip(PROMPTS, chosen, strict=True):
+            assert margins(model, prompt, new).max() < MARGIN
+
+
+@pytest.mark.parametrize(
+    ("mode", "sizes"),
+    [("FULL_AND_PIECEWISE", [1, 2, 32]), ("FULL_DECODE_ONLY", [1, 2, 32]), ("PIECEWISE", []), ("NONE", [])],
+)
+def test_numbers_of_requests_that_full_graphs_hold(mode, sizes):
+    compilation = CompilationConfig(cudagraph_mode=mode, cudagraph_capture_sizes=[1, 2, 32, 40])
+    assert fused.graph_sizes(SimpleNamespace(compilation_config=compilation)) == sizes
+
+
+def test_what_stands_in_the_way_is_said(tmp_path, start, monkeypatch):
+    """The CPU build packs weights: the modules decode. Every other reason on the way to that one."""
+    monkeypatch.setattr(fused, "graph_sizes", lambda vllm_config: [1, 2, 3])
+    said = []
+    monkeypatch.setattr(fused.logger, "info_once", said.append)
+    expected = continuations(saved_model(tmp_path), PROMPTS, 6)
+    engine = start(tmp_path)
+    assert tokens(ask(engine, PROMPTS, max_tokens=6)) == expected
+    assert len(said) == 1 and "module by module" in said[0] and "vLLM made" in said[0] and "packing" in said[0]
+
+    def reasons(model):
+        decode, parallel = model.fused, model.fused.vllm_config.parallel_config
+        attention = model.model.layers[0].self_attn.attn
+        yield decode.ran == {} and decode.sizes == []
+        with monkeypatch.context() as patch:
+            patch.setattr(attention, "row_format", SimpleNamespace(dtype=torch.float16))
+            yield "cached rows are of torch.float16" in decode._obstacle()
+            patch.setattr(parallel, "enable_dbo", True)
+            yield "micro-batches" in decode._obstacle()
+            patch.setattr(parallel, "pipeline_parallel_size", 2)
+            yield "pipeline_parallel_size=2" in decode._obstacle()
+
+    assert engine.apply_model(lambda model: list(reasons(model))) == [[True] * 4]
