@@ -28,19 +28,19 @@ def margins(model, prompt: list[int], new: list[int]) -> torch.Tensor:
     return (logits.max(-1).values - chosen) / logits.std(-1)
 
 
-@pytest.mark.parametrize(("variant", "gated"), [("mlra_4", False), ("gla_2", True)])
-def test_decoding_by_fused_kernels(variant, gated, tmp_path):
+@pytest.mark.parametrize(("variant", "gated", "ranks"), [("gla_2", True, 1), ("mlra_4", False, 2)])
+def test_decoding_by_fused_kernels(variant, gated, ranks, tmp_path):
     """Prompts in chunks of 64 tokens: steps of prompts and decoding take the modules, those of decoding alone do not
-    unless they are of two requests. The second round starts from cached blocks."""
+    unless they are of two requests. The second round starts from cached blocks, and ranks add up what they have."""
     model = saved_model(tmp_path, variant, num_attention_heads=4, attn_output_gate=gated)
-    command = [sys.executable, "-m", "tests.serving.fused_engine", str(tmp_path), "1", "3"]
+    command = [sys.executable, "-m", "tests.serving.fused_engine", str(tmp_path), str(ranks)]
     result = subprocess.run(
         command, cwd=REPOSITORY, env=os.environ, input=json.dumps(PROMPTS), capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert "MLRA decodes up to 3 requests at a time by fused kernels" in result.stdout + result.stderr
-    given = json.loads(result.stdout.splitlines()[-1])
-    assert {number for number, _ in given["ran"]} == {1, 3}
+    given = json.loads(next(line for line in result.stdout.splitlines() if line.startswith('{"rounds"')))
+    assert [{number for number, _ in ran} for ran in given["ran"]] == [{1, 3}] * ranks
     for chosen in given["rounds"]:
         for prompt, new in zip(PROMPTS, chosen, strict=True):
             assert margins(model, prompt, new).max() < MARGIN
