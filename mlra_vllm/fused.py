@@ -19,7 +19,8 @@ from vllm.logger import init_logger
 
 from modeling_mlra import MLRAForCausalLM
 from modeling_mlra.step_mlra import MAX_SEQUENCES, obstacle
-from modeling_mlra.step_pages_mlra import PagedStep, PagedTokens
+
+from .step import PagedStep, PagedTokens
 
 logger = init_logger(f"vllm.{__name__}")
 

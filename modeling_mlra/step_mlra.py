@@ -132,23 +132,25 @@ class FusedStep:
         tokens_each: T.
     """
 
-    slots: torch.Tensor | None = None  # where the rows of a step over pages go (`step_pages_mlra`), and where all lie
+    slots: torch.Tensor | None = None  # over pages of a server's: the row that each token goes to, and where all lie
     block_table: torch.Tensor | None = None
     page_size = 0
 
     def __init__(self, model: nn.Module, cache, counters: torch.Tensor, kv_start=None, key_mask=None, tokens_each=1):
-        self._model, self._cache, self.counters = weakref.ref(model), weakref.ref(cache), counters
+        self._cache, self.counters = weakref.ref(cache), counters
         self.kv_start, self.key_mask = kv_start, key_mask
-        self.tokens_each = tokens_each
-        self.num_tokens = (counters.numel() - 1) * tokens_each // (tokens_each + 1)
         self.mesh = tensor_parallel_mesh(model)
         self.residual_share = 1.0 if self.mesh is None else 1 / self.mesh.size()
-        self._allocate(model, cache.layers[0].format, counters.device)
+        num_tokens = (counters.numel() - 1) * tokens_each // (tokens_each + 1)
+        self.bind(model, cache.layers[0].format, counters.device, num_tokens, tokens_each)
         self.hidden = self._buffer(model.config.hidden_size)
         self.logits = self._buffer(local_tensor(model.lm_head.weight).shape[0])
 
-    def _allocate(self, model: nn.Module, row_format: RowFormat, device: torch.device) -> None:
-        """This rank's sizes, and what the kernels of a layer leave for one another."""
+    def bind(
+        self, model: nn.Module, row_format: RowFormat, device: torch.device, num_tokens: int, tokens_each: int = 1
+    ) -> None:
+        """Take this rank's sizes of the layers, and make room for what their kernels leave for one another."""
+        self._model, self.num_tokens, self.tokens_each = weakref.ref(model), num_tokens, tokens_each
         config, self.dtype, self.device, self.row_format = model.config, model.dtype, device, row_format
         latents, heads_per_latent, groups = local_sizes(model.model.layers[0].self_attn)
         self.latents, self.heads_per_latent, self.groups = latents, heads_per_latent, groups
@@ -340,9 +342,9 @@ class FusedStep:
         """hidden += layer(x), the input features of `layer` split over the ranks."""
         linear_map = LinearMap(weights_of(layer), residual_share=self.residual_share)
         self._run(linear_map, x, self.hidden, residual=self.hidden)
-        self._sum_hidden()
+        self.sum_hidden()
 
-    def _sum_hidden(self) -> None:
+    def sum_hidden(self) -> None:
         """Add up what the ranks have of `hidden`."""
         if self.mesh is not None:
             sum_output(self.hidden, self.mesh.get_group())

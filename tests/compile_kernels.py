@@ -31,6 +31,7 @@ from triton.compiler.compiler import make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.errors import OutOfResources
 
+from mlra_vllm.step import PagedStep, PagedTokens
 from modeling_mlra import (
     MLRAConfig,
     MLRAForCausalLM,
@@ -40,7 +41,6 @@ from modeling_mlra import (
     step_linear_registers_mlra,
     step_linear_stream_mlra,
     step_mlra,
-    step_pages_mlra,
 )
 from modeling_mlra.decode_arguments_mlra import DecodeInputs
 from modeling_mlra.device_mlra import DeviceFacts
@@ -280,9 +280,9 @@ def step_over_pages(num_sequences: int, dtype=torch.bfloat16, **settings) -> Non
     with torch.device("meta"):
         model = MLRAForCausalLM(config).to(dtype)
     row_format = RowFormat.of_config(config, dtype=dtype)
-    run = step_pages_mlra.PagedStep(model, row_format, num_sequences)
+    run = PagedStep(model, row_format, num_sequences)
     numbers, table = empty(num_sequences, dtype=torch.long), empty(num_sequences, 2048, dtype=torch.int32)
-    tokens = step_pages_mlra.PagedTokens(numbers, numbers, table[:, 0].contiguous(), table, 64)
+    tokens = PagedTokens(numbers, numbers, table[:, 0].contiguous(), table, 64)
     pool = empty(2**20, row_format.width, dtype=row_format.element)
     run(empty(num_sequences, config.hidden_size, dtype=dtype), [pool], tokens)
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from mlra_vllm.step import PagedStep, PagedTokens
 from modeling_mlra import MLRACache
 from modeling_mlra.device_mlra import device_facts
 from modeling_mlra.rows_mlra import RowFormat
-from modeling_mlra.step_pages_mlra import PagedStep, PagedTokens
 from modeling_mlra.tensor_parallel_mlra import SPLIT_DIMENSIONS, VOCABULARY_AND_MLP
 from tests.models import VARIANTS, random_ids, rms_ratio, tiny_model
 from tests.tolerances import FP8_FUSED_RATIO, FUSED_BFLOAT16_RATIO, FUSED_FLOAT32_RATIO

@@ -1,17 +1,16 @@
-"""The layers of a decoding step over pages: between embeddings and last norm, for a server that owns the cache.
+"""The layers of a decoding step over pages, between embedding and last norm; nothing here is vLLM's.
 
 What is in front of the layers and behind them is the server's: its embedding, its vocabulary, its choice of tokens.
 """
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from .rows_mlra import RowFormat
-from .step_mlra import FusedStep
+from modeling_mlra.rows_mlra import RowFormat
+from modeling_mlra.step_mlra import FusedStep
 
 
 class PagedTokens(NamedTuple):
@@ -51,11 +50,9 @@ class PagedStep(FusedStep):
         ranks: int = 1,
         sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
-        self._model = weakref.ref(model)
         self.kv_start = self.key_mask = None
-        self.num_tokens, self.tokens_each = num_sequences, 1
         self.residual_share, self.sum_over_ranks = 1 / ranks, sum_over_ranks
-        self._allocate(model, row_format, model.model.rotary_emb.inv_freq.device)
+        self.bind(model, row_format, model.model.rotary_emb.inv_freq.device, num_sequences)
 
     def __call__(  # type: ignore[override]
         self, hidden: torch.Tensor, pools: Sequence[torch.Tensor], tokens: PagedTokens
@@ -76,9 +73,6 @@ class PagedStep(FusedStep):
     def kv_end(self) -> torch.Tensor:
         return self.tokens.kv_end
 
-    def _sum_hidden(self) -> None:
+    def sum_hidden(self) -> None:
         if self.sum_over_ranks is not None:
             self.hidden = self.sum_over_ranks(self.hidden)
-
-
-__all__ = ["PagedStep", "PagedTokens"]
