@@ -18,10 +18,12 @@ from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 
 from modeling_mlra import MLRAForCausalLM
+from modeling_mlra.step_maps_mlra import SCALED_DTYPES
 from modeling_mlra.step_mlra import MAX_SEQUENCES, obstacle
 
 from .step import PagedStep, PagedTokens
 
+SCALE = "weight_scale"  # of a weight that vLLM quantized online, one for all of it
 logger = init_logger(f"vllm.{__name__}")
 
 
@@ -94,8 +96,15 @@ class FusedDecode:
         row_format = self._layers()[0].self_attn.attn.row_format
         if row_format.dtype != dtype:
             return f"cached rows are of {row_format.dtype}, weights of {dtype}"
-        for name, parameter in self.model.layers.named_parameters():
-            if self.made_as.get(name) != (parameter.shape, parameter.dtype) or not parameter.is_contiguous():
+        for name, weight in weights_by_name(self.model.layers):
+            made_as = self.made_as.get(name)
+            if name.endswith(SCALE):
+                known = weight.numel() == 1 and weight.dtype == torch.float32
+            elif weight.dtype in SCALED_DTYPES:
+                known = made_as is not None and made_as[0] == weight.shape
+            else:
+                known = made_as == (weight.shape, weight.dtype)
+            if not known or not weight.is_contiguous():
                 return f"vLLM made {name} another one (quantization, adapters, packing)"
         return None
 
@@ -118,17 +127,23 @@ def package_model(model: nn.Module, vllm_config: VllmConfig) -> MLRAForCausalLM:
         result = MLRAForCausalLM(config).to(vllm_config.model_config.dtype)
     result.model.rotary_emb = model.rotary_emb
     for name, weight in weights_by_name(model.layers):
-        holder, _, key = name.rpartition(".")
-        setattr(result.model.layers.get_submodule(holder), key, nn.Parameter(weight, requires_grad=False))
+        name = name.replace(SCALE, "weight_scale_inv")
+        for part, of_part in gate_and_up(name, weight) if "gate_up_proj" in name else [(name, weight)]:
+            holder, _, key = part.rpartition(".")
+            parameter = nn.Parameter(of_part, requires_grad=False)
+            setattr(result.model.layers.get_submodule(holder), key, parameter)
     result.model.embed_tokens.weight = nn.Parameter(model.embed_tokens.weight.data, requires_grad=False)
     return result.eval()
 
 
 def weights_by_name(layers: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The parameters of vLLM's layers by their names in the package's: gate and up apart."""
+    """The parameters of vLLM's layers, weights `[n, K]`: those that it quantized to 8 bits it keeps as `[K, n]`."""
     for name, parameter in layers.named_parameters():
-        if "gate_up_proj" in name:
-            for part, weight in zip(("gate_proj", "up_proj"), parameter.data.chunk(2), strict=True):
-                yield name.replace("gate_up_proj", part), weight
-        else:
-            yield name, parameter.data
+        yield name, parameter.data.t() if parameter.dtype in SCALED_DTYPES else parameter.data
+
+
+def gate_and_up(name: str, joined: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """The halves of a joined weight by their names in the package's model; a scale is that of both."""
+    halves = joined.chunk(2) if joined.numel() > 1 else (joined, joined)
+    for part, half in zip(("gate_proj", "up_proj"), halves, strict=True):
+        yield name.replace("gate_up_proj", part), half

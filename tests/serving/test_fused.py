@@ -8,9 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from vllm.config import CompilationConfig
+from torch import nn
+from vllm import _custom_ops
+from vllm.config import CompilationConfig, CUDAGraphMode
 
 from mlra_vllm import fused
+from modeling_mlra.step_maps_mlra import weight_of
 from tests.models import random_ids
 from tests.paths import REPOSITORY
 from tests.serving.models import ask, continuations, saved_model, tokens
@@ -78,3 +81,61 @@ def test_what_stands_in_the_way_is_said(tmp_path, start, monkeypatch):
             yield "pipeline_parallel_size=2" in decode._obstacle()
 
     assert engine.apply_model(lambda model: list(reasons(model))) == [[True] * 4]
+
+
+def test_steps_that_run_fused(tmp_path, start, monkeypatch):
+    """Those of one new token each, of as many requests as some full graph; not while graphs of pieces run."""
+    saved_model(tmp_path)
+    engine = start(tmp_path)
+    numbers = torch.arange(2)
+    decodes = SimpleNamespace(packs=[], seq_lens=numbers, slot_mapping=numbers, block_table=numbers)
+    prompts = SimpleNamespace(packs=[1], seq_lens=numbers, slot_mapping=numbers)
+    padded = SimpleNamespace(packs=[], seq_lens=numbers, slot_mapping=numbers[:1])
+    of_three = SimpleNamespace(packs=[], seq_lens=torch.arange(3), slot_mapping=torch.arange(3))
+    none, full, pieces = CUDAGraphMode.NONE, CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
+
+    def outcomes(model):
+        decode = model.fused
+        decode.sizes, decode.steps = [1, 2], {2: lambda hidden, pools, tokens: hidden}
+        name = model.model.layers[0].self_attn.attn.layer_name
+        cases = (none, decodes), (full, decodes), (pieces, decodes), (full, prompts), (full, padded), (full, of_three)
+        contexts = [(mode, {name: metadata}) for mode, metadata in cases] + [(none, None), (full, [{name: decodes}])]
+        for mode, metadata in contexts:
+            context = SimpleNamespace(attn_metadata=metadata, cudagraph_runtime_mode=mode)
+            monkeypatch.setattr(fused, "get_forward_context", lambda context=context: context)
+            is_third = isinstance(metadata, dict) and metadata[name] is of_three
+            positions = torch.arange(3 if is_third else 2)
+            yield decode(positions, positions, None) is not None
+        assert decode.ran == {2: 2}
+
+    assert engine.apply_model(lambda model: list(outcomes(model)))[0] == [True] * 2 + [False] * 6
+
+
+def test_weights_quantized_online_are_read_as_they_are(tmp_path, start, monkeypatch):
+    """Those that vLLM keeps transposed, in 8 bits with one scale; no other."""
+    monkeypatch.setattr(_custom_ops, "_supports_onednn", False)
+    saved_model(tmp_path)
+    engine = start(tmp_path)
+
+    def quantize(model):
+        decode, plain = model.fused, {}
+        assert decode._obstacle() is None
+        for name, layer in model.model.layers.named_modules():
+            if name.endswith("_proj") and "kv_b_proj" not in name:
+                weight = plain[name] = layer.weight.data
+                layer.weight_scale = nn.Parameter((weight.abs().max() / 448).view(1), requires_grad=False)
+                small = (weight / layer.weight_scale).to(torch.float8_e4m3fn)
+                layer.weight = nn.Parameter(small.t(), requires_grad=False)
+        assert decode._obstacle() is None
+        package = fused.package_model(decode.model, decode.vllm_config)
+        for name, weight in plain.items():
+            halves = fused.gate_and_up(name, weight) if "gate_up" in name else [(name, weight)]
+            for part, expected in halves:
+                given = weight_of(package.model.layers.get_submodule(part))
+                numbers = given.values.float() * given.scale
+                assert torch.allclose(numbers, expected, rtol=1 / 16, atol=expected.abs().max() / 448)
+        down = model.model.layers[1].mlp.down_proj
+        down.weight_scale = nn.Parameter(torch.ones(down.weight.shape[1]), requires_grad=False)
+        return decode._obstacle()
+
+    assert "down_proj.weight_scale another one" in engine.apply_model(quantize)[0]
