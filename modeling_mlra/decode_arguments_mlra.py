@@ -154,7 +154,8 @@ class QueryRows(NamedTuple):
 
 class HopperTile(NamedTuple):
     """NL latents and BM query rows to a program, BN cached rows at a time in STAGES buffers, of which AHEAD are filled
-    before the queries are there; OVERLAP: a warpgroup also multiplies during its own softmax."""
+    before the queries are there; OVERLAP: a warpgroup also multiplies during its own softmax. Of latents in eight bits
+    WIDE tiles at a time are there in 16."""
 
     NL: Any
     BM: Any
@@ -162,6 +163,7 @@ class HopperTile(NamedTuple):
     STAGES: Any
     AHEAD: Any
     OVERLAP: Any
+    WIDE: Any = 0
 
 
 class Place(NamedTuple):
@@ -204,7 +206,8 @@ class Stretch(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """Shared memory of queries, rotary queries, latents and rotary keys; which are full, which free to be filled."""
+    """Shared memory of queries, rotary queries, latents and rotary keys; which are full, which free to be filled. Where
+    latents come in eight bits, these with their scales, and which have been widened to `c`."""
 
     q: Any
     qr: Any
@@ -213,6 +216,9 @@ class Buffers(NamedTuple):
     full: Any
     empty: Any
     q_full: Any
+    c8: Any = None
+    scales: Any = None
+    widened: Any = None
 
 
 class Merge(NamedTuple):
