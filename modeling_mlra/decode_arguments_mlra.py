@@ -155,7 +155,7 @@ class QueryRows(NamedTuple):
 class HopperTile(NamedTuple):
     """NL latents and BM query rows to a program, BN cached rows at a time in STAGES buffers, of which AHEAD are filled
     before the queries are there; OVERLAP: a warpgroup also multiplies during its own softmax. Of latents in eight bits
-    WIDE tiles at a time are there in 16."""
+    WIDE tiles at a time are there in 16. HELD: queries are multiplied out of registers."""
 
     NL: Any
     BM: Any
@@ -164,6 +164,7 @@ class HopperTile(NamedTuple):
     AHEAD: Any
     OVERLAP: Any
     WIDE: Any = 0
+    HELD: Any = False
 
 
 class Place(NamedTuple):
@@ -219,6 +220,13 @@ class Buffers(NamedTuple):
     c8: Any = None
     scales: Any = None
     widened: Any = None
+
+
+class OwnQueries(NamedTuple):
+    """Of a warpgroup: rotary queries and, where they are held in registers, those of the latent."""
+
+    rope: Any
+    latent: Any = None
 
 
 class Merge(NamedTuple):

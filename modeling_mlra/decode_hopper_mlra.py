@@ -6,7 +6,7 @@ and reduction of partial results; everything they do not cover runs there.
 
 from typing import Any
 
-from .decode_arguments_mlra import Buffers, Merge, Place, SegmentTiles, Sums
+from .decode_arguments_mlra import Buffers, Merge, OwnQueries, Place, SegmentTiles, Sums
 from .device_gluon_mlra import gl, gluon
 
 rows_kernel: Any = None
@@ -62,16 +62,17 @@ if gluon is not None:
         return n % (TILE.WIDE if TILE.WIDE else TILE.STAGES) * TILE.NL
 
     @gluon.jit
-    def _scores(buffers, qr_buf, n, zeros, FIRST: gl.constexpr, TILE: gl.constexpr):
+    def _scores(buffers, own, n, zeros, FIRST: gl.constexpr, TILE: gl.constexpr):
         """Starts the products of the queries, those from buffer FIRST on, with tile n, once it is there."""
         stage = n % TILE.STAGES
         mbarrier.wait(buffers.full.index(stage), (n // TILE.STAGES) & 1)
         if TILE.WIDE:
             mbarrier.wait(buffers.widened.index(n % TILE.WIDE), (n // TILE.WIDE) & 1)
-        s = warpgroup_mma(qr_buf, buffers.k.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        s = warpgroup_mma(own.rope, buffers.k.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
         for k in gl.static_range(TILE.NL):
             keys = buffers.c.index(_latents_of(n, TILE) + k).permute((1, 0))
-            s = warpgroup_mma(buffers.q.index(FIRST + k), keys, s, is_async=True)
+            queries = own.latent if TILE.HELD else buffers.q.index(FIRST + k)
+            s = warpgroup_mma(queries, keys, s, is_async=True)
         return s
 
     @gluon.jit
@@ -148,7 +149,7 @@ if gluon is not None:
 
     @gluon.jit
     def _attend_overlapped(
-        buffers, qr_buf, tiles, sums, WG: gl.constexpr,
+        buffers, own, tiles, sums, WG: gl.constexpr,
         SHAPE: gl.constexpr, TILE: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr,
     ):  # fmt: skip
         """The scores of a tile and the values of the one before are multiplied together, and the values also while the
@@ -162,7 +163,7 @@ if gluon is not None:
         acc0, acc1, m, norm = sums
         zeros = gl.zeros([64, BN], gl.float32, layout=S_LAYOUT)
         if tiles.count > OFFSET:
-            s = _scores(buffers, qr_buf, tiles.g + OFFSET, zeros, FIRST, TILE)
+            s = _scores(buffers, own, tiles.g + OFFSET, zeros, FIRST, TILE)
             s = warpgroup_mma_wait(0, deps=(s,))
             w, alpha, m, norm = _softmax_step(s, m, norm, tiles.of.lo + OFFSET * BN, tiles, SHAPE, TILE, S_LAYOUT)
             wd = gl.convert_layout(w.to(dtype), P_LAYOUT)
@@ -172,7 +173,7 @@ if gluon is not None:
                 if SHAPE.HAS_MASK:
                     j_before = tiles.of.lo + (it - STEP) * BN
                     _clean_tile(buffers.c, values, j_before, tiles.of.end, tiles.mask_row, True, 1, BN, S_LAYOUT)
-                s = _scores(buffers, qr_buf, tiles.g + it, zeros, FIRST, TILE)
+                s = _scores(buffers, own, tiles.g + it, zeros, FIRST, TILE)
                 acc0 = warpgroup_mma(wd, buffers.c.index(values), acc0, is_async=True)
                 s = warpgroup_mma_wait(1, deps=(s,))
                 w, alpha, m, norm = _softmax_step(s, m, norm, tiles.of.lo + it * BN, tiles, SHAPE, TILE, S_LAYOUT)
@@ -187,7 +188,7 @@ if gluon is not None:
 
     @gluon.jit
     def _attend_in_turn(
-        buffers, qr_buf, tiles, sums, WG: gl.constexpr,
+        buffers, own, tiles, sums, WG: gl.constexpr,
         SHAPE: gl.constexpr, TILE: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr,
     ):  # fmt: skip
         """Scores, softmax and values of one tile after the other."""
@@ -199,7 +200,7 @@ if gluon is not None:
         zeros = gl.zeros([64, TILE.BN], gl.float32, layout=S_LAYOUT)
         for it in range(OFFSET, tiles.count, STEP):
             j = tiles.of.lo + it * TILE.BN
-            s = _scores(buffers, qr_buf, tiles.g + it, zeros, FIRST, TILE)
+            s = _scores(buffers, own, tiles.g + it, zeros, FIRST, TILE)
             s = warpgroup_mma_wait(0, deps=(s,))
             w, alpha, m, norm = _softmax_step(s, m, norm, j, tiles, SHAPE, TILE, S_LAYOUT)
             factor = gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT)), 1)
@@ -298,15 +299,19 @@ if gluon is not None:
                 mbarrier.wait(buffers.q_full, segments & 1)
             else:
                 _load_queries(queries, buffers, qr_buf, b64, place.latent, first_row, M, FIRST, SHAPE, TILE)
+            own = OwnQueries(qr_buf)
+            if TILE.HELD:
+                Q_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, S_LAYOUT, 2)
+                own = OwnQueries(qr_buf.load(Q_LAYOUT), buffers.q.index(FIRST).load(Q_LAYOUT))
             limit = stretch.end - (T - 1) + (first_row + gl.arange(0, 64, layout=S_ROWS) % ROWS) // SHAPE.H
             tiles = SegmentTiles(g, count, stretch, gl.expand_dims(limit, 1), mask_row, T, scale_log2)
             acc = gl.zeros([64, SHAPE.R], gl.float32, layout=O_LAYOUT)
             m = gl.full([64], float("-inf"), gl.float32, layout=S_ROWS)
             sums = Sums(acc, acc, m, gl.zeros([64], gl.float32, layout=S_ROWS))
             if TILE.OVERLAP:
-                sums = _attend_overlapped(buffers, qr_buf, tiles, sums, WG, SHAPE, TILE, S_LAYOUT, O_LAYOUT)
+                sums = _attend_overlapped(buffers, own, tiles, sums, WG, SHAPE, TILE, S_LAYOUT, O_LAYOUT)
             else:
-                sums = _attend_in_turn(buffers, qr_buf, tiles, sums, WG, SHAPE, TILE, S_LAYOUT, O_LAYOUT)
+                sums = _attend_in_turn(buffers, own, tiles, sums, WG, SHAPE, TILE, S_LAYOUT, O_LAYOUT)
             acc, acc1, m, norm = sums
             offs_o = gl.arange(0, 64, layout=O_ROWS)
             if TILE.NL == 2:  # of the products with a latent, those with its own query rows
@@ -369,7 +374,7 @@ if gluon is not None:
         # A buffer stays with one warpgroup: one that skips tiles would take an older phase for the one it waits for
         gl.static_assert(not SHARE_ROWS or (STAGES % 2 == 0 and TILE.WIDE % 2 == 0))
         gl.static_assert((TILE.WIDE > 0) == SHAPE.SCALED and TILE.WIDE <= STAGES)
-        gl.static_assert(NL == 1 or (SHARE_ROWS and not TILE.OVERLAP))
+        gl.static_assert(NL == 1 or (SHARE_ROWS and not TILE.OVERLAP and not TILE.HELD))
         dtype: gl.constexpr = queries.latent.dtype.element_ty
         Q_COPIES: gl.constexpr = 1 if SHARE_ROWS else 2
         Q_SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, R], dtype)

@@ -113,9 +113,9 @@ def _in_pairs(rows: int, num_latents: int, branches: int, rope_width: int, paire
 def _eight_bit_tile(rows: int, num_latents: int, branches: int, rope_width: int, paired: bool) -> HopperTile:
     """Two tiles in 16 bits for each warpgroup: one is widened while it has the other; with two latents there is room
     for one."""
-    tile = HopperTile(NL=1, BM=128 if rows > 64 else 64, BN=TILE_ROWS, STAGES=6, AHEAD=4, OVERLAP=True, WIDE=4)
+    tile = HopperTile(NL=1, BM=128 if rows > 64 else 64, BN=TILE_ROWS, STAGES=6, AHEAD=4, OVERLAP=True, WIDE=4, HELD=True)
     if _in_pairs(rows, num_latents, branches, rope_width, paired):
-        tile = tile._replace(NL=2, STAGES=4, AHEAD=3, OVERLAP=False, WIDE=2)
+        tile = tile._replace(NL=2, STAGES=4, AHEAD=3, OVERLAP=False, WIDE=2, HELD=False)
     return tile
 
 
