@@ -207,8 +207,8 @@ class Stretch(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """Shared memory of queries, rotary queries, latents and rotary keys; which are full, which free to be filled. Where
-    latents come in eight bits, these with their scales, and which have been widened to `c`."""
+    """Shared memory of queries, rotary queries, latents and rotary keys; which are full, which free to be filled. Of
+    latents in eight bits these too, with their scales, and which have been widened to `c`."""
 
     q: Any
     qr: Any

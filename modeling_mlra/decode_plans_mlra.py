@@ -91,7 +91,9 @@ def _decode_plans(rows, num_latents, groups, width, rope_width, itemsize, paired
     if not hopper:
         return plain
     if scaled:
-        return DecodePlan(_eight_bit_tile(rows, num_latents, branches, rope_width, paired), unit=TILE_ROWS, least_units=2), *plain
+        return DecodePlan(
+            _eight_bit_tile(rows, num_latents, branches, rope_width, paired), unit=TILE_ROWS, least_units=2
+        ), *plain
     if rows > 64:
         tile = HopperTile(NL=1, BM=128, BN=2 * TILE_ROWS, STAGES=3, AHEAD=2, OVERLAP=True)
         if not double:
@@ -113,7 +115,9 @@ def _in_pairs(rows: int, num_latents: int, branches: int, rope_width: int, paire
 def _eight_bit_tile(rows: int, num_latents: int, branches: int, rope_width: int, paired: bool) -> HopperTile:
     """Two tiles in 16 bits for each warpgroup: one is widened while it has the other; with two latents there is room
     for one."""
-    tile = HopperTile(NL=1, BM=128 if rows > 64 else 64, BN=TILE_ROWS, STAGES=6, AHEAD=4, OVERLAP=True, WIDE=4, HELD=True)
+    tile = HopperTile(
+        NL=1, BM=128 if rows > 64 else 64, BN=TILE_ROWS, STAGES=6, AHEAD=4, OVERLAP=True, WIDE=4, HELD=True
+    )
     if _in_pairs(rows, num_latents, branches, rope_width, paired):
         tile = tile._replace(NL=2, STAGES=4, AHEAD=3, OVERLAP=False, WIDE=2, HELD=False)
     return tile

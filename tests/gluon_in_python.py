@@ -87,8 +87,6 @@ def copy_tiles(visible, pages, place, shape, tile, deal, early=False) -> list[tu
     scope = {**vars(decode_copies_mlra), **stand_ins}
     for name in ("_share_start", "share_of", "stretch_of", "_page", "copy_tiles"):
         scope[name] = types.FunctionType(getattr(decode_copies_mlra, name).fn.__code__, scope, name)
-    scope["copy_tiles"](
-        *[copies.descriptor] * 3, copies.buffers, visible, pages, place, shape, tile, deal, early
-    )
+    scope["copy_tiles"](*[copies.descriptor] * 3, copies.buffers, visible, pages, place, shape, tile, deal, early)
     assert copies.announced == 0, "a barrier waits for other bytes than come"
     return copies.asked

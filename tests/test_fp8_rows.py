@@ -76,8 +76,7 @@ def test_latents_that_are_not_finite_are_nan_and_no_others():
 
 
 def test_released_rows_by_hand():
-    """656 bytes a token for 1152, on a rank of four 260 in rows of 272; in the library's pages 768, of heads of an even
-    width."""
+    """656 bytes a token for 1152, on a rank of four 272; in the library's pages 768, of heads of an even width."""
     config = MLRAConfig(dtype="bfloat16", cache_row_format="fp8")
     assert RowFormat.of_config(config).nbytes == 656 and RowFormat.of_config(config, num_latents=1).nbytes == 272
     assert MLRACache(config).bytes_per_token() == 24 * 656
@@ -225,7 +224,9 @@ def test_fused_step_appends_the_bytes_of_update(variant, dtype):
     plain, layer = written["plain"], written["fp8"]
     expected = layer.format.join(*plain.format.split(plain.rows))
     number = layer.format.scales
-    for part, of_update in zip(*(layer.format.views(rows[:, 0, :9], number) for rows in (layer.rows, expected)), strict=True):
+    for part, of_update in zip(
+        *(layer.format.views(rows[:, 0, :9], number) for rows in (layer.rows, expected)), strict=True
+    ):
         assert torch.equal(part.contiguous().view(torch.uint8), of_update.contiguous().view(torch.uint8))
     assert layer.rows[:, :, 9:].eq(255).all()
     cache = MLRACache(model.config, row_format="fp8")
