@@ -374,7 +374,11 @@ def compile_sample(name: str) -> list[str]:
             attend(batch=1, length=1, latents=4, heads=24, page_size=64, cached=2**20)
             attend(batch=3, length=4, latents=4, heads=24, page_size=64, masked=True)
             attend(batch=3, length=4, latents=4, heads=24, page_size=128)
+            compiler.what = "sample, eight bits"
             attend(batch=1, length=1, latents=1, heads=64, eight_bits=True)
+            attend(batch=1, length=1, latents=4, heads=24, cached=2**20, eight_bits=True)
+            attend(batch=3, length=4, latents=4, heads=24, page_size=64, masked=True, eight_bits=True)
+            attend(batch=3, length=1, latents=4, heads=24, page_size=32, eight_bits=True)
             for sequences in (1, 2, 16):
                 step_released(compiler, "mlra_4, gated", sequences)
             for shape, sequences in (("mlra_4", 1), ("gla_2", 2), ("mla", 32), ("mlra_4, FP8 rows", 16)):
