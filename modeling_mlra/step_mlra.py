@@ -18,7 +18,9 @@ kernels (`step_linear_mlra`), by their number of vectors, their size and the GPU
 `attend` leaves partial results. For a few sequences `value` merges them; otherwise a kernel of its own does.
 
 Under tensor parallelism each rank runs these kernels on its share of latents, heads, MLP and vocabulary. `out` and
-`down_proj` then add its part of the product to an equal part of the residual, and an all-reduce behind each gives x.
+`down_proj` then add its part of the product to an equal part of the residual, and a sum over the ranks behind each
+gives x: through the other ranks' memory (`step_exchange_mlra`) where they see it, in float32 and rounded once, else by
+NCCL's all-reduce.
 
 Legend of all `step_*` files: M tokens of all sequences, T of each; K inputs of a linear map, n rows of one of its
 weights; G groups, C branches, L = G * C latents, H heads per latent; R latent, D / E / V positionless key, RoPE and
@@ -34,6 +36,7 @@ from .decode_arguments_mlra import DecodeInputs
 from .decode_mlra import asked_implementation
 from .decode_triton_mlra import PartialResults, cached_of, partial_results, triton_latent_attention
 from .device_mlra import constants, device_facts, launch, launch_options, triton, triton_missing
+from .peer_memory_mlra import exchange_of
 from .step_attention_mlra import (
     AttentionShape,
     Parts,
@@ -150,6 +153,11 @@ class FusedStep:
             return torch.empty(self.num_tokens, width, dtype=model.dtype, device=counters.device)
 
         self.hidden, self.downs = buffer(config.hidden_size), buffer(self.gate_at + gate_width)
+        self.exchange, self.part = None, self.hidden  # what sums over the ranks, and where this rank's part of it goes
+        if self.mesh is not None and self.num_tokens <= MAX_SEQUENCES:
+            self.exchange = exchange_of(self.mesh, MAX_SEQUENCES * config.hidden_size, counters.device)
+        if self.exchange is not None:
+            self.part = torch.empty_like(self.hidden, dtype=torch.float32)
         self.queries = Queries(
             buffer(heads * config.qk_head_dim),
             buffer(latents * heads_per_latent * config.latent_head_dim),
@@ -215,17 +223,13 @@ class FusedStep:
     def embed(self, token_ids: torch.Tensor) -> None:
         """The embedding of each token, from the rank that keeps its row."""
         weight = local_tensor(self.model.model.embed_tokens.weight)
-        if self.mesh is None:
-            width, block = weight.shape[1], 256
-            self._launch(
-                embed_kernel, (self.num_tokens, triton.cdiv(width, block)),
-                token_ids, token_ids.stride(0), weight, self.hidden, WIDTH=width, BLOCK=block, num_warps=1,
-            )  # fmt: skip
-            return
-        rows = token_ids - self.mesh.get_local_rank() * weight.shape[0]
-        kept = (rows >= 0) & (rows < weight.shape[0])
-        torch.index_select(weight, 0, rows.clamp(0, weight.shape[0] - 1), out=self.hidden)
-        sum_output(self.hidden.mul_(kept[:, None]), self.mesh.get_group())
+        (rows, width), block = weight.shape, 256
+        first = 0 if self.mesh is None else self.mesh.get_local_rank() * rows
+        self._launch(
+            embed_kernel, (self.num_tokens, triton.cdiv(width, block)),
+            token_ids, token_ids.stride(0), weight, first, rows, self.part, WIDTH=width, BLOCK=block, num_warps=1,
+        )  # fmt: skip
+        self._sum_parts()
 
     def attention(self, layer: nn.Module, rows: torch.Tensor) -> None:
         """`down` to `value` of a layer and its cached rows `[B, 1, S, width]`."""
@@ -325,8 +329,14 @@ class FusedStep:
     def _add_to_hidden(self, layer: nn.Module, x: torch.Tensor) -> None:
         """hidden += layer(x), the input features of `layer` split over the ranks."""
         linear_map = LinearMap(weights_of(layer), residual_share=self.residual_share)
-        self._run(linear_map, x, self.hidden, residual=self.hidden)
-        if self.mesh is not None:
+        self._run(linear_map, x, self.part, residual=self.hidden)
+        self._sum_parts()
+
+    def _sum_parts(self) -> None:
+        """hidden = the sum of `part` over the ranks."""
+        if self.exchange is not None:
+            self.exchange(self.part, self.hidden, self.machine)
+        elif self.mesh is not None:
             sum_output(self.hidden, self.mesh.get_group())
 
     def _run(self, linear_map: LinearMap, x: torch.Tensor, out: torch.Tensor, residual=None) -> None:
