@@ -14,6 +14,7 @@ from modeling_mlra.capture_mlra import fingerprint
 from modeling_mlra.device_mlra import DeviceFacts, constants, known_devices
 from modeling_mlra.peer_memory_mlra import asked_exchange, naming_lost_ranks, trouble_here
 from modeling_mlra.step_exchange_mlra import BLOCK, Exchange, inbox_shape
+from scripts import bench_tp
 from tests.decode_inputs import DEVICE
 from tests.models import tiny_model
 
@@ -191,6 +192,7 @@ def test_half_of_the_words_are_not_enough():
 def test_the_variable(monkeypatch):
     monkeypatch.delenv("MLRA_EXCHANGE", raising=False)
     assert asked_exchange() == "auto"
+    assert bench_tp.WAYS == peer_memory_mlra.WAYS
     monkeypatch.setenv("MLRA_EXCHANGE", "nccl")
     assert asked_exchange() == "nccl"
     assert trouble_here(None, torch.device("cpu")) == "MLRA_EXCHANGE=nccl asks for it"
