@@ -1,6 +1,6 @@
 """Memory that the ranks of one node share for the decoding step's sums, or the reason why those go through NCCL.
 
-All ranks decide together, once for a mesh, before anything is captured: a rank that cannot, or that was told not to,
+All ranks of a group decide together, once, before anything is captured: a rank that cannot, or that was told not to,
 keeps the others from it too.
 """
 
@@ -31,6 +31,7 @@ PATIENCE = 600.0  # seconds to wait for another rank inside of a kernel, NCCL's 
 MOST_DEVICES = 64  # of a node
 NO_MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
 logger = logging.getLogger(__name__)
+_made: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()  # by group of ranks: all find the same in it
 _exchanges: "weakref.WeakSet[Exchange]" = weakref.WeakSet()
 
 
@@ -50,10 +51,10 @@ def exchange_of(mesh, numbers: int, device: torch.device) -> Exchange | None:
     """What sums up to `numbers` numbers over the ranks of a mesh, each of which calls this; None: NCCL does."""
     if device.type != "cuda":
         return None
-    made = mesh.__dict__.setdefault("_mlra_exchanges", {})
-    key = asked_exchange(), numbers
+    group, key = mesh.get_group(), (asked_exchange(), numbers)
+    made = _made.setdefault(group, {})
     if key not in made:
-        made[key] = shared_exchange(mesh.get_group(), numbers, device)
+        made[key] = shared_exchange(group, numbers, device)
     return made[key]
 
 

@@ -1,8 +1,8 @@
-"""Triton kernel that sums vectors of all ranks through each other's memory, in one shot.
+"""Triton kernels that sum vectors of all ranks, or join them, through each other's memory, in one shot.
 
-Every rank sends its part of the sum to all others, and adds up what has arrived, in the order of the ranks. A number
-travels as one word of 64 bits, its bits and the number of the exchange it belongs to: stores of a word are not torn,
-so who reads the right number has the right bits, and no fence or flag is needed.
+Every rank sends its part to all others, and adds up what has arrived, in the order of the ranks. A number travels as
+one word of 64 bits, its bits and the number of the exchange it belongs to: stores of a word are not torn, so who reads
+the right number has the right bits, and no fence or flag is needed.
 
     place of a word     (slot, block, sender, number in the block), in the memory of each receiver
     exchange e          of a block writes slot e mod 2; every block counts its own
@@ -20,7 +20,8 @@ from .step_device_mlra import Machine
 
 BLOCK = 128  # numbers to a program: a word to a thread
 MOST_RANKS = 8
-exchange_kernel: Any = None
+sum_kernel: Any = None
+join_kernel: Any = None
 
 
 class Inboxes(NamedTuple):
@@ -121,9 +122,9 @@ if triton is not None:
         return ((words >> 32).to(tl.int32) != count).to(tl.int32)
 
     @triton.jit
-    def gather(own, block, count, channels, SHAPE: tl.constexpr):
-        """The sum of a block's numbers over ranks 0, 1, ... in this order, once they are all there; the process ends
-        here if a rank has not sent its own within LIMIT."""
+    def await_all(own, block, count, channels, SHAPE: tl.constexpr):
+        """The words of ranks 0, 1, ..., once they are all there; the process ends here if a rank has not sent its own
+        within LIMIT."""
         words, late = _received(own, block, count, channels.inbox, SHAPE)
         polls = 0
         start = _nanoseconds(polls)
@@ -135,27 +136,46 @@ if triton is not None:
                     tl.store(channels.missing + sender, 1, mask=tl.sum(_not_of(words[sender], count), 0) > 0)
                 _end_of_work()
                 late = 0
-        total = tl.zeros([SHAPE.BLOCK], tl.float32)
-        for sender in tl.static_range(SHAPE.RANKS):
-            total += words[sender].to(tl.int32).to(tl.float32, bitcast=True)
-        return total
+        return words
 
     @triton.jit
-    def exchange_kernel(parts, out, number, inboxes, channels, SHAPE, PDL: tl.constexpr):
-        """out = the sum over ranks of float32 `parts`, BLOCK numbers to a program; all ranks get the same bits."""
+    def numbers_of(words):
+        return words.to(tl.int32).to(tl.float32, bitcast=True)
+
+    @triton.jit
+    def _exchanged(parts, index, number, inboxes, channels, SHAPE: tl.constexpr, PDL: tl.constexpr):
+        """The words of all ranks for a block of `parts`, whose own are sent."""
         block = tl.program_id(0)
-        index = block * SHAPE.BLOCK + tl.arange(0, SHAPE.BLOCK)
         wait_for_front(PDL)
         count = tl.load(channels.counts + block) + 1
-        part = tl.load(parts + index, mask=index < number, other=0.0)
-        words = publish(part, block, count, inboxes, SHAPE)
-        total = gather(words, block, count, channels, SHAPE)
-        tl.store(out + index, total.to(out.dtype.element_ty), mask=index < number)
+        part = tl.load(parts + index, mask=index < number, other=0.0).to(tl.float32)
+        words = await_all(publish(part, block, count, inboxes, SHAPE), block, count, channels, SHAPE)
         tl.store(channels.counts + block, count)
+        return words
+
+    @triton.jit
+    def sum_kernel(parts, out, number, inboxes, channels, SHAPE, PDL: tl.constexpr):
+        """out = the sum over ranks 0, 1, ..., in this order and in float32, BLOCK numbers to a program."""
+        index = tl.program_id(0) * SHAPE.BLOCK + tl.arange(0, SHAPE.BLOCK)
+        words = _exchanged(parts, index, number, inboxes, channels, SHAPE, PDL)
+        total = tl.zeros([SHAPE.BLOCK], tl.float32)
+        for sender in tl.static_range(SHAPE.RANKS):
+            total += numbers_of(words[sender])
+        tl.store(out + index, total.to(out.dtype.element_ty), mask=index < number)
+
+    @triton.jit
+    def join_kernel(parts, out, number, width, inboxes, channels, SHAPE, PDL: tl.constexpr):
+        """out[m] = [part[m] of rank 0, part[m] of rank 1, ...], parts of `width` numbers."""
+        index = tl.program_id(0) * SHAPE.BLOCK + tl.arange(0, SHAPE.BLOCK)
+        words = _exchanged(parts, index, number, inboxes, channels, SHAPE, PDL)
+        place = (index // width) * (SHAPE.RANKS * width) + index % width
+        for sender in tl.static_range(SHAPE.RANKS):
+            here = numbers_of(words[sender]).to(out.dtype.element_ty)
+            tl.store(out + place + sender * width, here, mask=index < number)
 
 
 class Exchange:
-    """The sum of vectors over ranks that see each other's memory, all of which call it in the same order.
+    """Sums and joins vectors of ranks that see each other's memory, all of which call it in the same order.
 
     Args:
         rank: this one.
@@ -173,18 +193,28 @@ class Exchange:
         self.shape = ExchangeShape(rank, ranks, blocks, block, limit)
         self.held = held
 
-    def __call__(self, parts: torch.Tensor, out: torch.Tensor, machine: Machine) -> None:
-        """out = the sum of all ranks' `parts` in float32, the same bits on each.
+    def sum(self, parts: torch.Tensor, out: torch.Tensor, machine: Machine) -> None:
+        """out = the sum of all ranks' `parts`, the same bits on each.
 
         Args:
-            parts: float32 `[M, width]`, contiguous.
+            parts: `[M, width]`, contiguous, that `holds`.
             out: the same of any dtype.
         """
-        shape, early = self.shape, machine.early
+        self._launch(sum_kernel, machine, parts, out, parts.numel())
+
+    def join(self, parts: torch.Tensor, out: torch.Tensor, machine: Machine) -> None:
+        """out `[M, ranks * width]` = the `parts` `[M, width]` of all ranks side by side."""
+        self._launch(join_kernel, machine, parts, out, parts.numel(), parts.shape[1])
+
+    def holds(self, parts: torch.Tensor) -> bool:
+        """Whether there is room for so many numbers."""
+        return parts.numel() <= self.shape.BLOCKS * self.shape.BLOCK
+
+    def _launch(self, kernel, machine: Machine, parts: torch.Tensor, *arguments) -> None:
         launch(
-            out.device, exchange_kernel, (triton.cdiv(parts.numel(), shape.BLOCK),),
-            parts, out, parts.numel(), self.inboxes, self.channels,
-            SHAPE=constants(shape), PDL=early, num_warps=4, **launch_options(early),
+            parts.device, kernel, (triton.cdiv(parts.numel(), self.shape.BLOCK),),
+            parts, *arguments, self.inboxes, self.channels,
+            SHAPE=constants(self.shape), PDL=machine.early, num_warps=4, **launch_options(machine.early),
         )  # fmt: skip
 
     def missing(self) -> list[int]:

@@ -218,7 +218,13 @@ class FusedStep:
             self.gate_up(layer)
             self.down_proj(layer)
         self._run(LinearMap(weights_of(self.model.lm_head), base.norm), self.hidden, self.logits)
-        return self.logits if self.mesh is None else gather_output(self.logits, self.mesh.get_group())
+        if self.mesh is None:
+            return self.logits
+        if self.exchange is None or not self.exchange.holds(self.logits):
+            return gather_output(self.logits, self.mesh.get_group())
+        joined = self.logits.new_empty(self.num_tokens, self.mesh.size() * self.logits.shape[1])
+        self.exchange.join(self.logits, joined, self.machine)
+        return joined
 
     def embed(self, token_ids: torch.Tensor) -> None:
         """The embedding of each token, from the rank that keeps its row."""
@@ -335,7 +341,7 @@ class FusedStep:
     def _sum_parts(self) -> None:
         """hidden = the sum of `part` over the ranks."""
         if self.exchange is not None:
-            self.exchange(self.part, self.hidden, self.machine)
+            self.exchange.sum(self.part, self.hidden, self.machine)
         elif self.mesh is not None:
             sum_output(self.hidden, self.mesh.get_group())
 

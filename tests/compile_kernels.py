@@ -56,7 +56,7 @@ PARTS |= {"st.relaxed.sys.global.b64": "words sent", "ld.volatile.global.b64": "
 KERNELS = (
     (decode_triton_mlra, ("decode_kernel", "rows_kernel", "combine_kernel")),
     (step_mlra, ("embed_kernel", "absorb_kernel", "value_kernel", "product_value_kernel", "choose_kernel")),
-    (step_exchange_mlra, ("exchange_kernel",)),
+    (step_exchange_mlra, ("sum_kernel", "join_kernel")),
     (step_linear_registers_mlra, ("register_linear_kernel",)),
     (step_linear_products_mlra, ("product_linear_kernel",)),
     (step_linear_stream_mlra, ("stream_linear_kernel",)),
@@ -278,10 +278,11 @@ def step(num_sequences: int, dtype=torch.bfloat16, fp8=False, **settings) -> Non
 
 
 def exchange(ranks: int, dtype=torch.bfloat16) -> None:
-    """The sum over so many ranks of two vectors of a released width."""
+    """The sum over so many ranks of two vectors of a released width, and the logits of one."""
     inbox = empty(*step_exchange_mlra.inbox_shape(32 * 3072, ranks), dtype=torch.int64)
-    summed = step_exchange_mlra.Exchange(ranks - 1, [inbox] * ranks, empty(ranks, dtype=torch.int32), 10**11)
-    summed(empty(2, 3072, dtype=torch.float32), empty(2, 3072, dtype=dtype), machine_of(META))
+    exchanged = step_exchange_mlra.Exchange(ranks - 1, [inbox] * ranks, empty(ranks, dtype=torch.int32), 10**11)
+    exchanged.sum(empty(2, 3072, dtype=torch.float32), empty(2, 3072, dtype=dtype), machine_of(META))
+    exchanged.join(empty(1, 50304 // ranks, dtype=dtype), empty(1, 50304, dtype=dtype), machine_of(META))
 
 
 SHAPES = {

@@ -138,11 +138,29 @@ def test_all_ranks_get_the_sum_in_the_order_of_ranks(ranks, rows, dtype):
         expected = in_order(parts).to(dtype)
         for exchange, part in zip(exchanges, parts, strict=True):
             out = torch.full((now, width), 7.0, dtype=dtype)
-            exchange(part, out, MACHINE)
+            exchange.sum(part, out, MACHINE)
             torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
             assert exchange.missing() == []
     if ranks == 4 and dtype == torch.float32:
         assert not torch.equal(in_order(parts), in_order(parts[::-1])), "these sums do not depend on the order"
+
+
+@pytest.mark.parametrize(("ranks", "rows"), [(2, 1), (3, 2), (4, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_of_all_ranks_lie_side_by_side(ranks, rows, dtype):
+    """Behind a sum, and in front of one, as in the step."""
+    width = 150
+    exchanges = ranks_of_one_process(ranks, rows * width)
+    parts = [torch.randn(rows, width).to(dtype) for _ in range(ranks)]
+    for call in ("sum", "join", "sum"):
+        for exchange, part in zip(exchanges, parts, strict=True):
+            send(exchange, part.float())
+        for exchange, part in zip(exchanges, parts, strict=True):
+            assert exchange.holds(part) and not exchange.holds(torch.empty(rows + 2, width))
+            out = torch.full((rows, width * (ranks if call == "join" else 1)), 7.0, dtype=dtype)
+            getattr(exchange, call)(part, out, MACHINE)
+            if call == "join":
+                assert torch.equal(out, torch.cat(parts, dim=1))
 
 
 def test_a_rank_may_be_one_exchange_ahead():
@@ -152,10 +170,10 @@ def test_a_rank_may_be_one_exchange_ahead():
     out = torch.empty(200)
     send(second, parts[0, 1])
     for turn in range(4):
-        first(parts[turn, 0], out, MACHINE)  # has all it needs, and ends
+        first.sum(parts[turn, 0], out, MACHINE)  # has all it needs, and ends
         assert torch.equal(out, parts[turn].sum(0))
         send(first, parts[turn + 1, 0])  # of the next one
-        second(parts[turn, 1], out, MACHINE)
+        second.sum(parts[turn, 1], out, MACHINE)
         assert torch.equal(out, parts[turn].sum(0))
         send(second, parts[turn + 1, 1])
 
@@ -165,7 +183,7 @@ def test_a_rank_that_sends_nothing_is_named(monkeypatch):
     parts = torch.ones(4, 200)
     for rank in (0, 1, 3):
         send(exchanges[rank], parts[rank])
-    exchanges[1](parts[1], torch.empty(200), MACHINE)
+    exchanges[1].sum(parts[1], torch.empty(200), MACHINE)
     assert exchanges[1].missing() == [2]
     with pytest.raises(RuntimeError, match=r"^unspecified launch failure$"), naming_lost_ranks():
         raise RuntimeError("unspecified launch failure")  # of another reason
@@ -182,7 +200,7 @@ def test_half_of_the_words_are_not_enough():
     first, second = ranks_of_one_process(2, BLOCK)
     send(second, torch.ones(BLOCK))
     first.channels.inbox[1, 0, 1, BLOCK - 1] = 0
-    first(torch.ones(BLOCK), torch.empty(BLOCK), MACHINE)
+    first.sum(torch.ones(BLOCK), torch.empty(BLOCK), MACHINE)
     assert first.missing() == [1]
 
 

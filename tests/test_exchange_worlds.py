@@ -33,6 +33,7 @@ if DEVICE != "cpu":
 SIZES = (2, 4)
 BATCHES = {2: (2, 3), 4: (2,)}  # tokens one by one, and their products taken together
 EXCHANGES, WIDTH = 12, 300
+MACHINE = SimpleNamespace(early=False)
 REFUSALS = ("told", "nodes", "access", "allocation", "device")
 
 
@@ -59,7 +60,7 @@ def exchange_often(rank: int, size: int) -> bool:
         time.sleep(own.choice((0, 0, 0.05)))
         parts = torch.arange(size * WIDTH, dtype=torch.float32).view(size, WIDTH) * (turn + 1)
         out = torch.empty(WIDTH)
-        exchange(parts[rank], out, SimpleNamespace(early=False))
+        exchange.sum(parts[rank], out, MACHINE)
         right &= torch.equal(out, parts.sum(0))
     return right and exchange.missing() == []
 
@@ -91,17 +92,25 @@ def fused_logits(rank: int, size: int, folder: Path, monkeypatch) -> dict:
     model = load(folder, size)
     device, calls = torch.device("cpu", rank), []
     exchange = shared_exchange(tensor_parallel_mesh(model).get_group(), 32 * model.config.hidden_size, device)
-    monkeypatch.setattr(step_mlra, "exchange_of", lambda mesh, numbers, device: counted)
+    monkeypatch.setattr(step_mlra, "exchange_of", lambda mesh, numbers, device: exchange)
+    monkeypatch.setattr(distributed, "all_reduce", None)
 
-    def counted(parts, out, machine):
-        calls.append(parts.dtype)
-        exchange(parts, out, machine)
+    def count(name: str, real) -> None:
+        def counted(parts, out, machine):
+            calls.append(name)
+            assert parts.dtype == torch.float32 and exchange.holds(parts)
+            real(parts, out, machine)
+
+        monkeypatch.setattr(exchange, name, counted)
+
+    count("sum", exchange.sum)
+    count("join", exchange.join)
 
     seen = {}
     for batch in BATCHES[size]:
         logits = decode_two_tokens(model, fused=True, batch=batch)["logits"]
         seen[str(batch)] = rms_ratio(torch.load(folder / f"{batch}.pt"), logits)
-    return {"ratios": seen, "exchanges": len(calls), "in_float32": set(calls) == {torch.float32}}
+    return {"ratios": seen, "summed": calls.count("sum"), "joined": calls.count("join")}
 
 
 def meet(rank: int, size: int, folder: Path, out: Path) -> None:
@@ -161,4 +170,5 @@ def test_the_fused_step_through_exchanges(met, size):
         fused = rank["fused"]
         assert max(fused["ratios"].values()) < FUSED_FLOAT32_RATIO
         # of each batch two steps: the embedding, two attentions and two MLPs
-        assert (fused["exchanges"], fused["in_float32"]) == (10 * len(BATCHES[size]), True)
+        steps = 2 * len(BATCHES[size])
+        assert (fused["summed"], fused["joined"]) == (5 * steps, steps)

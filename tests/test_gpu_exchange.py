@@ -62,7 +62,7 @@ def replay_often(exchange, rows: int, dtype: torch.dtype, device: torch.device) 
         part.copy_((index * (rank + 2) + turn * 3) % 15 - 7)
         expected = part.clone()
         distributed.all_reduce(expected)
-        exchange(part, out, machine)
+        exchange.sum(part, out, machine)
         wrong.add_((out != expected.to(dtype)).sum())
 
     replay = Replay(work, device)
@@ -76,13 +76,22 @@ def sum_in_order(exchange, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a sum has the bits of float32 additions in the order of ranks, which is the same on each."""
     torch.manual_seed(distributed.get_rank())
     part, out = torch.randn(5, WIDTH, device=device), torch.empty(5, WIDTH, dtype=dtype, device=device)
-    exchange(part, out, machine_of(device))
+    exchange.sum(part, out, machine_of(device))
     parts = [torch.empty_like(part) for _ in range(distributed.get_world_size())]
     distributed.all_gather(parts, part)
     total = torch.zeros_like(part)
     for one in parts:
         total = total + one
     return torch.equal(out, total.to(dtype))
+
+
+def joined(exchange, rows: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether parts of all ranks lie side by side."""
+    rank, size = distributed.get_rank(), distributed.get_world_size()
+    whole = torch.randn(rows, size * 1000, generator=torch.Generator().manual_seed(rows)).to(device, dtype)
+    out = torch.empty_like(whole)
+    exchange.join(whole[:, rank * 1000 : rank * 1000 + 1000].contiguous(), out, machine_of(device))
+    return torch.equal(out, whole)
 
 
 @torch.no_grad()
@@ -119,12 +128,13 @@ def visit(rank: int, size: int, folder: Path, out: Path) -> None:
     device = join(rank, size, out)
     mesh = init_device_mesh("cuda", (size,), mesh_dim_names=("tp",))
     exchange = exchange_of(mesh, 32 * WIDTH, device)
-    seen: dict = {"exchanges": exchange is not None, "wrong": {}, "in_order": {}}
+    seen: dict = {"exchanges": exchange is not None, "wrong": {}, "in_order": {}, "joined": True}
     if exchange is not None:
         for name, dtype in DTYPES.items():
             seen["in_order"][name] = sum_in_order(exchange, dtype, device)
             for rows in ROWS:
                 seen["wrong"][f"{name}, {rows}"] = replay_often(exchange, rows, dtype, device)
+                seen["joined"] &= joined(exchange, rows, dtype, device)
         seen["same"] = exchange_of(mesh, 32 * WIDTH, device) is exchange
     if rank == size - 1:
         os.environ["MLRA_EXCHANGE"] = "nccl"
@@ -195,6 +205,7 @@ def visited(request, folder, tmp_path_factory) -> list[dict]:
 def test_all_replays_give_the_sum_of_nccl(visited):
     for rank in visited:
         assert rank["exchanges"], "peer memory cannot be had on this machine"
+        assert rank["joined"]
         assert rank["wrong"] == {f"{name}, {rows}": 0 for name in DTYPES for rows in ROWS}
 
 
