@@ -18,7 +18,9 @@ kernels (`step_linear_mlra`), by their number of vectors, their size and the GPU
 `attend` leaves partial results. For a few sequences `value` merges them; otherwise a kernel of its own does.
 
 Under tensor parallelism each rank runs these kernels on its share of latents, heads, MLP and vocabulary. `out` and
-`down_proj` then add its part of the product to an equal part of the residual, and an all-reduce behind each gives x.
+`down_proj` then add its part of the product to an equal part of the residual, and a sum over the ranks behind each
+gives x: through the other ranks' memory (`step_exchange_mlra`) where they see it, in float32 and rounded once, else by
+NCCL's all-reduce.
 
 Legend of all `step_*` files: M tokens of all sequences, T of each; K inputs of a linear map, n rows of one of its
 weights; G groups, C branches, L = G * C latents, H heads per latent; R latent, D / E / V positionless key, RoPE and
@@ -35,6 +37,7 @@ from .decode_arguments_mlra import DecodeInputs
 from .decode_mlra import asked_implementation
 from .decode_triton_mlra import PartialResults, cached_of, partial_results, triton_latent_attention
 from .device_mlra import constants, device_facts, launch, launch_options, triton, triton_missing
+from .peer_memory_mlra import exchange_of
 from .rows_mlra import RowFormat
 from .step_attention_mlra import (
     AttentionShape,
@@ -135,6 +138,8 @@ class FusedStep:
     slots: torch.Tensor | None = None  # over pages of a server's: the row that each token goes to, and where all lie
     block_table: torch.Tensor | None = None
     page_size = 0
+    exchange = None  # what sums over the ranks through peer memory, and where this rank's part of a sum goes then
+    part: torch.Tensor | None = None
 
     def __init__(self, model: nn.Module, cache, counters: torch.Tensor, kv_start=None, key_mask=None, tokens_each=1):
         self._cache, self.counters = weakref.ref(cache), counters
@@ -145,6 +150,10 @@ class FusedStep:
         self.bind(model, cache.layers[0].format, counters.device, num_tokens, tokens_each)
         self.hidden = self._buffer(model.config.hidden_size)
         self.logits = self._buffer(local_tensor(model.lm_head.weight).shape[0])
+        if self.mesh is not None and num_tokens <= MAX_SEQUENCES:
+            self.exchange = exchange_of(self.mesh, MAX_SEQUENCES * model.config.hidden_size, counters.device)
+        if self.exchange is not None:
+            self.part = torch.empty_like(self.hidden, dtype=torch.float32)
 
     def bind(
         self, model: nn.Module, row_format: RowFormat, device: torch.device, num_tokens: int, tokens_each: int = 1
@@ -216,7 +225,13 @@ class FusedStep:
         self.embed(token_ids)
         self.run_layers([layer.rows for layer in self.cache.layers])
         self._run(LinearMap(weights_of(self.model.lm_head), self.model.model.norm), self.hidden, self.logits)
-        return self.logits if self.mesh is None else gather_output(self.logits, self.mesh.get_group())
+        if self.mesh is None:
+            return self.logits
+        if self.exchange is None or not self.exchange.holds(self.logits):
+            return gather_output(self.logits, self.mesh.get_group())
+        joined = self.logits.new_empty(self.num_tokens, self.mesh.size() * self.logits.shape[1])
+        self.exchange.join(self.logits, joined, self.machine)
+        return joined
 
     def run_layers(self, rows: Sequence[torch.Tensor]) -> None:
         """All layers, with the cached rows of each."""
@@ -229,17 +244,13 @@ class FusedStep:
     def embed(self, token_ids: torch.Tensor) -> None:
         """The embedding of each token, from the rank that keeps its row."""
         weight = local_tensor(self.model.model.embed_tokens.weight)
-        if self.mesh is None:
-            width, block = weight.shape[1], 256
-            self._launch(
-                embed_kernel, (self.num_tokens, triton.cdiv(width, block)),
-                token_ids, token_ids.stride(0), weight, self.hidden, WIDTH=width, BLOCK=block, num_warps=1,
-            )  # fmt: skip
-            return
-        rows = token_ids - self.mesh.get_local_rank() * weight.shape[0]
-        kept = (rows >= 0) & (rows < weight.shape[0])
-        torch.index_select(weight, 0, rows.clamp(0, weight.shape[0] - 1), out=self.hidden)
-        sum_output(self.hidden.mul_(kept[:, None]), self.mesh.get_group())
+        (rows, width), block = weight.shape, 256
+        first = 0 if self.mesh is None else self.mesh.get_local_rank() * rows
+        self._launch(
+            embed_kernel, (self.num_tokens, triton.cdiv(width, block)),
+            token_ids, token_ids.stride(0), weight, first, rows, self.part, WIDTH=width, BLOCK=block, num_warps=1,
+        )  # fmt: skip
+        self._sum_parts()
 
     def attention(self, layer: nn.Module, rows: torch.Tensor) -> None:
         """`down` to `value` of a layer and its cached rows `[B, 1, S, width]`."""
@@ -341,12 +352,14 @@ class FusedStep:
     def _add_to_hidden(self, layer: nn.Module, x: torch.Tensor) -> None:
         """hidden += layer(x), the input features of `layer` split over the ranks."""
         linear_map = LinearMap(weights_of(layer), residual_share=self.residual_share)
-        self._run(linear_map, x, self.hidden, residual=self.hidden)
+        self._run(linear_map, x, self.hidden if self.part is None else self.part, residual=self.hidden)
         self.sum_hidden()
 
     def sum_hidden(self) -> None:
-        """Add up what the ranks have of `hidden`."""
-        if self.mesh is not None:
+        """hidden = the sum over the ranks of their parts."""
+        if self.exchange is not None:
+            self.exchange.sum(self.part, self.hidden, self.machine)
+        elif self.mesh is not None:
             sum_output(self.hidden, self.mesh.get_group())
 
     def _run(self, linear_map: LinearMap, x: torch.Tensor, out: torch.Tensor, residual=None) -> None:

@@ -37,6 +37,7 @@ from modeling_mlra import (
     MLRAForCausalLM,
     decode_triton_mlra,
     device_mlra,
+    step_exchange_mlra,
     step_linear_products_mlra,
     step_linear_registers_mlra,
     step_linear_stream_mlra,
@@ -45,15 +46,18 @@ from modeling_mlra import (
 from modeling_mlra.decode_arguments_mlra import DecodeInputs
 from modeling_mlra.device_mlra import DeviceFacts
 from modeling_mlra.rows_mlra import RowFormat
+from modeling_mlra.step_device_mlra import machine_of
 
 META = torch.device("meta")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TYPES = {dtype: name for name, dtype in DTYPES.items()}
 TYPES |= {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8", torch.float8_e4m3fn: "fp8e4nv"}
 PARTS = {"wgmma.mma_async": "matrix products", "cp.async.bulk.tensor": "bulk copies", "griddepcontrol.wait": "waits"}
+PARTS |= {"st.relaxed.sys.global.b64": "words sent", "ld.volatile.global.b64": "words read"}
 KERNELS = (
     (decode_triton_mlra, ("decode_kernel", "rows_kernel", "combine_kernel")),
     (step_mlra, ("embed_kernel", "absorb_kernel", "value_kernel", "product_value_kernel", "choose_kernel")),
+    (step_exchange_mlra, ("sum_kernel", "join_kernel")),
     (step_linear_registers_mlra, ("register_linear_kernel",)),
     (step_linear_products_mlra, ("product_linear_kernel",)),
     (step_linear_stream_mlra, ("stream_linear_kernel",)),
@@ -287,6 +291,14 @@ def step_over_pages(num_sequences: int, dtype=torch.bfloat16, **settings) -> Non
     run(empty(num_sequences, config.hidden_size, dtype=dtype), [pool], tokens)
 
 
+def exchange(ranks: int, dtype=torch.bfloat16) -> None:
+    """The sum over so many ranks of two vectors of a released width, and the logits of one."""
+    inbox = empty(*step_exchange_mlra.inbox_shape(32 * 3072, ranks), dtype=torch.int64)
+    exchanged = step_exchange_mlra.Exchange(ranks - 1, [inbox] * ranks, empty(ranks, dtype=torch.int32), 10**11)
+    exchanged.sum(empty(2, 3072, dtype=torch.float32), empty(2, 3072, dtype=dtype), machine_of(META))
+    exchanged.join(empty(1, 50304 // ranks, dtype=dtype), empty(1, 50304, dtype=dtype), machine_of(META))
+
+
 SHAPES = {
     "mla": (1, 1, 24, 512),
     "mla, double heads": (1, 1, 48, 512),
@@ -341,6 +353,11 @@ def pages_released(compiler: Compiler, shape: str, sequences: int) -> None:
     compiler.only = None
 
 
+def exchange_released(compiler: Compiler, ranks: int, dtype: str = "bf16") -> None:
+    compiler.what = f"{ranks} ranks, {dtype}"
+    exchange(ranks, DTYPES[dtype])
+
+
 def compile_all(name: str) -> list[str]:
     """Every kernel for one target; prints them, and returns what is wrong."""
     with Compiler(name).in_place_of_launches() as compiler:
@@ -356,6 +373,9 @@ def compile_all(name: str) -> list[str]:
                 pages_released(compiler, shape, sequences)
             if compiler.facts.float8:
                 step_released(compiler, "mlra_4", sequences, fp8=True)
+        for ranks in (2, 3, 4, 8) if compiler.facts.nvidia else ():
+            for dtype in DTYPES:
+                exchange_released(compiler, ranks, dtype)
     return compiler.faults()
 
 
@@ -388,6 +408,7 @@ def compile_sample(name: str) -> list[str]:
             compiler.only = "absorb_kernel"
             step_released(compiler, "mlra_4, FP8 rows", 1)
             compiler.only = None
+            exchange_released(compiler, 4)
         for shape, call, dtype in SAMPLE.get(name, ()):
             attend_released(compiler, shape, call, dtype)
         if name in ("sm_80", "gfx942"):
@@ -397,6 +418,8 @@ def compile_sample(name: str) -> list[str]:
         if name == "sm_80":
             compiler.only = "value_kernel"
             step_released(compiler, "gla_4", 2)
+            compiler.only = None
+            exchange_released(compiler, 2, "fp32")
     return compiler.faults()
 
 

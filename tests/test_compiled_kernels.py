@@ -41,11 +41,13 @@ def test_kernels_compile_for_gpus_that_are_not_here(tmp_path):
     assert {line.split()[0] for line in lines} == COMPILED_TARGETS
     on_hopper = [line for line in lines if line.startswith("sm_90")]
     fused = {"embed_kernel", "absorb_kernel", "value_kernel", "product_value_kernel", "choose_kernel"}
-    fused |= {"register_linear_kernel", "product_linear_kernel", "stream_linear_kernel"}
+    fused |= {"register_linear_kernel", "product_linear_kernel", "stream_linear_kernel", "sum_kernel", "join_kernel"}
     assert {line.split()[1] for line in on_hopper} == fused | {"rows_kernel", "decode_kernel", "combine_kernel"}
     for line in on_hopper:
         if "rows_kernel" in line:
             assert "matrix products" in line and "bulk copies" in line, line
+        if "sum_kernel" in line or "join_kernel" in line:  # to three ranks; from three, at first and in a loop
+            assert "3 words sent" in line and "6 words read" in line, line
         if "product_linear_kernel" in line:  # its weights come through buffers, in whole vectors
             shared = int(line.partition(" bytes")[0].split()[-1])
             assert "matrix products" in line and shared > 50_000, line
