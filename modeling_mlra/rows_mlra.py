@@ -151,7 +151,7 @@ def _aligned(size: int, dtype: torch.dtype) -> int:
 def separate(kept: torch.Tensor, num_latents: int, width: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Latents `[..., L, R]` of latents as rows keep them, and of those in eight bits the scales `[..., L]`; views."""
     if kept.dtype != torch.uint8:
-        return kept.unflatten(-1, (num_latents, width)), None
+        return kept.view(*kept.shape[:-1], num_latents, width), None
     numbers = kept[..., : num_latents * width].view(EIGHT_BITS).unflatten(-1, (num_latents, width))
     return numbers, kept[..., -4 * num_latents :].view(torch.float32)
 
