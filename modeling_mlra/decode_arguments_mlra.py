@@ -1,5 +1,7 @@
 """How the arguments of the decode kernels are grouped; the legend is in `decode_mlra`."""
 
+import functools
+import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +27,21 @@ class DecodeInputs(NamedTuple):
     def capacity(self) -> int:
         """Allocated rows of a sequence."""
         return self.latents.shape[1] if self.block_table is None else self.block_table.shape[1] * self.page_size
+
+    def layout(self) -> tuple:
+        """What decides how the call runs: calls of one layout differ in contents, scaling and addresses alone."""
+        q_latent, q_rope, latents, k_rope = self[:4]
+        others = [None if x is None else (x.dtype, x.shape, x.stride()) for x in (*self[4:8], self.scales)]
+        return (
+            self.page_size, self.settled, q_latent.device, q_latent.dtype, latents.dtype, k_rope.dtype,
+            q_latent.shape, q_latent.stride(), q_rope.shape, q_rope.stride(),
+            latents.shape, latents.stride(), k_rope.shape, k_rope.stride(), *others,
+        )  # fmt: skip
+
+    def on_16_bytes(self) -> bool:
+        """Whether all addresses are multiples of 16."""
+        addresses = [x.data_ptr() for x in (*self[:8], self.scales) if x is not None]
+        return not functools.reduce(operator.or_, addresses) % 16
 
 
 class Strides(NamedTuple):

@@ -159,7 +159,7 @@ def _bytes_of_scales(number: int) -> int:
 def separate(kept: torch.Tensor, num_latents: int, width: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Latents `[..., L, R]` of latents as rows keep them, and of those in eight bits the scales `[..., L]`; views."""
     if kept.dtype != torch.uint8:
-        return kept.unflatten(-1, (num_latents, width)), None
+        return kept.view(*kept.shape[:-1], num_latents, width), None
     numbers = kept[..., : num_latents * width].view(EIGHT_BITS).unflatten(-1, (num_latents, width))
     scales = kept[..., kept.shape[-1] - _bytes_of_scales(num_latents) :][..., : 4 * num_latents]
     return numbers, scales.view(torch.float32)
