@@ -138,8 +138,8 @@ class FusedStep:
     slots: torch.Tensor | None = None  # over pages of a server's: the row that each token goes to, and where all lie
     block_table: torch.Tensor | None = None
     page_size = 0
-    exchange = None  # what sums over the ranks through peer memory, and where this rank's part of a sum goes then
-    part: torch.Tensor | None = None
+    exchange = None  # what sums over the ranks through peer memory, and where this rank's summands go then
+    summands: torch.Tensor | None = None
 
     def __init__(self, model: nn.Module, cache, counters: torch.Tensor, kv_start=None, key_mask=None, tokens_each=1):
         self._cache, self.counters = weakref.ref(cache), counters
@@ -153,7 +153,7 @@ class FusedStep:
         if self.mesh is not None and num_tokens <= MAX_SEQUENCES:
             self.exchange = exchange_of(self.mesh, MAX_SEQUENCES * model.config.hidden_size, counters.device)
         if self.exchange is not None:
-            self.part = torch.empty_like(self.hidden, dtype=torch.float32)
+            self.summands = torch.empty_like(self.hidden, dtype=torch.float32)
 
     def bind(
         self, model: nn.Module, row_format: RowFormat, device: torch.device, num_tokens: int, tokens_each: int = 1
@@ -188,6 +188,11 @@ class FusedStep:
     @property
     def cache(self):
         return self._cache()
+
+    @property
+    def part(self) -> torch.Tensor:
+        """Where this rank's part of a sum over the ranks goes."""
+        return self.hidden if self.summands is None else self.summands
 
     @property
     def few(self) -> bool:
@@ -250,7 +255,7 @@ class FusedStep:
             embed_kernel, (self.num_tokens, triton.cdiv(width, block)),
             token_ids, token_ids.stride(0), weight, first, rows, self.part, WIDTH=width, BLOCK=block, num_warps=1,
         )  # fmt: skip
-        self._sum_parts()
+        self.sum_hidden()
 
     def attention(self, layer: nn.Module, rows: torch.Tensor) -> None:
         """`down` to `value` of a layer and its cached rows `[B, 1, S, width]`."""
@@ -352,13 +357,13 @@ class FusedStep:
     def _add_to_hidden(self, layer: nn.Module, x: torch.Tensor) -> None:
         """hidden += layer(x), the input features of `layer` split over the ranks."""
         linear_map = LinearMap(weights_of(layer), residual_share=self.residual_share)
-        self._run(linear_map, x, self.hidden if self.part is None else self.part, residual=self.hidden)
+        self._run(linear_map, x, self.part, residual=self.hidden)
         self.sum_hidden()
 
     def sum_hidden(self) -> None:
         """hidden = the sum over the ranks of their parts."""
         if self.exchange is not None:
-            self.exchange.sum(self.part, self.hidden, self.machine)
+            self.exchange.sum(self.summands, self.hidden, self.machine)
         elif self.mesh is not None:
             sum_output(self.hidden, self.mesh.get_group())
 

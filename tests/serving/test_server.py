@@ -1,4 +1,4 @@
-"""The OpenAI server as people run it: clients at once, one that hangs up, bad requests, a server killed and restarted."""
+"""The OpenAI server as people run it: clients at once, one that hangs up, bad requests, a kill and a restart."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
@@ -28,7 +29,7 @@ FLAGS += ["--kv-cache-memory-bytes", str(64 << 20), "--max-num-batched-tokens", 
 class Server:
     """`vllm serve` on the demo model, in a process group of its own."""
 
-    def __init__(self, port: int, log):
+    def __init__(self, port: int, log: Path):
         self.url = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(DEMO), *FLAGS]
         command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "demo"]
@@ -36,17 +37,17 @@ class Server:
         core = sorted(os.sched_getaffinity(0))[0]
         environment |= {"VLLM_CPU_OMP_THREADS_BIND": str(core)}
         self.log = log
-        self.process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
         end = time.monotonic() + START_SECONDS
         while not self.healthy():
             assert self.process.poll() is None and time.monotonic() < end, self.output()
             time.sleep(0.5)
 
     def output(self) -> str:
-        with open(self.log.name) as file:
-            return file.read()[-3000:]
+        return self.log.read_text()[-3000:]
 
     def healthy(self) -> bool:
         try:
@@ -97,15 +98,13 @@ def start_server(tmp_path_factory):
     servers = []
 
     def start(port: int) -> Server:
-        log = open(tmp_path_factory.mktemp("server") / "log", "w")
-        servers.append(Server(port, log))
+        servers.append(Server(port, tmp_path_factory.mktemp("server") / "log"))
         return servers[-1]
 
     yield start
     for server in servers:
         if server.process.poll() is None:
             server.kill()
-        server.log.close()
 
 
 @pytest.fixture(scope="module")
