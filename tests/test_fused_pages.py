@@ -159,15 +159,48 @@ def test_two_ranks(ends):
         assert rms_ratio(sequences[0].rows[1], sequences[rank].pools[1][sequences[rank].slots]) < FUSED_FLOAT32_RATIO
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("page_size", [16, 64, 128])
-@pytest.mark.parametrize("ends", [[700], [64, 129], [1, 64, 65, 300, 5, 700, 128, 2]])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_gpu_layers_over_pages_of_the_released_widths(variant, ends, page_size):
-    """In bfloat16, where rows are read by bulk copies out of pages."""
-    assert device_facts(torch.device(DEVICE)).obstacle is None
+def model_of_released_widths(variant: str) -> nn.Module:
     model = tiny_model(variant, dtype=torch.bfloat16, **LARGE)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.3)
-    check(model.to(DEVICE), ends, page_size, len(ends) % 3, FUSED_BFLOAT16_RATIO)
+    return model.to(DEVICE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ends", [[700], [64, 129], [1, 64, 65, 300, 5, 700, 128, 2]])
+@pytest.mark.parametrize(
+    ("variant", "page_size"), [*((name, 64) for name in VARIANTS), ("mlra_4", 16), ("mlra_4", 128)]
+)
+def test_gpu_layers_over_pages_of_the_released_widths(variant, page_size, ends):
+    """In bfloat16, where rows are read by bulk copies out of pages."""
+    assert device_facts(torch.device(DEVICE)).obstacle is None
+    check(model_of_released_widths(variant), ends, page_size, len(ends) % 3, FUSED_BFLOAT16_RATIO)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("padding", [0, 3])
+def test_gpu_graph_of_the_layers_follows_its_buffers(padding):
+    """As in serving: between replays change embeddings, positions, slots, lengths, tables and pools."""
+    model = model_of_released_widths("mlra_4")
+    given = [Sequences(model, ends, 64, padding) for ends in ([100, 129], [65, 192], [128, 130])]
+    hidden, pools = given[0].hidden.clone(), [pool.clone() for pool in given[0].pools]
+    tokens = PagedTokens(*(x.clone() if isinstance(x, torch.Tensor) else x for x in given[0].tokens))
+    step = PagedStep(model, given[0].format, 2 + padding)
+
+    def layers() -> torch.Tensor:
+        return model.model.norm(step(hidden.clone(), pools, tokens))
+
+    layers()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = layers()
+    for sequences in given:
+        now = [sequences.hidden, *sequences.pools, *sequences.tokens[:-1]]
+        for buffer, value in zip([hidden, *pools, *tokens[:-1]], now, strict=True):
+            buffer.copy_(value)
+        graph.replay()
+        assert rms_ratio(sequences.expected, result[:2]) < FUSED_BFLOAT16_RATIO
+        for pool, rows in zip(pools, sequences.rows, strict=True):
+            assert rms_ratio(sequences.numbers(rows), sequences.numbers(pool[sequences.slots])) < FUSED_BFLOAT16_RATIO
