@@ -41,7 +41,8 @@ def call(
     dtype=torch.float16,
     device="cpu",
 ):
-    """Arguments and options of `latent_attention`, and the same with what the rows stand for."""
+    """Arguments and options of `latent_attention`, and the same with what the rows stand for. `masked`: with holes and
+    padding on the left."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -56,6 +57,9 @@ def call(
     if masked:
         options["key_mask"] = torch.rand(batch, rows, generator=generator).to(device) > 0.3
         used = used & options["key_mask"]
+        if not page_size:  # pages start with a sequence
+            options["kv_start"] = torch.arange(batch, dtype=torch.int32, device=device) * 70 % 97
+            used = used & (torch.arange(rows, device=device) >= options["kv_start"][:, None])
     cached.view(torch.uint8)[~used] = 255
     queries = normal(batch, length, num_latents, heads, 128), normal(batch, length, groups, heads, 64)
     latents, k_rope, scales = row_format.views(cached, num_latents)
