@@ -95,6 +95,12 @@ if gluon is not None:
         return w, alpha, m_new, norm * alpha + gl.sum(w, 1)
 
     @gluon.jit
+    def _free(buffers, n, TILE: gl.constexpr):
+        """Gives the buffer of tile n back: its products are done."""
+        barrier()
+        mbarrier.arrive(buffers.empty.index(n % TILE.STAGES), count=1)
+
+    @gluon.jit
     def _add_values(
         wd, buffers, it, acc0, acc1, tiles, SHAPE: gl.constexpr, TILE: gl.constexpr, S_LAYOUT: gl.constexpr
     ):
@@ -113,8 +119,7 @@ if gluon is not None:
             acc0, acc1 = warpgroup_mma_wait(0, deps=(acc0, acc1))
         else:
             acc0 = warpgroup_mma_wait(0, deps=(acc0,))
-        barrier()
-        mbarrier.arrive(buffers.empty.index(n % TILE.STAGES), count=1)
+        _free(buffers, n, TILE)
         return acc0, acc1
 
     @gluon.jit
@@ -153,7 +158,7 @@ if gluon is not None:
         SHAPE: gl.constexpr, TILE: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr,
     ):  # fmt: skip
         """The scores of a tile and the values of the one before are multiplied together, and the values also while the
-        scores are in the softmax."""
+        scores are in the softmax; where tiles are widened, the values come first, since their place is waited for."""
         P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
         BN: gl.constexpr = TILE.BN
         STEP: gl.constexpr = 128 // TILE.BM
@@ -173,13 +178,20 @@ if gluon is not None:
                 if SHAPE.HAS_MASK:
                     j_before = tiles.of.lo + (it - STEP) * BN
                     _clean_tile(buffers.c, values, j_before, tiles.of.end, tiles.mask_row, True, 1, BN, S_LAYOUT)
-                s = _scores(buffers, own, tiles.g + it, zeros, FIRST, TILE)
-                acc0 = warpgroup_mma(wd, buffers.c.index(values), acc0, is_async=True)
-                s = warpgroup_mma_wait(1, deps=(s,))
+                if TILE.WIDE:
+                    acc0 = warpgroup_mma(wd, buffers.c.index(values), acc0, is_async=True)
+                    s = _scores(buffers, own, tiles.g + it, zeros, FIRST, TILE)
+                    acc0 = warpgroup_mma_wait(2, deps=(acc0,))  # the scores are two products
+                    _free(buffers, before, TILE)
+                    s = warpgroup_mma_wait(0, deps=(s,))
+                else:
+                    s = _scores(buffers, own, tiles.g + it, zeros, FIRST, TILE)
+                    acc0 = warpgroup_mma(wd, buffers.c.index(values), acc0, is_async=True)
+                    s = warpgroup_mma_wait(1, deps=(s,))
                 w, alpha, m, norm = _softmax_step(s, m, norm, tiles.of.lo + it * BN, tiles, SHAPE, TILE, S_LAYOUT)
-                acc0 = warpgroup_mma_wait(0, deps=(acc0,))
-                barrier()
-                mbarrier.arrive(buffers.empty.index(before % TILE.STAGES), count=1)
+                if not TILE.WIDE:
+                    acc0 = warpgroup_mma_wait(0, deps=(acc0,))
+                    _free(buffers, before, TILE)
                 acc0 = acc0 * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT)), 1)
                 wd = gl.convert_layout(w.to(dtype), P_LAYOUT)
             last = OFFSET + (tiles.count - 1 - OFFSET) // STEP * STEP
@@ -357,6 +369,46 @@ if gluon is not None:
             mbarrier.init(widened.index(i), count=1)
         return c8, scales, widened
 
+    @gluon.jit
+    def _run(
+        c_desc, k_desc, s_desc, buffers, merge, queries, visible, results, pages, place, scale_log2,
+        SHAPE: gl.constexpr, TILE: gl.constexpr, DEAL: gl.constexpr, EARLY: gl.constexpr,
+    ):  # fmt: skip
+        """The warps of a program, each group with its work and the registers that it needs."""
+        if SHAPE.SCALED:
+            gl.warp_specialize(
+                [
+                    (
+                        _attend,
+                        (buffers, merge, queries, visible, results, place, scale_log2, 0, SHAPE, TILE, DEAL, EARLY),
+                    ),
+                    (
+                        _attend,
+                        (buffers, merge, queries, visible, results, place, scale_log2, 1, SHAPE, TILE, DEAL, EARLY),
+                    ),
+                    (copy_tiles, (c_desc, k_desc, s_desc, buffers, visible, pages, place, SHAPE, TILE, DEAL, EARLY)),
+                    (widen_tiles, (buffers, visible, place, SHAPE, TILE, DEAL)),
+                ],
+                [4, 1, 4],
+                [208, 24, 72],
+            )  # fmt: skip
+        else:
+            gl.warp_specialize(
+                [
+                    (
+                        _attend,
+                        (buffers, merge, queries, visible, results, place, scale_log2, 0, SHAPE, TILE, DEAL, EARLY),
+                    ),
+                    (
+                        _attend,
+                        (buffers, merge, queries, visible, results, place, scale_log2, 1, SHAPE, TILE, DEAL, EARLY),
+                    ),
+                    (copy_tiles, (c_desc, k_desc, s_desc, buffers, visible, pages, place, SHAPE, TILE, DEAL, EARLY)),
+                ],
+                [4, 1],
+                [240, 24],
+            )  # fmt: skip
+
     @gluon.jit(do_not_specialize=["B", "P", "S", "whole"])
     def rows_kernel(
         c_desc, k_desc, s_desc, queries, visible, results, pages, B, T, P, S, whole, scale_log2,
@@ -374,6 +426,8 @@ if gluon is not None:
         # A buffer stays with one warpgroup: one that skips tiles would take an older phase for the one it waits for
         gl.static_assert(not SHARE_ROWS or (STAGES % 2 == 0 and TILE.WIDE % 2 == 0))
         gl.static_assert((TILE.WIDE > 0) == SHAPE.SCALED and TILE.WIDE <= STAGES)
+        # The tile before still has its place when the scores are waited for
+        gl.static_assert(not (TILE.WIDE and TILE.OVERLAP) or TILE.WIDE > 128 // TILE.BM)
         gl.static_assert(NL == 1 or (SHARE_ROWS and not TILE.OVERLAP and not TILE.HELD))
         dtype: gl.constexpr = queries.latent.dtype.element_ty
         Q_COPIES: gl.constexpr = 1 if SHARE_ROWS else 2
@@ -410,36 +464,7 @@ if gluon is not None:
         if not SETTLED:
             program_wait(PDL)
         program_release(PDL)
-        if SHAPE.SCALED:
-            gl.warp_specialize(
-                [
-                    (
-                        _attend,
-                        (buffers, merge, queries, visible, results, place, scale_log2, 0, SHAPE, TILE, DEAL, EARLY),
-                    ),
-                    (
-                        _attend,
-                        (buffers, merge, queries, visible, results, place, scale_log2, 1, SHAPE, TILE, DEAL, EARLY),
-                    ),
-                    (copy_tiles, (c_desc, k_desc, s_desc, buffers, visible, pages, place, SHAPE, TILE, DEAL, EARLY)),
-                    (widen_tiles, (buffers, visible, place, SHAPE, TILE, DEAL)),
-                ],
-                [4, 1, 4],
-                [208, 24, 72],
-            )  # fmt: skip
-        else:
-            gl.warp_specialize(
-                [
-                    (
-                        _attend,
-                        (buffers, merge, queries, visible, results, place, scale_log2, 0, SHAPE, TILE, DEAL, EARLY),
-                    ),
-                    (
-                        _attend,
-                        (buffers, merge, queries, visible, results, place, scale_log2, 1, SHAPE, TILE, DEAL, EARLY),
-                    ),
-                    (copy_tiles, (c_desc, k_desc, s_desc, buffers, visible, pages, place, SHAPE, TILE, DEAL, EARLY)),
-                ],
-                [4, 1],
-                [240, 24],
-            )  # fmt: skip
+        _run(
+            c_desc, k_desc, s_desc, buffers, merge, queries, visible, results, pages, place, scale_log2,
+            SHAPE, TILE, DEAL, EARLY,
+        )  # fmt: skip

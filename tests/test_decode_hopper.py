@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from modeling_mlra import decode_plans_mlra, decode_triton_mlra, device_mlra, rows_mlra
-from modeling_mlra.decode_arguments_mlra import HopperTile
+from modeling_mlra.decode_arguments_mlra import DecodeInputs, HopperTile
 from modeling_mlra.decode_mlra import latent_attention
+from modeling_mlra.decode_plans_mlra import fits_hopper
 from modeling_mlra.device_mlra import DeviceFacts
 from modeling_mlra.rows_mlra import RowFormat
 from tests import hopper_in_python, tolerances
@@ -40,7 +41,8 @@ def call(
     dtype=torch.float16,
     device="cpu",
 ):
-    """Arguments and options of `latent_attention`, and the same with what the rows stand for."""
+    """Arguments and options of `latent_attention`, and the same with what the rows stand for. `masked`: with holes and
+    padding on the left."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -55,6 +57,9 @@ def call(
     if masked:
         options["key_mask"] = torch.rand(batch, rows, generator=generator).to(device) > 0.3
         used = used & options["key_mask"]
+        if not page_size:  # pages start with a sequence
+            options["kv_start"] = torch.arange(batch, dtype=torch.int32, device=device) * 70 % 97
+            used = used & (torch.arange(rows, device=device) >= options["kv_start"][:, None])
     cached.view(torch.uint8)[~used] = 255
     queries = normal(batch, length, num_latents, heads, 128), normal(batch, length, groups, heads, 64)
     latents, k_rope, scales = row_format.views(cached, num_latents)
@@ -113,6 +118,19 @@ def test_attention(case, options, eight_bits, tiles, monkeypatch):
     assert rms_ratio(expected, result) < tolerances.KERNEL_BF16_RATIO
     (tile,) = tiles
     assert isinstance(tile, HopperTile) and (tile.NL == 2) == paired and (tile.WIDE > 0) == eight_bits
+
+
+@pytest.mark.parametrize("num_latents", [1, 2, 4])
+def test_rows_that_bulk_copies_take(num_latents):
+    """Rows and each of their parts begin on 16 bytes; what does not goes to the portable kernel."""
+    (arguments, options), _ = call(num_latents, 1, 3, 1, True, dtype=torch.bfloat16)
+    given = DecodeInputs(*arguments, kv_start=None, key_mask=None, block_table=None, page_size=0, **options)
+    assert fits_hopper(given)
+    assert not fits_hopper(given._replace(k_rope=given.k_rope.float()))
+    assert fits_hopper(given._replace(scales=given.scales.contiguous())) == (num_latents == 4)
+    packed = torch.zeros(*given.k_rope.shape[:2], 128 * num_latents + 4, dtype=torch.uint8)
+    latents = packed[..., : 128 * num_latents].view(torch.float8_e4m3fn).unflatten(-1, (num_latents, 128))
+    assert not fits_hopper(given._replace(latents=latents))
 
 
 @pytest.mark.gpu
