@@ -147,7 +147,7 @@ if triton is not None:
         """The words of all ranks for a block of `parts`, whose own are sent."""
         block = tl.program_id(0)
         wait_for_front(PDL)
-        count = tl.load(channels.counts + block) + 1
+        count = tl.load(channels.counts + block, cache_modifier=".cg") + 1
         part = tl.load(parts + index, mask=index < number, other=0.0).to(tl.float32)
         words = await_all(publish(part, block, count, inboxes, SHAPE), block, count, channels, SHAPE)
         tl.store(channels.counts + block, count)

@@ -12,11 +12,12 @@ import torch
 from modeling_mlra import peer_memory_mlra, step_exchange_mlra
 from modeling_mlra.capture_mlra import fingerprint
 from modeling_mlra.device_mlra import DeviceFacts, constants, known_devices
+from modeling_mlra.generation_mlra import captured_decode
 from modeling_mlra.peer_memory_mlra import asked_exchange, naming_lost_ranks, trouble_here
 from modeling_mlra.step_exchange_mlra import BLOCK, Exchange, inbox_shape
 from scripts import bench_tp
 from tests.decode_inputs import DEVICE
-from tests.models import tiny_model
+from tests.models import random_ids, tiny_model
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -188,8 +189,15 @@ def test_a_rank_that_sends_nothing_is_named(monkeypatch):
     with pytest.raises(RuntimeError, match=r"^unspecified launch failure$"), naming_lost_ranks():
         raise RuntimeError("unspecified launch failure")  # of another reason
     monkeypatch.setattr(peer_memory_mlra, "_exchanges", {exchanges[1]})
-    with pytest.raises(RuntimeError) as error, naming_lost_ranks():
+    model = tiny_model()
+
+    def fail(*_):
         raise RuntimeError("unspecified launch failure")
+
+    monkeypatch.setattr(model, "_prefill", fail)
+    options = {"custom_generate": captured_decode, "cache_implementation": "static", "max_new_tokens": 3}
+    with pytest.raises(RuntimeError) as error:
+        model.generate(random_ids(1, 5), **options)
     assert str(error.value) == (
         "rank 2 of 4 sent no part of a sum within 5e-09 s: dead, or far behind rank 1; start the job again"
     )
