@@ -46,8 +46,9 @@ if __name__ == "__main__":
 import numpy as np
 
 from evals.common import PUBLISHED, commit, markdown_table, publish_table, write_json
+from evals.figures import CAN_DRAW, save_figure, subplots
 from evals.intervals import LEVEL, MOST_SEEDS, adjusted_p, critical_value, fit, largest_t, resampled, seeds_needed
-from evals.plots import matplotlib, plt, read_results, save
+from evals.plots import read_results
 
 LAST = 5  # evaluations
 
@@ -214,10 +215,9 @@ def report(args: argparse.Namespace, settings: dict, found: dict) -> None:
 
 def draw(path: Path, found: dict) -> None:
     """The intervals, one line an architecture, in a picture beside `path`."""
-    matplotlib.use("Agg")
     names, values = list(found["differences"]), list(found["differences"].values())
     places = range(len(names))
-    figure, axes = plt.subplots(figsize=(8, 0.5 * len(names) + 1.6), layout="constrained")
+    figure, axes = subplots(figsize=(8, 0.5 * len(names) + 1.6))
     axes.hlines(
         places,
         *zip(*(value["documents_interval"] for value in values), strict=True),
@@ -248,7 +248,7 @@ def draw(path: Path, found: dict) -> None:
     axes.set(xlabel=f"held-out loss less that of {found['control']}, nats per token")
     axes.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside upper center", ncols=2, fontsize="small")
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -259,7 +259,7 @@ def evaluate(args: argparse.Namespace) -> None:
     found = analyse(runs, corpus, args.control, args.half_width)
     write_json(args.output, {"command": f"python -m evals.compare {args.results}", "commit": commit(), **found})
     report(args, settings, found)
-    if plt is not None:
+    if CAN_DRAW:
         draw(args.output, found)
     else:
         print("no intervals drawn: matplotlib is not installed", file=sys.stderr)

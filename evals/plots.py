@@ -28,12 +28,7 @@ if __name__ == "__main__":
     sys.exit(main())
 
 from evals.common import PUBLISHED
-
-try:
-    import matplotlib
-    from matplotlib import pyplot as plt
-except ImportError:
-    plt = None
+from evals.figures import CAN_DRAW, save_figure, subplots
 
 CONTEXTS = [2**power for power in range(15, 22)]  # tokens, 32K to 2M
 CONTEXT_DEVICES = "4"
@@ -61,7 +56,7 @@ def plot_cache(path: Path) -> Path:
     if "sizes" not in content:
         raise UserError(f"{path} is no results file of evals.cache_tables")
     sizes, results = content["sizes"], content["results"]
-    figure, (by_devices, by_context) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (by_devices, by_context) = subplots(1, 2, figsize=(10, 4))
     lines = distinct({name: [share["numbers"] for share in row.values()] for name, row in results.items()})
     for index, (label, numbers) in enumerate(lines.items()):
         devices = list(next(iter(results.values())))
@@ -81,7 +76,7 @@ def plot_cache(path: Path) -> Path:
     for axes in (by_devices, by_context):
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    return save(figure, path)
+    return save_figure(figure, path)
 
 
 def distinct(lines: dict[str, list]) -> dict[str, list]:
@@ -108,7 +103,7 @@ def plot_perplexity(paths: list[Path]) -> Path:
         known = dict(zip(table["columns"], table["rows"][row], strict=True))
         if set(known) & set(corpora):
             bars[f"paper, {row}"] = known
-    figure, axes = plt.subplots(figsize=(max(5, 0.45 * len(corpora) * len(bars) + 1), 4), layout="constrained")
+    figure, axes = subplots(figsize=(max(5, 0.45 * len(corpora) * len(bars) + 1), 4))
     width = 0.8 / len(bars)
     for index, (label, values) in enumerate(bars.items()):
         places = [(place, corpus) for place, corpus in enumerate(corpora) if corpus in values]
@@ -126,21 +121,12 @@ def plot_perplexity(paths: list[Path]) -> Path:
     axes.grid(axis="y", alpha=0.3)
     axes.margins(y=0.1)
     figure.legend(loc="outside upper center", ncols=2, fontsize="small")
-    return save(figure, paths[0])
-
-
-def save(figure, path: Path) -> Path:
-    """Write a figure beside a results file, the same bytes for the same numbers."""
-    target = path.with_suffix(".png")
-    figure.savefig(target, dpi=120, metadata={"Software": None})
-    plt.close(figure)
-    return target
+    return save_figure(figure, paths[0])
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    if plt is None:
+    if not CAN_DRAW:
         raise UserError("matplotlib is not installed: pip install 'mlra[eval]'")
-    matplotlib.use("Agg")
     if args.cache is not None:
         print(plot_cache(args.cache))
     if args.perplexity:

@@ -95,6 +95,11 @@ class LatentRows:
         self._map_rows(lambda rows: rows.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
+        """Fetch the rows, after all that the device was given to do before: rows may still be on their way to the
+        CPU, and rows fetched earlier may still be read where these will lie. (Older versions of the library do not
+        wait.)"""
+        if self.is_initialized and self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).wait_stream(torch.cuda.default_stream(self.device))
         self._map_rows(lambda rows: rows.to(self.device, non_blocking=True))
 
 

@@ -19,7 +19,8 @@ from torch import nn
 
 from .cache_mlra import MLRACache
 from .device_mlra import on_device
-from .tensor_parallel_mlra import is_parallel, local_tensor
+from .step_maps_mlra import has_scales, stored_tensors
+from .tensor_parallel_mlra import is_parallel
 
 SPARE_SHARE = 1 / 32  # of a device's memory, for the rows of caches that wait; the one not used for longest goes first
 GROWTH = 4096  # rows beyond its prompt that a call reserves at first
@@ -128,16 +129,17 @@ def may_capture(model: nn.Module, cache: Any, generation_config) -> bool:
 
 
 def is_plain(model: nn.Module) -> bool:
-    """Whether the model's modules do nothing but compute: no hooks, and no other classes than its own and torch's.
+    """Whether the model's modules do nothing but compute: no hooks, and no other classes than its own, torch's and
+    linear layers of a format that the step knows.
 
-    Others, of quantised weights or adapters, may wait for the device, which cannot be captured; a static cache asks
-    for that all the same.
+    Others, of other quantised weights or adapters, may wait for the device, which cannot be captured; a static cache
+    asks for that all the same.
     """
     own = (type(model).__module__.rpartition(".")[0], "torch.nn.modules", "transformers.activations")
     return not any(
         module._forward_hooks
         or module._forward_pre_hooks
-        or not type(module).__module__.startswith(own)
+        or not (type(module).__module__.startswith(own) or has_scales(module))
         or ("forward" in module.__dict__ and not is_parallel(module))
         for module in modules_of(model)
     )
@@ -159,8 +161,7 @@ def fingerprint(model: nn.Module) -> tuple:
             parts += [module, len(module._forward_hooks), len(module._forward_pre_hooks)]
         for tensors in (module._parameters, module._buffers):
             for tensor in tensors.values():
-                if tensor is not None:
-                    local = local_tensor(tensor)
+                for local in () if tensor is None else stored_tensors(tensor):
                     parts += [local.data_ptr(), local.shape, local.dtype]
     return tuple(parts)
 

@@ -2,6 +2,29 @@
 
 from typing import Any, NamedTuple
 
+import torch
+
+
+class DecodeInputs(NamedTuple):
+    """A call, as `latent_attention` describes it."""
+
+    q_latent: torch.Tensor
+    q_rope: torch.Tensor
+    latents: torch.Tensor
+    k_rope: torch.Tensor
+    kv_end: torch.Tensor
+    kv_start: torch.Tensor | None
+    key_mask: torch.Tensor | None
+    block_table: torch.Tensor | None
+    page_size: int
+    scaling: float
+    settled: bool = False
+
+    @property
+    def capacity(self) -> int:
+        """Allocated rows of a sequence."""
+        return self.latents.shape[1] if self.block_table is None else self.block_table.shape[1] * self.page_size
+
 
 class Strides(NamedTuple):
     """Of sequences, query positions, latents (of rotary queries: groups) and heads."""
@@ -87,6 +110,17 @@ class Deal(NamedTuple):
     BIG: Any
 
 
+class Reduction(NamedTuple):
+    """L latents of H heads and width R; BD columns of ROWS query rows, SPLITS partial results at once."""
+
+    L: Any
+    H: Any
+    R: Any
+    ROWS: Any
+    BD: Any
+    SPLITS: Any
+
+
 class Segment(NamedTuple):
     """Cached rows lo <= j < hi of a sequence; query row m sees those in front of `limit[m]`."""
 
@@ -102,3 +136,96 @@ class QueryRows(NamedTuple):
     t: Any
     h: Any
     known: Any
+
+
+class HopperTile(NamedTuple):
+    """NL latents and BM query rows to a program, BN cached rows at a time in STAGES buffers, of which AHEAD are filled
+    before the queries are there; OVERLAP: a warpgroup also multiplies during its own softmax."""
+
+    NL: Any
+    BM: Any
+    BN: Any
+    STAGES: Any
+    AHEAD: Any
+    OVERLAP: Any
+
+
+class Place(NamedTuple):
+    """What a program is: B sequences of T positions, at most P shares, of which it has share p, of the latents from
+    `latent` and the query rows from `row0` on; S allocated rows of a sequence; `whole` sequences go to the results."""
+
+    B: Any
+    T: Any
+    P: Any
+    S: Any
+    whole: Any
+    p: Any
+    latent: Any
+    row0: Any
+
+
+class Share(NamedTuple):
+    """A program's units of work, `first` <= unit < `stop`, from sequence b on; of all sequences the first rows, ends,
+    units and running sums of units."""
+
+    starts: Any
+    ends: Any
+    units: Any
+    cum: Any
+    b: Any
+    first: Any
+    stop: Any
+
+
+class Stretch(NamedTuple):
+    """What a share holds of one sequence: the unit after it, whether the sequence starts and ends in it, and its rows
+    lo <= j < hi of a sequence that ends at `end`."""
+
+    stop: Any
+    from_start: Any
+    to_end: Any
+    lo: Any
+    hi: Any
+    end: Any
+
+
+class Buffers(NamedTuple):
+    """Shared memory of queries, rotary queries, latents and rotary keys; which are full, which free to be filled."""
+
+    q: Any
+    qr: Any
+    c: Any
+    k: Any
+    full: Any
+    empty: Any
+    q_full: Any
+
+
+class Merge(NamedTuple):
+    """Where one warpgroup leaves its sums, maxima and weight sums for the other."""
+
+    data: Any
+    stats: Any
+    full: Any
+    empty: Any
+
+
+class Sums(NamedTuple):
+    """Weighted sums of the rows of one latent or two, log2 maxima of the scores, and sums of the weights."""
+
+    acc0: Any
+    acc1: Any
+    m: Any
+    norm: Any
+
+
+class SegmentTiles(NamedTuple):
+    """`count` tiles of the `Stretch` `of` a sequence; the first is the program's tile `g`."""
+
+    g: Any
+    count: Any
+    of: Any
+    limit: Any
+    mask_row: Any
+    T: Any
+    scale_log2: Any

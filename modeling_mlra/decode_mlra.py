@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from .decode_arguments_mlra import DecodeInputs
 from .decode_reference_mlra import reference_latent_attention
 from .decode_triton_mlra import triton_latent_attention
 from .device_mlra import cannot_be_built, triton_missing
@@ -39,19 +40,18 @@ _said: set[str] = set()
 _hub_functions: dict = {}
 
 
-def _flash_attention_3(
-    q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling, settled=False
-):
+def _flash_attention_3(inputs: DecodeInputs) -> torch.Tensor:
     """FlashAttention-3's decode entry: one call on the rows [c | k_rope] themselves, or one `qv` call per latent.
     `settled` makes no difference: its kernels start when the one in front has ended."""
     decode_calls["flash_attention_3"] += 1
+    q_latent, q_rope, latents, k_rope = inputs[:4]
     _, length, num_latents, _, _ = q_latent.shape
     attend = flash_attn_interface.flash_attn_with_kvcache
     paged = {}
-    if block_table is not None:
-        latents, k_rope = latents.unflatten(0, (-1, page_size)), k_rope.unflatten(0, (-1, page_size))
-        paged = {"page_table": block_table}
-    common = {"cache_seqlens": kv_end, "softmax_scale": scaling, "causal": length > 1, **paged}
+    if inputs.block_table is not None:
+        latents, k_rope = (x.unflatten(0, (-1, inputs.page_size)) for x in (latents, k_rope))
+        paged = {"page_table": inputs.block_table}
+    common = {"cache_seqlens": inputs.kv_end, "softmax_scale": inputs.scaling, "causal": length > 1, **paged}
     if is_one_row(latents, k_rope):
         z = attend(torch.cat([q_latent[:, :, 0], q_rope[:, :, 0]], -1), *as_one_row(latents, k_rope), **common)
         return z[:, :, None]
@@ -63,23 +63,28 @@ def _flash_attention_3(
     return torch.stack(results, dim=2)
 
 
-def _triton(*arguments):
-    result = triton_latent_attention(*arguments)
+def _triton(inputs: DecodeInputs) -> torch.Tensor:
+    result = triton_latent_attention(inputs)
     decode_calls["triton"] += 1
     return result
 
 
-def _automatic(*arguments):
+def _automatic(inputs: DecodeInputs) -> torch.Tensor:
     """Triton, or where its kernels cannot be built for the device, torch."""
     try:
-        return _triton(*arguments)
+        return _triton(inputs)
     except Exception as error:
         if not cannot_be_built(error):
             raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         _warn_once(f"latent attention falls back to 'torch': 'triton' cannot run because {reason}")
     decode_calls["torch"] += 1
-    return reference_latent_attention(*arguments[:10])
+    return _reference(inputs)
+
+
+def _reference(inputs: DecodeInputs) -> torch.Tensor:
+    """Here `settled` makes no difference."""
+    return reference_latent_attention(*inputs[:-1])
 
 
 def _empty_result(q_latent, *args, **kwargs):
@@ -87,14 +92,15 @@ def _empty_result(q_latent, *args, **kwargs):
 
 
 def _register(name, function):
-    """Registers `function` as an operator; a second copy of this file finds and uses the first one's."""
+    """Registers `function` of `DecodeInputs` as an operator; a second copy of this file finds and uses the first
+    one's."""
     operators = getattr(torch.ops, NAMESPACE)
     if not hasattr(operators, name):
         _library.define(
             f"{name}(Tensor q_latent, Tensor q_rope, Tensor latents, Tensor k_rope, Tensor kv_end, Tensor? kv_start, "
             "Tensor? key_mask, Tensor? block_table, int page_size, float scaling, bool settled=False) -> Tensor"
         )
-        _library.impl(name, function, "CompositeExplicitAutograd")
+        _library.impl(name, lambda *arguments: function(DecodeInputs(*arguments)), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", _empty_result, lib=_library)
     return getattr(operators, name)
 
@@ -241,13 +247,15 @@ def latent_attention(
     given = q_latent.dtype
     q_latent, q_rope, k_rope = (x.to(latents.dtype) for x in (q_latent, q_rope, k_rope))
     name = choose_implementation(implementation, q_latent, q_rope, latents, k_rope, kv_start, key_mask)
-    arguments = (q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling)
+    inputs = DecodeInputs(
+        q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling, settled
+    )
     if name in _operators:
-        return _operators[name](*arguments, settled).to(given)
+        return _operators[name](*inputs).to(given)
     if not torch.compiler.is_compiling():
         decode_calls[name] += 1
     if name == "torch":
-        return reference_latent_attention(*arguments).to(given)
+        return _reference(inputs).to(given)
     options = {"kv_end": kv_end, "kv_start": kv_start, "key_mask": key_mask, "scaling": scaling}
     if block_table is not None:
         options |= {"block_table": block_table, "page_size": page_size}

@@ -1,16 +1,33 @@
 """With which tiles the decode kernels run; evals/results/decode_notes.md has what was measured."""
 
 import functools
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
+from .decode_arguments_mlra import Deal, DecodeTile, HopperTile, Reduction
 from .device_mlra import DeviceFacts, triton
 
 # With so many cached rows, four latents or more wait for the L2 cache of an H200, out of which each reads the rotary
 # keys: two in one program then share them (up to 64 wide, so that four tiles fit). With fewer, that costs more at both
 # ends of a program than it saves.
 PAIRED_ROWS = 3 * 2**17
+
+
+class DecodePlan(NamedTuple):
+    """One way to run the attention: the tile, which says which kernel, and how the work is dealt and launched.
+
+    Attributes:
+        unit, least_units: cached rows of a unit of work, and how many of these a program has at least.
+        programs_per_sm: how many programs run at a time on each multiprocessor.
+    """
+
+    tile: DecodeTile | HopperTile
+    unit: int = 32
+    least_units: int = 1
+    programs_per_sm: int = 1
+    num_warps: int = 4
+    num_stages: int = 3
 
 
 def fits_hopper(latents, k_rope, block_table) -> bool:
@@ -39,7 +56,7 @@ def decode_plans(
     cached: int,
     hopper: bool,
     facts: DeviceFacts,
-) -> tuple[dict[str, Any], ...]:
+) -> tuple[DecodePlan, ...]:
     """Block sizes for M = `rows` query rows per latent and `cached` allocated rows in all, the best first.
 
     What follows is for devices where that one, against all estimates, cannot be built.
@@ -53,28 +70,24 @@ def _decode_plans(rows, num_latents, groups, width, rope_width, itemsize, paired
     padded = max(16, triton.next_power_of_2(width))
     rope_padded = max(16, triton.next_power_of_2(rope_width))
     branches = num_latents // groups
-    plan = {"kernel": "plain", "RP": padded, "EP": rope_padded, "UNIT": 32, "MIN_UNITS": 1, "NL": 1}
-    plan["programs_per_sm"] = 1
-    plain = tuple(plan | tiles for tiles in _plain_tiles(rows, branches, padded, rope_padded, itemsize, facts))
+    plain = _plain_plans(rows, branches, padded, rope_padded, itemsize, facts)
     if not hopper:
         return plain
-    if rows <= 64:
-        plan |= {"kernel": "rows", "BM": 64, "BN": 64, "UNIT": 64, "num_warps": 4, "num_stages": 6, "AHEAD": 4}
-        # A tile for each of the two warpgroups; with several latents more, which leaves room for the kernel behind
-        plan["MIN_UNITS"] = 2 if num_latents == 1 else 3
-        plan["OVERLAP"] = num_latents > 1  # one latent alone waits for memory, and better holds no buffer for longer
-        if rows <= 32 and num_latents >= 4 and branches % 2 == 0 and rope_width <= 64 and paired:
-            plan |= {"NL": 2, "num_stages": 4, "AHEAD": 3, "OVERLAP": False}
-    else:
-        plan |= {"kernel": "rows", "BM": 128, "BN": 128, "UNIT": 128, "num_warps": 4, "num_stages": 3}
-        plan |= {"AHEAD": 2, "OVERLAP": True}
-    return plan, *plain
+    if rows > 64:
+        return DecodePlan(HopperTile(NL=1, BM=128, BN=128, STAGES=3, AHEAD=2, OVERLAP=True), unit=128), *plain
+    # A tile for each of the two warpgroups; with several latents more, which leaves room for the kernel behind
+    least_units = 2 if num_latents == 1 else 3
+    # One latent alone waits for memory, and better holds no buffer for longer
+    tile = HopperTile(NL=1, BM=64, BN=64, STAGES=6, AHEAD=4, OVERLAP=num_latents > 1)
+    if rows <= 32 and num_latents >= 4 and branches % 2 == 0 and rope_width <= 64 and paired:
+        tile = tile._replace(NL=2, STAGES=4, AHEAD=3, OVERLAP=False)
+    return DecodePlan(tile, unit=64, least_units=least_units), *plain
 
 
-def _plain_tiles(
+def _plain_plans(
     rows: int, branches: int, padded: int, rope_padded: int, itemsize: int, facts: DeviceFacts
-) -> list[dict[str, int]]:
-    """Tiles of the plain kernel that should fit, each with three buffers before two, from the largest on.
+) -> tuple[DecodePlan, ...]:
+    """Plans of the plain kernel that should fit, each with three buffers before two, from the largest on.
 
     Products of float32 run outside of tensor cores, and AMD's take both factors from registers: more than these tiles
     would lie in memory instead (`python -m tests.compile_kernels` counts such bytes).
@@ -93,36 +106,36 @@ def _plain_tiles(
     found = []
     wide_registers = facts.nvidia or facts.warp_size == 64
     if rows <= 32 and padded <= 128 and branches in (2, 4, 8) and itemsize == 2 and wide_registers:
-        together = {"NL": branches, "BM": 16 if rows <= 16 else 32, "BN": 16, "num_warps": branches}
+        together = DecodeTile(branches, 16 if rows <= 16 else 32, 16, padded, rope_padded)
         for stages in (4, 3, 2):
-            shared = _shared_bytes(together, stages, padded, rope_padded, itemsize, facts)
-            many = int(min(8 // branches, facts.shared_per_multiprocessor // (shared + 1024)))
-            found.append((shared, together | {"num_stages": stages, "programs_per_sm": max(1, many)}))
+            shared = _shared_bytes(together, stages, itemsize, facts)
+            many = max(1, int(min(8 // branches, facts.shared_per_multiprocessor // (shared + 1024))))
+            plan = DecodePlan(together, programs_per_sm=many, num_warps=branches, num_stages=stages)
+            found.append((shared, plan))
     while True:
         heavy = tall * padded > 8192 or itemsize == 4
-        tile = {"BM": tall, "BN": deep, "num_warps": 8 if padded > 256 or heavy else 4}
+        tile = DecodeTile(1, tall, deep, padded, rope_padded)
+        plan = DecodePlan(tile, num_warps=8 if padded > 256 or heavy else 4)
         for stages in (3, 2):
-            shared = _shared_bytes(tile, stages, padded, rope_padded, itemsize, facts)
-            found.append((shared, tile | {"num_stages": stages}))
+            found.append((_shared_bytes(tile, stages, itemsize, facts), plan._replace(num_stages=stages)))
         if tall > 16:
             tall //= 2
         elif deep > 16:
             deep //= 2
         else:
             break
-    fitting = [tile for shared, tile in found if shared <= facts.shared_bytes]
-    return [*fitting, tile | {"num_stages": 1}]
+    fitting = (plan for shared, plan in found if shared <= facts.shared_bytes)
+    return *fitting, plan._replace(num_stages=1)
 
 
-def _shared_bytes(tile, stages: int, padded: int, rope_padded: int, itemsize: int, facts: DeviceFacts) -> int:
+def _shared_bytes(tile: DecodeTile, stages: int, itemsize: int, facts: DeviceFacts) -> int:
     """Shared memory that the plain kernel takes with a tile, as compiled for NVIDIA's and AMD's GPUs."""
-    latents, per_row = tile.get("NL", 1), (padded + rope_padded) * itemsize
-    buffers = (stages - 1) * tile["BN"] * (latents * padded + rope_padded) * itemsize
-    weights = tile["BM"] * tile["BN"] * itemsize
+    buffers = (stages - 1) * tile.BN * (tile.NL * tile.RP + tile.EP) * itemsize
+    weights = tile.BM * tile.BN * itemsize
     if not facts.nvidia:
-        return latents * max(tile["BM"] * padded * 4, buffers + weights)
-    queries = latents * tile["BM"] * per_row
-    return queries + buffers + (weights if latents == 1 else 0)
+        return tile.NL * max(tile.BM * tile.RP * 4, buffers + weights)
+    queries = tile.NL * tile.BM * (tile.RP + tile.EP) * itemsize
+    return queries + buffers + (weights if tile.NL == 1 else 0)
 
 
 def even_programs(programs: int, batch: int) -> int:
@@ -134,7 +147,7 @@ def even_programs(programs: int, batch: int) -> int:
 @functools.lru_cache(maxsize=1024)
 def deal_work(
     batch: int, capacity: int, lanes: int, most_programs: int, unit: int, least_units: int, has_start: bool
-) -> tuple[int, dict[str, Any]]:
+) -> tuple[int, Deal]:
     """How many programs share the rows of `batch` sequences of up to `capacity`, and the constants of the division.
 
     Args:
@@ -145,24 +158,22 @@ def deal_work(
     programs = even_programs(max(1, most_programs // lanes), batch)
     most_units = batch * (triton.cdiv(capacity, unit) + 1)
     programs = min(programs, triton.cdiv(most_units, least_units))
-    deal = {
-        "UNIT": unit, "MIN_UNITS": least_units, "BLOCK_B": triton.next_power_of_2(batch), "HAS_START": has_start,
-        "BIG": (most_units + 1) * (programs + 1) >= 2**31,
-    }  # fmt: skip
-    return programs, deal
+    big = (most_units + 1) * (programs + 1) >= 2**31
+    return programs, Deal(unit, least_units, triton.next_power_of_2(batch), has_start, big)
 
 
 @functools.lru_cache(maxsize=1024)
 def reduction_plan(
-    batch: int, num_latents: int, rows: int, programs: int, width: int
-) -> tuple[tuple[int, int, int], dict[str, int]]:
-    """Grid and tile of the second kernel: many small reductions take their splits in turn, a few wide ones SPLITS at
-    once."""
-    padded_width = triton.next_power_of_2(width)
+    batch: int, num_latents: int, length: int, heads: int, width: int, programs: int
+) -> tuple[tuple[int, int, int], Reduction, int]:
+    """Grid, tile and warps of the second kernel: many small reductions take their splits in turn, a few wide ones
+    SPLITS at once."""
+    rows, padded_width = length * heads, triton.next_power_of_2(width)
     splits = min(256, max(8, triton.next_power_of_2(triton.cdiv(programs, batch) + 1)))
     if splits == 8 and batch * num_latents * rows > 8192:
-        tile = {"SPLITS": 1, "BD": padded_width, "ROWS": min(16, triton.next_power_of_2(rows)), "num_warps": 4}
+        block, columns, splits, num_warps = min(16, triton.next_power_of_2(rows)), padded_width, 1, 4
     else:
-        columns = min(padded_width, 4096 // splits if splits < 64 else 32)
-        tile = {"SPLITS": splits, "BD": columns, "ROWS": 1, "num_warps": {8: 1, 256: 8}.get(splits, 4)}
-    return (triton.cdiv(width, tile["BD"]), num_latents * triton.cdiv(rows, tile["ROWS"]), batch), tile
+        block, columns = 1, min(padded_width, 4096 // splits if splits < 64 else 32)
+        num_warps = {8: 1, 256: 8}.get(splits, 4)
+    grid = triton.cdiv(width, columns), num_latents * triton.cdiv(rows, block), batch
+    return grid, Reduction(num_latents, heads, width, block, columns, splits), num_warps

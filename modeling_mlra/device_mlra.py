@@ -4,6 +4,7 @@ import functools
 import logging
 import math
 import os
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # First and last version of triton whose experimental API the Hopper kernels compile with (tests/compile_kernels.py)
 GLUON_VERSIONS = (3, 6), (3, 9)
 FIRST_CAPABILITY = (8, 0)  # of NVIDIA's GPUs
+FLOAT8_CAPABILITY = (8, 9)
 AMD_TARGETS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")  # that all kernels are compiled for in the tests
 
 
@@ -45,6 +47,7 @@ class DeviceFacts(NamedTuple):
         shared_per_multiprocessor: what programs on the same multiprocessor share.
         warp_size: threads that run in step.
         nvidia: whether NVIDIA's compiler, with its own launch options, builds the kernels.
+        float8: whether kernels can read numbers of 8 bits (e4m3).
         tested: whether the tests compile all kernels for such a device.
         obstacle: why the kernels do not run on it, or None.
     """
@@ -56,6 +59,7 @@ class DeviceFacts(NamedTuple):
     shared_per_multiprocessor: float = math.inf
     warp_size: int = 32
     nvidia: bool = False
+    float8: bool = True
     tested: bool = True
     obstacle: str | None = None
 
@@ -104,7 +108,8 @@ def _cuda_facts(device: torch.device) -> DeviceFacts:
             tested=False, obstacle=f"{properties.name} has compute capability {named}, its kernels need {first}"
         )
     early = properties.major >= 9 and hasattr(tl.extra.cuda, "gdc_wait") if triton is not None else False
-    return facts._replace(early=early, hopper=properties.major == 9 and gluon_fits())
+    float8, hopper = capability >= FLOAT8_CAPABILITY, properties.major == 9 and gluon_fits()
+    return facts._replace(early=early, hopper=hopper, float8=float8)
 
 
 def _xpu_facts(device: torch.device) -> DeviceFacts:
@@ -178,9 +183,11 @@ def launch(device: torch.device, kernel, grid: tuple, *arguments, **constants: A
 def constants(group):
     """A named tuple of numbers as an argument of a kernel: all are known when it is compiled.
 
-    The kernel's parameter bears no `tl.constexpr`: it would make one constant of the whole tuple, which triton cannot
-    hand to a hook that asks what was compiled (profilers and vLLM's monitor set one).
+    The kernel's parameter bears no `tl.constexpr`: it would make one constant of the tuple, which triton cannot
+    describe to a hook that asks what was compiled (profilers and vLLM's monitor set one).
     """
+    if INTERPRETED:
+        return SimpleNamespace(**group._asdict())  # of a tuple's numbers the interpreter makes tensors
     return type(group)(*map(tl.constexpr, group))
 
 

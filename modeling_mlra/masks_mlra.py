@@ -62,6 +62,32 @@ class MaskBuffers:
         self.kv_start.copy_(self.key_mask.int().argmax(dim=-1))
 
 
+def make_mask(
+    config,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cache: Cache | None,
+    position_ids: torch.Tensor | None,
+    past_length: torch.Tensor | int,
+    absorbed: bool,
+):
+    """What the new tokens may attend to, as the form of attention that runs takes it.
+
+    Args:
+        attention_mask: `[B, S + T]`, or a 4D mask of the library.
+        position_ids: as for `dense_mask`.
+
+    Returns:
+        For the absorbed form the rows to read or, with eager attention or a 4D mask, numbers to add to its scores; for
+        the expanded form that of `dense_mask`.
+    """
+    batch, length = inputs_embeds.shape[:2]
+    if absorbed and config._attn_implementation != "eager" and (attention_mask is None or attention_mask.ndim == 2):
+        return cache_rows(attention_mask, past_length + length, batch, inputs_embeds.device)
+    mask = dense_mask(config, inputs_embeds, attention_mask, cache, position_ids, past_length)
+    return additive(mask, inputs_embeds.dtype) if absorbed else mask
+
+
 def dense_mask(
     config,
     inputs_embeds: torch.Tensor,

@@ -11,8 +11,7 @@ import transformers
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache, StaticCache
-from transformers.generation import GenerationMixin
+from transformers.cache_utils import Cache
 from transformers.integrations import use_kernel_forward_from_hub
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -29,22 +28,20 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_mlra import MAX_ABSORBED_QUERIES, absorbed_attention, expanded_attention, recompute_inputs
 from .cache_mlra import MLRACache, check_prefix
-from .capture_mlra import free_spares
 from .configuration_mlra import MLRAConfig
 from .device_mlra import on_device
-from .forwards_mlra import captured_forwards, captured_logits
-from .generation_mlra import can_capture, captured_decode
+from .forwards_mlra import captured_logits
+from .generation_hooks_mlra import MLRAGenerationMixin
 from .library_mlra import (
     CACHE,
     CACHE_NAMES,
     cache_of,
     is_paged,
     slice_logits_to_keep,
-    take_cache,
     takes_cache_by_any_name,
 )
 from .loss_mlra import chunked_causal_loss, has_plain_weight
-from .masks_mlra import CacheRows, additive, cache_rows, dense_mask
+from .masks_mlra import CacheRows, make_mask
 from .paged_mlra import update_paged
 from .rotary_mlra import MLRARotaryEmbedding, apply_rotary_pos_emb, at_least_float32
 from .tensor_parallel_mlra import register_parallel_styles
@@ -418,7 +415,7 @@ class MLRAModel(MLRAPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        batch, length = inputs_embeds.shape[:2]
+        length = inputs_embeds.shape[1]
 
         if use_cache and cache is None:
             cache = MLRACache(self.config)
@@ -434,17 +431,9 @@ class MLRAModel(MLRAPreTrainedModel):
             check_prefix(cache)
         drops = self.training and self.config.attention_dropout > 0  # the absorbed form drops no weights
         absorbed = has_prefix and length <= MAX_ABSORBED_QUERIES and not drops
-        if paged:
-            mask = attention_mask  # continuous batching makes the mask that its attention implementation takes
-        elif (
-            absorbed
-            and self.config._attn_implementation != "eager"
-            and (attention_mask is None or attention_mask.ndim == 2)
-        ):
-            mask = cache_rows(attention_mask, past_length + length, batch, inputs_embeds.device)
-        else:
-            mask = dense_mask(self.config, inputs_embeds, attention_mask, cache, position_ids, past_length)
-            mask = additive(mask, inputs_embeds.dtype) if absorbed else mask
+        mask = attention_mask  # continuous batching makes the mask that its attention implementation takes
+        if not paged:
+            mask = make_mask(self.config, inputs_embeds, mask, cache, position_ids, past_length, absorbed)
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=positions)
@@ -462,7 +451,7 @@ class MLRAModel(MLRAPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: returned})
 
 
-class MLRAForCausalLM(MLRAPreTrainedModel, GenerationMixin):
+class MLRAForCausalLM(MLRAPreTrainedModel, MLRAGenerationMixin):
     """The decoder stack with the (tied) output embedding: next-token logits, loss and `generate()`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -525,61 +514,6 @@ class MLRAForCausalLM(MLRAPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        """Where the library would create its dynamic or static cache, create the latent one of the same kind."""
-        given = take_cache(model_kwargs)
-        if given is not None:
-            model_kwargs[CACHE] = given
-        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        chosen = model_kwargs.get(CACHE)
-        if given is None and type(chosen) in (DynamicCache, StaticCache):
-            model_kwargs[CACHE] = MLRACache(
-                self.config,
-                max_cache_len=chosen.layers[0].max_cache_len if isinstance(chosen, StaticCache) else None,
-                offloading=chosen.offloading,
-            )
-            model_kwargs[CACHE].made_for_call = True
-        return result
-
-    def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
-        """Not with rows that move to the CPU and back: compiled, such steps end the process, for every model."""
-        is_offloaded = getattr(model_kwargs.get(CACHE), "offloading", False)
-        return not is_offloaded and super()._valid_auto_compile_criteria(model_kwargs, generation_config)
-
-    def _sample(self, input_ids, *args, generation_config, synced_gpus=False, **kwargs):
-        """Greedy decoding and sampling: the captured loop where it can run, else the library's."""
-        settings = {"generation_config": generation_config, "synced_gpus": synced_gpus}
-        if can_capture(self, input_ids, generation_config, kwargs, synced_gpus):
-            return captured_decode(self, input_ids, *args, **settings, **kwargs)
-        with captured_forwards(self, kwargs.get(CACHE), generation_config):
-            return super()._sample(input_ids, *args, **settings, **kwargs)
-
-    def _beam_search(self, *args, generation_config, **kwargs):
-        """The library's beam search, its forwards captured where they can be."""
-        with captured_forwards(self, kwargs.get(CACHE), generation_config):
-            return super()._beam_search(*args, generation_config=generation_config, **kwargs)
-
-    def _assisted_decoding(self, *args, generation_config, **kwargs):
-        """The library's prompt lookup and assisted generation, candidates verified by captured forwards."""
-        with captured_forwards(self, kwargs.get(CACHE), generation_config):
-            return super()._assisted_decoding(*args, generation_config=generation_config, **kwargs)
-
-    def free_graphs(self) -> None:
-        """Free what `generate()` keeps on a GPU for its next call: caches of up to 1/32 of its memory, and graphs."""
-        free_spares(self)
-
-    @staticmethod
-    @takes_cache_by_any_name
-    def create_masks_for_generate(attention_mask: torch.Tensor | None, cache: Cache, **kwargs):
-        """The padding mask as wide as a compileable cache, so that its shape stays fixed from token to token.
-
-        `MLRAModel.forward` makes of it what each form of attention needs.
-        """
-        if attention_mask is None:
-            return None
-        missing = cache.get_max_length() - attention_mask.shape[-1]
-        return nn.functional.pad(attention_mask, (0, max(missing, 0)))
 
 
 class MLRAForSequenceClassification(GenericForSequenceClassification, MLRAPreTrainedModel):

@@ -91,7 +91,7 @@ class Parts(NamedTuple):
 
 
 if triton is not None:
-    from .decode_triton_mlra import parts_of
+    from .decode_deal_mlra import parts_of
     from .device_triton_mlra import dot, rescale
     from .step_device_mlra import rms_factor, wait_for_front
     from .step_maps_mlra import widen
@@ -191,7 +191,7 @@ if triton is not None:
     def _parts_tile(parts, first, m, p, p_last, SHAPE: tl.constexpr, TILE: tl.constexpr):
         """Partial results of sequence m by the programs from p on, of one head of each branch: log2-sum-exps
         [CP, SPLITS] and latents [CP, SPLITS, RP]."""
-        ps, rank = p + tl.arange(0, TILE.SPLITS), tl.arange(0, TILE.RP)
+        ps, rank = tl.arange(0, TILE.SPLITS) + p, tl.arange(0, TILE.RP)
         rows = first[:, None] + (ps + m).to(tl.int64)[None, :] * (SHAPE.L * SHAPE.H)
         ok = (tl.arange(0, TILE.CP) < SHAPE.C)[:, None] & (ps <= p_last)[None, :]
         lse = tl.load(parts.lse + rows, mask=ok, other=float("-inf"))
@@ -243,10 +243,7 @@ if triton is not None:
         weight = tl.load(kv_b + rows.to(tl.int64) * SHAPE.R + (columns % RP)[None, :], mask=mask, other=0.0)
         first = (first_latent + tl.arange(0, TILE.CP)) * H + query_head % H
         for m in tl.static_range(SHAPE.M):
-            p_first, p_last = parts_of(
-                m, parts.kv_end, parts.kv_start, SHAPE.M, P,
-                DEAL.UNIT, DEAL.MIN_UNITS, DEAL.BLOCK_B, DEAL.HAS_START, DEAL.BIG,
-            )  # fmt: skip
+            p_first, p_last = parts_of(m, parts.kv_end, parts.kv_start, SHAPE.M, P, DEAL)
             if m == 0:
                 wait_for_front(PDL)
             z, norm = _merged_parts(parts, first, m, p_first, p_last, SHAPE, TILE)

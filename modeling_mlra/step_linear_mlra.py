@@ -22,11 +22,13 @@ def runner_of(linear_map: LinearMap, vectors: int, machine: Machine):
 
 
 def run(linear_map: LinearMap, x, out, machine: Machine, residual=None) -> None:
-    """out = linear_map(x), plus the map's share of `residual`.
+    """out = linear_map(x), plus the map's share of `residual`. Weights of one format take one kernel.
 
     Args:
         x: `[M, K]`, of any first stride.
         out: `[M, sum of n]`, of a SwiGLU `[M, n]`.
         residual: like `out`, or None; may be `out`.
     """
-    runner_of(linear_map, x.shape[0], machine)(linear_map, x, out, residual, machine)
+    for part, columns in linear_map.parts():
+        beside = None if residual is None else residual[:, columns]
+        runner_of(part, x.shape[0], machine)(part, x, out[:, columns], beside, machine)

@@ -1,44 +1,68 @@
 """Linear maps of a few vectors on any GPU: each program holds its tile of weights in registers before it waits."""
 
+import math
 from typing import Any, NamedTuple
 
 from .device_mlra import constants, launch, launch_options, tl, triton
 from .step_device_mlra import Machine
-from .step_maps_mlra import LinearMap, map_arguments, stacked
+from .step_maps_mlra import GROUP, LinearMap, map_arguments, stacked
 
 register_linear_kernel: Any = None
 
 
 class RegisterTile(NamedTuple):
-    """Rows are read in chunks of WIDTH columns: the first AHEAD before the wait, each later one AHEAD chunks ahead."""
+    """Rows are read in chunks of WIDTH columns: the first AHEAD before the wait, each later one AHEAD chunks ahead.
+
+    Of weights with scales, GROUP numbers that a thread holds side by side are added up before they are scaled.
+    """
 
     ROWS: Any
     WIDTH: Any
     AHEAD: Any
+    GROUP: Any
 
 
 if triton is not None:
     from .step_device_mlra import rms_factor, swiglu, wait_for_front
-    from .step_maps_mlra import block_of, columns_of, weight_tile, widen
+    from .step_maps_mlra import block_of, columns_of, scale_tile, weight_tile, widen
+
+    @triton.jit
+    def _scaled_tile(weight, rows, n, first, SHAPE: tl.constexpr, TILE: tl.constexpr):
+        """A chunk of columns of a weight, and the scale of each group of columns if there are any."""
+        tile = (weight_tile(weight[0], rows, n, first, SHAPE, TILE.WIDTH),)
+        if SHAPE.BLOCK_COLUMNS > 0:
+            groups = first + tl.arange(0, TILE.WIDTH // TILE.GROUP) * TILE.GROUP
+            tile = tile + (scale_tile(weight[1], rows, n, groups, SHAPE),)  # type: ignore[assignment]
+        return tile
 
     @triton.jit
     def _tiles(pair, rows, n, chunk, SHAPE: tl.constexpr, TILE: tl.constexpr):
         """One chunk of columns of the weight, of a SwiGLU of both."""
-        tiles = (weight_tile(pair[0], rows, n, chunk * TILE.WIDTH, SHAPE.K, TILE.WIDTH),)
+        tiles = (_scaled_tile(pair[0], rows, n, chunk * TILE.WIDTH, SHAPE, TILE),)
         if SHAPE.SWIGLU:
-            tiles = tiles + (weight_tile(pair[1], rows, n, chunk * TILE.WIDTH, SHAPE.K, TILE.WIDTH),)  # type: ignore[assignment]
+            tiles = tiles + (_scaled_tile(pair[1], rows, n, chunk * TILE.WIDTH, SHAPE, TILE),)  # type: ignore[assignment]
         return tiles
+
+    @triton.jit
+    def _add_products(acc, tile, row, SHAPE: tl.constexpr, TILE: tl.constexpr):
+        """Adds the products of a chunk with a vector, [ROWS, WIDTH]; with scales, the sum of each group."""
+        products = widen(tile[0]) * row[None, :]
+        if SHAPE.BLOCK_COLUMNS > 0:
+            groups = tl.reshape(products, [TILE.ROWS, TILE.WIDTH // TILE.GROUP, TILE.GROUP])
+            products = tl.sum(groups, axis=2) * tile[1]
+        return acc + products
 
     @triton.jit
     def _products_of_one(
         x, gamma, pair, rows, n, early, early_gamma, SHAPE: tl.constexpr, TILE: tl.constexpr, CHUNKS: tl.constexpr
     ):
-        """Sums over the chunks of each weight's products with one vector [ROWS, WIDTH], and of its squares [WIDTH]."""
+        """Sums over the chunks of each weight's products with one vector [ROWS, columns], and its squares."""
         PARTS: tl.constexpr = 2 if SHAPE.SWIGLU else 1
+        SUMS: tl.constexpr = TILE.WIDTH // TILE.GROUP if SHAPE.BLOCK_COLUMNS > 0 else TILE.WIDTH
         tiles = early
         accs = ()
         for _part in tl.static_range(PARTS):
-            accs = accs + (tl.zeros([TILE.ROWS, TILE.WIDTH], tl.float32),)  # type: ignore[assignment]
+            accs = accs + (tl.zeros([TILE.ROWS, SUMS], tl.float32),)  # type: ignore[assignment]
         squares = tl.zeros([TILE.WIDTH], tl.float32)
         for i in tl.static_range(CHUNKS):
             if i + TILE.AHEAD < CHUNKS:
@@ -52,7 +76,7 @@ if triton is not None:
                     row *= columns_of(gamma, i * TILE.WIDTH, SHAPE.K, TILE.WIDTH).to(tl.float32)
             sums = ()
             for part in tl.static_range(PARTS):
-                sums = sums + (accs[part] + widen(tiles[i * PARTS + part]) * row[None, :],)  # type: ignore[assignment]
+                sums = sums + (_add_products(accs[part], tiles[i * PARTS + part], row, SHAPE, TILE),)  # type: ignore[assignment]
             accs = sums
         return accs, squares
 
@@ -60,10 +84,10 @@ if triton is not None:
     def register_linear_kernel(x, norm, out, stack, SHAPE, TILE, PDL: tl.constexpr):
         """A linear map of a block of rows, one vector after the other."""
         CHUNKS: tl.constexpr = (SHAPE.K + TILE.WIDTH - 1) // TILE.WIDTH
-        w, n, first, block = stack.w0, stack.n0, 0, tl.program_id(0)
+        weight, n, first, block = (stack.w0, stack.s0), stack.n0, 0, tl.program_id(0)
         if not SHAPE.SWIGLU:
-            w, n, first, block = block_of(block, stack, TILE.ROWS)
-        pair = (w, stack.w1)
+            weight, n, first, block = block_of(block, stack, TILE.ROWS)
+        pair = (weight, (stack.w1, stack.s1))
         rows = block * TILE.ROWS + tl.arange(0, TILE.ROWS)
         early, early_gamma = (), ()
         for i in tl.static_range(min(TILE.AHEAD, CHUNKS)):
@@ -99,12 +123,17 @@ def register_plan(linear_map: LinearMap, vectors: int, residual: bool) -> dict[s
     if residual or inner <= 3072:
         width = min(1024, width)
     plan = {"ROWS": max(1, rows), "WIDTH": width, "AHEAD": 2 if residual else 3, "num_warps": 4}
+    if linear_map.is_scaled and residual:  # half the bytes a row
+        plan["AHEAD"] = 4
+    if linear_map.is_scaled and linear_map.swiglu:
+        return plan | ({"ROWS": 2 * plan["ROWS"]} if vectors == 1 else {})
     return plan | ({"maxnreg": 88} if vectors == 1 and not residual and 1024 < inner <= 3072 else {})
 
 
 def run_in_registers(linear_map: LinearMap, x, out, residual, machine: Machine) -> None:
     """`step_linear_mlra.run` for a few vectors."""
     plan = register_plan(linear_map, x.shape[0], residual is not None)
+    plan["GROUP"] = math.gcd(GROUP, linear_map.inner)
     tile = RegisterTile(*(plan.pop(name) for name in RegisterTile._fields))
     blocks, stack = stacked(linear_map, tile.ROWS)
     *arguments, shape = map_arguments(linear_map, x, out, residual)

@@ -210,10 +210,10 @@ def ring_plan(itemsize: int, swiglu: bool, vectors: int) -> dict[str, int]:
 def streams(linear_map: LinearMap, vectors: int) -> bool:
     """Whether a map can go, and is worth going, through rings: one weight or the two of a SwiGLU, large, their rows
     fit for bulk copies, the vectors for shared memory."""
-    weights, inner = linear_map.weights, linear_map.inner
+    weights, inner = linear_map.numbers, linear_map.inner
     if stream_linear_kernel is None or linear_map.nbytes < RING_BYTES:
         return False
-    if len(weights) > 1 and not linear_map.swiglu:
+    if (len(weights) > 1 and not linear_map.swiglu) or linear_map.is_scaled:
         return False
     itemsize = weights[0].element_size()
     plan = ring_plan(itemsize, linear_map.swiglu, vectors)
@@ -226,7 +226,7 @@ def streams(linear_map: LinearMap, vectors: int) -> bool:
 
 def run_as_stream(linear_map: LinearMap, x, out, residual, machine: Machine) -> None:
     """`step_linear_mlra.run` for a few vectors and a map that `streams`."""
-    weights = linear_map.weights
+    weights = linear_map.numbers
     itemsize, rows = weights[0].element_size(), weights[0].shape[0]
     plan = ring_plan(itemsize, linear_map.swiglu, x.shape[0])
     tile = RingTile(*(plan.pop(name) for name in RingTile._fields))

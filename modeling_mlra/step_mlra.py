@@ -30,7 +30,7 @@ import weakref
 import torch
 from torch import nn
 
-from .decode_arguments_mlra import Deal
+from .decode_arguments_mlra import DecodeInputs
 from .decode_mlra import asked_implementation
 from .decode_triton_mlra import PartialResults, partial_results, triton_latent_attention
 from .device_mlra import constants, device_facts, launch, launch_options, triton, triton_missing
@@ -51,7 +51,7 @@ from .step_attention_mlra import (
 from .step_device_mlra import Vectors, machine_of, norm_of
 from .step_linear_mlra import FEW_VECTORS, run
 from .step_linear_products_mlra import PRODUCT_SHARED_BYTES
-from .step_maps_mlra import LinearMap, weights_of
+from .step_maps_mlra import LinearMap, format_of, has_blocks, is_scaled, weight_obstacle, weights_of
 from .step_tokens_mlra import Ends, choice_plan, choose_kernel, embed_kernel
 from .tensor_parallel_mlra import (
     gather_output,
@@ -91,12 +91,29 @@ def obstacle(model: nn.Module, num_sequences: int) -> str | None:
         replaced = "forward" in vars(module) and not is_parallel(module)
         if replaced or module._forward_hooks or module._forward_pre_hooks:
             return f"module {name!r} has hooks or a replaced forward (offloading, sharded data parallelism)"
-        if name.endswith(("_proj", "lm_head")) and type(module) is not nn.Linear and not hasattr(module, "weight"):
-            return f"module {name!r} is a {type(module).__name__}, no plain linear layer"
-    dtypes = {parameter.dtype for parameter in model.parameters()}
-    if len(dtypes) > 1 or any(isinstance(module, nn.Linear) and module.bias is not None for module in model.modules()):
-        return "its weights are not all of one dtype and without bias"
-    return plan_obstacle(model)
+        is_map = name.endswith(("_proj", "lm_head"))
+        if is_map and (trouble := weight_obstacle(module, model.dtype)) is not None:
+            return f"module {name!r} {trouble}"
+        if not is_map and any(parameter.dtype != model.dtype for parameter in module.parameters(recurse=False)):
+            return f"module {name!r} has parameters that are not {model.dtype}"
+    return formats_obstacle(model) or plan_obstacle(model)
+
+
+def formats_obstacle(model: nn.Module) -> str | None:
+    """Where weights of a format, each of which the kernels know, are not expected."""
+    parallel = tensor_parallel_mesh(model) is not None
+    for index, layer in enumerate(model.model.layers):
+        mlp = layer.mlp
+        if len({*map(format_of, weights_of(mlp.gate_proj, mlp.up_proj))}) > 1:
+            return f"gate_proj and up_proj of layer {index} have weights of different formats"
+        if is_scaled(layer.self_attn.kv_b_proj):
+            return f"kv_b_proj of layer {index} has quantised weights"
+        scaled = [name for name, child in layer.named_modules() if name.endswith("_proj") and is_scaled(child)]
+        if parallel and (name := next((name for name in scaled if has_blocks(layer.get_submodule(name))), None)):
+            return f"{name} of layer {index} has scales for blocks of weights, which are not split over ranks"
+        if scaled and not device_facts(model.device).float8:
+            return f"{scaled[0]} of layer {index} has weights of 8 bits, which take a GPU of compute capability 8.9"
+    return None
 
 
 class FusedStep:
@@ -251,15 +268,16 @@ class FusedStep:
         """
         attention = layer.self_attn
         config, shape = attention.config, (-1, self.tokens_each)
-        arguments = (
-            self.queries.latent.view(*shape, self.latents, self.heads_per_latent, config.latent_head_dim),
-            self.queries.rope.view(*shape, self.groups, self.heads_per_latent, config.qk_rope_head_dim),
-            *self.row_format.views(rows.squeeze(1), self.latents),
-            self.kv_end, self.kv_start, self.key_mask, None, 0, attention.scaling, True,
+        latents, k_rope = self.row_format.views(rows.squeeze(1), self.latents)
+        inputs = DecodeInputs(
+            q_latent=self.queries.latent.view(*shape, self.latents, self.heads_per_latent, config.latent_head_dim),
+            q_rope=self.queries.rope.view(*shape, self.groups, self.heads_per_latent, config.qk_rope_head_dim),
+            latents=latents, k_rope=k_rope, kv_end=self.kv_end, kv_start=self.kv_start, key_mask=self.key_mask,
+            block_table=None, page_size=0, scaling=attention.scaling, settled=True,
         )  # fmt: skip
         if self.few and self.tokens_each == 1:
-            return partial_results(None, *arguments)
-        return triton_latent_attention(*arguments)
+            return partial_results(inputs, out=None)
+        return triton_latent_attention(inputs)
 
     def value(self, layer: nn.Module, attended: PartialResults | torch.Tensor) -> None:
         """Of what `attend` gave."""
@@ -278,7 +296,7 @@ class FusedStep:
         parts = Parts(attended.part, attended.lse, self.kv_end, self.kv_start)
         self._launch(
             value_kernel, (heads, triton.cdiv(shape.V, tile.VB)), parts, attended.programs, *output,
-            SHAPE=shape, TILE=tile, DEAL=Deal(**attended.deal), num_warps=warps,
+            SHAPE=shape, TILE=tile, DEAL=attended.deal, num_warps=warps,
         )  # fmt: skip
 
     def out(self, layer: nn.Module) -> None:

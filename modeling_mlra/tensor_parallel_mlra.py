@@ -235,6 +235,20 @@ def plan_obstacle(model: nn.Module) -> str | None:
     return None
 
 
+def is_whole_scale(module: str, name: str, parameter: torch.Tensor) -> bool:
+    """Whether a parameter is the scale of a whole FP8 weight, which goes with every share of it.
+
+    Raises:
+        ValueError: for the scales of blocks, inside which a share may end.
+    """
+    if name == "weight_scale_inv" and parameter.ndim:
+        raise ValueError(
+            f"{module} has scales for blocks of FP8 weights, which tensor parallelism does not split: use one scale "
+            "for a weight (weight_block_size=None, as scripts.export --fp8 writes it)"
+        )
+    return name == "weight_scale_inv"
+
+
 def _axes_of(layout: TensorParallelLayout, dimensions) -> list[tuple[int, int | None]]:
     """The axes that matter for a parameter as (ranks, dimension split): neighbours of one kind are one axis."""
     axes: list[tuple[int, int | None]] = []
@@ -273,6 +287,8 @@ class MLRAAttentionParallel(TensorParallelLayer):
             placements = [Replicate() if dimension is None else Shard(dimension) for _, dimension in axes]
             if any(dimension is not None for _, dimension in axes):
                 for key, parameter in child.named_parameters(recurse=False):
+                    if is_whole_scale(name, key, parameter):
+                        continue
                     sharded = distribute_tensor(parameter, view, placements, src_data_rank=None)
                     setattr(child, key, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
             alike = [axis for axis, (_, dimension) in enumerate(axes) if dimension is None]

@@ -16,12 +16,14 @@ from unittest.mock import patch
 
 from scripts import cli
 from scripts.cli import UserError, positive_int
+from scripts.variants import WEIGHTS
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = cli.Parser("scripts.bench_fused", __doc__)
     parser.add_argument("--contexts", nargs="+", type=positive_int, default=[2048, 131072])
     parser.add_argument("--sequences", type=positive_int, default=1, help="of the fused step (default: 1)")
+    parser.add_argument("--weights", choices=WEIGHTS, default="bfloat16", help="of linear layers")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json")
     args = parser.parse_args(argv)
     args.command_line = sys.argv[1:] if argv is None else argv
@@ -45,7 +47,9 @@ from modeling_mlra import (
 )
 from scripts.bench_decode import read_ceiling
 from scripts.bench_generate import FilledCache, build, seconds
+from scripts.fp8 import to_fp8
 from tests.fused_checks import compare
+from tests.quantized import fp8_copy
 from tests.tolerances import FUSED_FLOAT32_RATIO
 
 
@@ -80,12 +84,13 @@ def rings(from_megabytes: int, **changed):
     )
 
 
-def tiles(of_residual: bool, **changed):
-    """Changed tiles for one of the two kinds of the kernel that holds its weights in registers."""
+def tiles(kind: str, **changed):
+    """Changed tiles of the kernel that holds its weights in registers, for maps of one kind."""
     register_plan = step_linear_registers_mlra.register_plan
 
     def plan(linear_map, vectors, residual):
-        return register_plan(linear_map, vectors, residual) | (changed if residual == of_residual else {})
+        of_map = "residual" if residual else "swiglu" if linear_map.swiglu else "norm"
+        return register_plan(linear_map, vectors, residual) | (changed if of_map == kind else {})
 
     return patch.multiple(step_linear_registers_mlra, register_plan=plan)
 
@@ -100,16 +105,28 @@ def products(splits: int = 1, **changed):
     return patch.multiple(step_linear_products_mlra, product_plan=plan)
 
 
-def variants(sequences: int) -> dict:
+def variants(sequences: int, fp8: bool) -> dict:
     """Name -> what to time the step under."""
     if sequences > step_linear_mlra.FEW_VECTORS:
         return {
             "shipped": contextlib.nullcontext(),
-            **{f"{n} buffers": products(STAGES=n) for n in (2, 4)},
-            "tiles of 256 columns": products(WIDTH=256),
+            **{f"{n} buffers": products(STAGES=n) for n in ((2, 4, 6) if fp8 else (2, 4))},
             "tiles of 64 columns, 6 buffers": products(WIDTH=64, STAGES=6),
             "one program a row block": products(SPLITS=1),
             "twice the programs": products(2),
+            **({"8 warps": products(num_warps=8)} if fp8 else {"tiles of 256 columns": products(WIDTH=256)}),
+        }
+    if fp8:
+        return {
+            "shipped": contextlib.nullcontext(),
+            **{f"residual, {n} chunks ahead": tiles("residual", AHEAD=n) for n in (2, 3, 6)},
+            "residual, rows of 2048": tiles("residual", WIDTH=2048, AHEAD=2),
+            "residual, 8 rows": tiles("residual", ROWS=8, AHEAD=2),
+            "residual, 8 rows, 8 warps": tiles("residual", ROWS=8, num_warps=8),
+            **{f"gate and up, {n} rows each": tiles("swiglu", ROWS=n) for n in (2, 8)},
+            "gate and up, 8 rows each, 8 warps": tiles("swiglu", ROWS=8, num_warps=8),
+            "down and query, 8 rows": tiles("norm", ROWS=8),
+            "down and query, 8 rows, 8 warps": tiles("norm", ROWS=8, num_warps=8),
         }
     return {
         "shipped": contextlib.nullcontext(),
@@ -117,8 +134,8 @@ def variants(sequences: int) -> dict:
         "rings for all but stacked weights": rings(0),
         **{f"rings of {n} tiles": rings(32, STAGES=n) for n in (3, 5)},
         "rings of 8 tiles of 4 rows": rings(32, ROWS=4, STAGES=8),
-        "residual tiles of 8192, 8 warps": tiles(True, ROWS=8, num_warps=8),
-        "norm tiles, 8 warps": tiles(False, num_warps=8),
+        "residual tiles of 8192, 8 warps": tiles("residual", ROWS=8, num_warps=8),
+        "norm tiles, 8 warps": tiles("norm", num_warps=8),
     }
 
 
@@ -146,26 +163,33 @@ def benchmark(arguments: argparse.Namespace) -> int:
         raise UserError(f"--sequences {arguments.sequences}: the fused step takes 1 to {step_mlra.MAX_SEQUENCES}")
     if not torch.cuda.is_available():
         raise UserError("this benchmark needs a CUDA device and found none")
+    fp8 = arguments.weights != "bfloat16"
+    quantise = (lambda model: fp8_copy(model, (16, 16))) if fp8 else None
     ways = {"registers": rings(2**20), "rings": rings(0)}
     if arguments.sequences > step_linear_mlra.FEW_VECTORS:
         ways = {"tensor cores": contextlib.nullcontext()}
     checks = {}
     for name, way in ways.items():
         with way:
-            checks[name] = check = compare("mlra_4", "cuda", max(2, arguments.sequences))
+            checks[name] = check = compare("mlra_4", "cuda", max(2, arguments.sequences), quantise)
         if not (check["counters"] and max(check["logits"], check["rows"]) < FUSED_FLOAT32_RATIO):
             print(f"error: the fused step differs from the modules, so it is not timed: {check}", file=sys.stderr)
             return 1
     model = build("mlra_4", max(arguments.contexts))
+    if fp8:
+        to_fp8(model, WEIGHTS[arguments.weights])
+    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     report = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "date": date.today().isoformat(),
         "sequences": arguments.sequences,
+        "weights": arguments.weights,
         "command": "python -m scripts.bench_fused " + " ".join(arguments.command_line),
         "check": checks,
         "read_ceiling_GB_s": read_ceiling(),
+        "roofline_ms": {},
         "step_ms": {},
         "steps_us": {},
     }
@@ -178,7 +202,9 @@ def benchmark(arguments: argparse.Namespace) -> int:
     for context in arguments.contexts:
         cache, step = filled_step(model, context, arguments.sequences)
         times = report["step_ms"][str(context)] = {}
-        for name, variant in variants(arguments.sequences).items():
+        must_read = weight_bytes + sum(layer.rows[:, :, :context].nbytes for layer in cache.layers)
+        report["roofline_ms"][str(context)] = must_read / report["read_ceiling_GB_s"] / 1e6
+        for name, variant in variants(arguments.sequences, fp8).items():
             with variant:
                 times[name] = step_ms(step, context)
             print(f"{context} {name}: {times[name]:.3f} ms", flush=True)
@@ -194,7 +220,9 @@ def benchmark(arguments: argparse.Namespace) -> int:
                     weight_bytes = sum(linear.weight.nbytes for linear in read)
                     report["steps_us"][name]["weights_GB_s"] = weight_bytes / taken / 1e9
         del cache, step
-    print(json.dumps({key: report[key] for key in ("read_ceiling_GB_s", "step_ms", "steps_us")}, indent=1))
+    print(
+        json.dumps({key: report[key] for key in ("read_ceiling_GB_s", "roofline_ms", "step_ms", "steps_us")}, indent=1)
+    )
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")

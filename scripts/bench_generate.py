@@ -6,7 +6,8 @@ Every model decodes through `generate()` with a static cache: MLRA by its captur
 paper's GQA sizes) and dense DeepSeek-V3 (the paper's MLA sizes) by the library's automatic compilation. A context is
 filled with random rows instead of a prompt. Time per token is the difference between a long and a short call over the
 difference of their lengths, so set-up, prefill and capture are left out. The roofline is the bytes a token must read
-(weights once, cache rows in use once) over the read rate measured in the same run.
+(weights once, cache rows in use once) over the read rate measured in the same run. With FP8 weights MLRA's prompts are
+not timed: their products are the library's own, by a kernel that it loads from the Hub.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from scripts import cli
 from scripts.cli import UserError, count, positive_int
+from scripts.variants import WEIGHTS
 
 CONFIGURATION = Path(__file__).parents[1] / "configuration"
 
@@ -29,6 +31,8 @@ def check(args: argparse.Namespace) -> None:
     for name in args.models:
         if name not in known:
             raise UserError(f"unknown model {name!r}: choose from {', '.join(known)}")
+    if args.user_calls and args.weights != "bfloat16":
+        raise UserError(f"--user-calls are timed with weights of bfloat16, not {args.weights}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--contexts", nargs="+", type=count, default=[2048, 32768, 131072])
     parser.add_argument("--batch-sizes", nargs="+", type=positive_int, default=[1, 16])
     parser.add_argument("--prefill", nargs="*", type=positive_int, default=[8192, 32768], help="prompt lengths")
+    parser.add_argument("--weights", choices=WEIGHTS, default="bfloat16", help="of MLRA's linear layers")
     parser.add_argument("--skip", nargs="*", default=[], help="model:batch:context cases to leave out")
     parser.add_argument("--user-calls", action="store_true", help="time what everybody calls instead (user_calls.py)")
     parser.add_argument("--only", default="", help="pattern that names of --user-calls must match")
@@ -65,6 +70,7 @@ from modeling_mlra.generation_mlra import captured_decodes
 from modeling_mlra.library_mlra import CACHE
 from scripts import user_calls
 from scripts.bench_decode import read_ceiling
+from scripts.fp8 import multiply_plainly, to_fp8
 
 SHARED = {
     "vocab_size": 50304,
@@ -275,6 +281,10 @@ def benchmark(arguments: argparse.Namespace) -> None:
     print(f"read ceiling {rate / 1e9:.0f} GB/s, matrix products {peak / 1e12:.0f} TFLOP/s")
     for name in tqdm(arguments.models, desc="models", disable=None):
         model = build(name, max(*arguments.contexts, *arguments.prompts) + 128)
+        fp8 = arguments.weights != "bfloat16" and isinstance(model, MLRAForCausalLM)
+        if fp8:
+            to_fp8(model, WEIGHTS[arguments.weights])
+            multiply_plainly()
         if arguments.user_calls:
 
             def keep(case: dict, name: str = name) -> None:
@@ -293,6 +303,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
                     continue
                 for do_sample in (False, True) if isinstance(model, MLRAForCausalLM) and batch == 1 else (False,):
                     case = {"model": name, "batch": batch, "context": context, "sampling": do_sample}
+                    case["weights"] = arguments.weights if fp8 else "bfloat16"
                     try:
                         case |= time_per_token(model, batch, context, do_sample)
                     except Exception as error:  # one model's failure leaves the others' figures
@@ -305,7 +316,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
                     tqdm.write(json.dumps(case))
                     write(report, arguments.output)
                     torch.cuda.empty_cache()
-        if isinstance(model, MLRAForCausalLM):
+        if isinstance(model, MLRAForCausalLM) and not fp8:
             for length in arguments.prefill:
                 report["prefill"].append({"model": name, **prefill(model, length, peak)})
                 tqdm.write(json.dumps(report["prefill"][-1]))

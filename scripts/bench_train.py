@@ -25,7 +25,6 @@ import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
-from typing import NamedTuple
 
 from scripts import cli
 from scripts.cli import UserError, positive_int
@@ -53,125 +52,16 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, set_seed
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from evals.common import CONFIGURATIONS, commit, environment, markdown_table, write_json, write_text
+from evals.common import commit, environment, markdown_table, write_json, write_text
+from evals.figures import CAN_DRAW, save_figure, subplots
+from scripts.bench_train_cells import CELLS, SMOKE_CELLS, Cell, build, prepare, read_cell
+from scripts.bench_train_checks import check, forward_backward, reference
 from scripts.causal_attention import IMPLEMENTATIONS, block_mask, causal_attention
-from scripts.compare_architectures import architecture_fields, match_width
-from scripts.recipe import model_config
-from scripts.training_model import set_recomputation
-from scripts.training_speed import count_parameters, matmul_rate, training_flops_per_token
-
-try:
-    import matplotlib
-    from matplotlib import pyplot as plt
-except ImportError:
-    plt = None
+from scripts.training_speed import matmul_rate, training_flops_per_token
 
 PEAK = 989e12  # bfloat16 FLOP/s of an H100 and an H200 by their data sheet
-LLAMAS = {"llama_gqa": 8, "llama_mha": 24}  # key heads
-COMPILE = ("none", "layers", "model")
-RECOMPUTE = ("none", "attention_inputs", "layers")
-CELLS = (
-    "mlra_4:auto:model:4:none",
-    "llama_mha:auto:model:4:none",
-    "mla:auto:model:4:none",
-    "mlra_4:auto:model:6:none",
-    "mlra_4:auto:model:4:attention_inputs",
-    "mlra_4:auto:layers:4:none",
-    "mlra_4:fa4:layers:4:none",
-    "mlra_4:flex:layers:4:none",
-    "mlra_4:flash:layers:4:none",
-    "mlra_4:efficient:layers:4:none",
-    "mlra_4:auto:none:4:none",
-    "mlra_4:auto:model:4:layers",
-    "llama_gqa:auto:model:4:none",
-)
-SMOKE_CELLS = ("mlra_4:auto:none:2:none", "mlra_4:auto:layers:2:attention_inputs", "llama_mha:auto:model:2:none")
-SMOKE_SIZES = {
-    "vocab_size": 320,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 24,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 8,
-    "max_position_embeddings": 64,
-}
-LOSS_TOLERANCE = 5e-3  # nats
-TIMES_ROUNDING = 1.5  # how far gradients may be from float32's, in units of how far plain attention in bfloat16 is
-
-
-class Cell(NamedTuple):
-    """What is timed; see the module's docstring."""
-
-    model: str
-    attention: str
-    compile: str
-    blocks: int
-    recompute: str
-
-    def __str__(self) -> str:
-        return ":".join(map(str, self))
-
-
-def read_cell(text: str) -> Cell:
-    """A cell by its name.
-
-    Raises:
-        UserError: naming the part that is unknown.
-    """
-    parts = text.split(":")
-    if len(parts) != len(Cell._fields) or not parts[3].isdigit() or int(parts[3]) < 1:
-        raise UserError(f"--cells {text}: write MODEL:ATTENTION:COMPILE:BLOCKS:RECOMPUTE, such as {CELLS[0]}")
-    released = sorted(path.stem for path in CONFIGURATIONS.glob("*.json"))
-    known = {
-        "model": [*released, *LLAMAS],
-        "attention": list(IMPLEMENTATIONS),
-        "compile": COMPILE,
-        "recompute": RECOMPUTE,
-    }
-    cell = Cell(*parts[:3], int(parts[3]), parts[4])
-    for name, values in known.items():
-        if getattr(cell, name) not in values:
-            raise UserError(f"--cells {text}: {name} {getattr(cell, name)!r} is none of {', '.join(values)}")
-    if cell.recompute == "attention_inputs" and cell.model in LLAMAS:
-        raise UserError(f"--cells {text}: only models of type mlra recompute attention_inputs")
-    return cell
-
-
-def model_fields(name: str, is_smoke: bool) -> dict:
-    """Configuration fields of a cell's model."""
-
-    def released(name: str) -> dict:
-        fields = json.loads((CONFIGURATIONS / f"{name}.json").read_text(encoding="utf-8"))
-        if is_smoke:
-            fields |= SMOKE_SIZES | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-        return fields
-
-    if name not in LLAMAS:
-        return released(name)
-    base = released("mlra_4")
-    changes = {"model_type": "llama", "num_key_value_heads": LLAMAS[name]}
-    return match_width(architecture_fields(base, model_config(base), changes), count_parameters(model_config(base)))
-
-
-def build(name: str, is_smoke: bool, device: torch.device) -> nn.Module:
-    """A float32 model in training mode; weights N(0, 0.02), so that every path shows in the loss."""
-    set_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(
-            model_config(model_fields(name, is_smoke)), dtype=torch.float32, attn_implementation="eager"
-        )
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if "norm" not in parameter_name:
-                parameter.normal_(0, 0.02)
-    return model.train()
 
 
 class Clock:
@@ -192,88 +82,6 @@ class Clock:
             function()
             times.append(self.now() - start)
         return statistics.median(times)
-
-
-def forward_backward(model: Callable, ids: torch.Tensor, weight: float = 1.0, rounds: bool = True) -> torch.Tensor:
-    """Loss of blocks `[B, T + 1]` as scripts.train computes it, in float32 unless it `rounds`; gradients add up."""
-    targets = ids[:, 1:].contiguous()
-    inputs = {"input_ids": ids[:, :-1].contiguous(), "labels": targets, "shift_labels": targets, "use_cache": False}
-    if model.config.model_type == "mlra":
-        inputs["skip_logits"] = True
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=rounds):
-        loss = model(**inputs).loss
-    (loss * weight).backward()
-    return loss.detach()
-
-
-def watched(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters whose gradients are compared: the first layer's attention, furthest from the loss."""
-    return dict(model.model.layers[0].self_attn.named_parameters())
-
-
-class Reference(NamedTuple):
-    """Of plain eager attention, block by block: the loss and watched gradients in float32, and bfloat16's rounding.
-
-    Attributes:
-        rounding: of each gradient in bfloat16, RMS of its difference from float32's over RMS.
-    """
-
-    loss: float
-    gradients: dict[str, torch.Tensor]
-    rounding: dict[str, float]
-
-
-def reference(model: nn.Module, ids: torch.Tensor) -> Reference:
-    """What a cell is held against."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    losses, gradients = [], []
-    for rounds in (False, True):
-        loss = sum(forward_backward(model, block[None], 1 / len(ids), rounds).item() for block in ids)
-        losses.append(loss / len(ids))
-        gradients.append({name: parameter.grad.clone() for name, parameter in watched(model).items()})
-        model.zero_grad()
-    model.gradient_checkpointing_disable()
-    return Reference(losses[0], gradients[0], ratios(gradients[1], gradients[0]))
-
-
-def ratios(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
-    """RMS of the difference over RMS, of each tensor."""
-    return {name: ((found[name] - tensor).norm() / tensor.norm()).item() for name, tensor in expected.items()}
-
-
-def check(loss: float, model: nn.Module, expected: Reference) -> dict:
-    """Differences from the reference.
-
-    Raises:
-        ValueError: when they are more than rounding.
-    """
-    found = ratios({name: parameter.grad for name, parameter in watched(model).items()}, expected.gradients)
-    where = max(found, key=lambda name: found[name] / expected.rounding[name])
-    times = found[where] / expected.rounding[where]
-    if not (abs(loss - expected.loss) <= LOSS_TOLERANCE and times <= TIMES_ROUNDING):
-        raise ValueError(
-            f"wrong: loss {loss:.4f} instead of {expected.loss:.4f}, gradient of {where} off by {found[where]:.3f}, "
-            f"{times:.2f} times what bfloat16 rounds in plain attention"
-        )
-    return {"loss": loss, "loss_difference": loss - expected.loss, "gradient_difference_in_roundings": times}
-
-
-def prepare(model: nn.Module, cell: Cell, length: int, is_smoke: bool) -> Callable:
-    """The model as the cell asks for it."""
-    device = next(model.parameters()).device
-    if cell.attention == "flex":
-        block_mask(length, device)
-    is_mlra = model.config.model_type == "mlra"
-    model.set_attn_implementation("sdpa" if is_mlra and cell.attention == "auto" else causal_attention(cell.attention))
-    if cell.recompute == "layers":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    elif cell.recompute == "attention_inputs":
-        set_recomputation(model, cell.recompute)
-    options = {"backend": "aot_eager"} if is_smoke else {}
-    if cell.compile == "layers":
-        for layer in model.model.layers:
-            layer.compile(**options)
-    return torch.compile(model, **options) if cell.compile == "model" else model
 
 
 def time_cell(cell: Cell, args: argparse.Namespace, device: torch.device, peak: float) -> dict:
@@ -394,22 +202,20 @@ def report(path: Path | None, results: dict, is_last: bool) -> None:
         f"# Training speed\n\n{table}\nOne {results['gpu']}, {results['date']}, torch {results['torch']}, by "
         f"`{results['command']}`; the module says what a cell is.\n",
     )
-    if plt is not None:
-        draw(path.with_suffix(".png"), timed, results["gpu"])
+    if CAN_DRAW:
+        draw(path, timed, results["gpu"])
 
 
 def draw(path: Path, timed: dict[str, dict], gpu: str) -> None:
     """Bars of the share of the data sheet's peak."""
-    matplotlib.use("Agg")
-    figure, axes = plt.subplots(figsize=(8, 0.4 * len(timed) + 1.2), layout="constrained")
+    figure, axes = subplots(figsize=(8, 0.4 * len(timed) + 1.2))
     bars = axes.barh(list(timed), [values["share_of_989"] for values in timed.values()])
     axes.bar_label(bars, [f"{values['tokens_per_s']:,.0f} tokens/s" for values in timed.values()], padding=3)
     axes.invert_yaxis()
     axes.margins(x=0.35)
     axes.set(xlabel=f"model FLOPs as a share of 989 TFLOP/s, one {gpu}")
     axes.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def bench(args: argparse.Namespace) -> None:

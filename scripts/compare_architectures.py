@@ -58,15 +58,10 @@ if __name__ == "__main__":
 from transformers import PreTrainedConfig
 
 from evals.common import Results, fingerprint, markdown_table, publish_table
+from evals.figures import CAN_DRAW, save_figure, subplots
 from scripts.comparison_runs import RUN_FILE, architecture_of, run_workers, work
 from scripts.recipe import Recipe, apply_changes, make_recipe, model_config, read_configuration
 from scripts.training_speed import count_parameters
-
-try:
-    import matplotlib
-    from matplotlib import pyplot as plt
-except ImportError:
-    plt = None
 
 TOLERANCE = 0.005  # of parameter counts
 MULTIPLES = (8, 4, 2, 1)  # of the MLP width, the first that meets the tolerance
@@ -235,18 +230,17 @@ def report(args: argparse.Namespace, results: Results, models: dict[str, dict], 
         "Cache: numbers per token, layer and device. Training loss: mean over the last tenth of the steps. Trained on "
         f"{' and '.join(machines)} by `python -m scripts.compare_architectures {args.config}`.",
     )
-    if plt is not None:
-        draw(args.output.with_suffix(".png"), summary, settings["blocks_per_step"] * settings["block_size"])
+    if CAN_DRAW:
+        draw(args.output, summary, settings["blocks_per_step"] * settings["block_size"])
     else:
         print("no curves drawn: matplotlib is not installed", file=sys.stderr)
 
 
 def draw(path: Path, summary: dict[str, dict], tokens_per_step: int) -> None:
     """Training and held-out loss against tokens: the mean over seeds, and the range as a band."""
-    matplotlib.use("Agg")
     has_heldout = any(entry["heldout_curve"] for values in summary.values() for entry in values["runs"])
     panels = [("curve", "training loss")] + [("heldout_curve", "held-out loss")] * has_heldout
-    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), layout="constrained", squeeze=False)
+    figure, axes = subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False)
     for index, (name, values) in enumerate(summary.items()):
         for axis, (curve, _) in zip(axes[0], panels, strict=True):
             runs = [dict(map(tuple, entry[curve])) for entry in values["runs"]]
@@ -265,8 +259,26 @@ def draw(path: Path, summary: dict[str, dict], tokens_per_step: int) -> None:
         axis.set(xlabel="million tokens", ylabel=f"{label}, nats per token")
         axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize="small")
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    plt.close(figure)
+    save_figure(figure, path)
+
+
+def shared_settings(models: dict[str, dict], recipe: Recipe) -> dict:
+    """What all runs have in common and results depend on: files by their content."""
+    return {
+        "models": models,
+        "max_steps": recipe.training["max_steps"],
+        "blocks_per_step": recipe.blocks_per_step,
+        "block_size": recipe.data.block_size,
+        "training": {
+            key: value for key, value in recipe.settings()["training"].items() if key not in ("seed", "data_seed")
+        },
+        "data": {
+            part: [
+                f"{Path(name).name} {fingerprint([Path(name)])}" if Path(name).is_file() else name for name in names
+            ]
+            for part, names in (("train", recipe.data.train), ("heldout", recipe.data.heldout))
+        },
+    }
 
 
 def compare(args: argparse.Namespace) -> int:
@@ -293,21 +305,7 @@ def compare(args: argparse.Namespace) -> int:
         raise UserError(f"{args.config}: data.heldout names no corpus, there would be nothing to compare")
     if "max_steps" not in first.training:
         raise UserError(f"{args.config}: training.max_steps must say how many steps to train")
-    settings = {
-        "models": models,
-        "max_steps": first.training["max_steps"],
-        "blocks_per_step": first.blocks_per_step,
-        "block_size": first.data.block_size,
-        "training": {
-            key: value for key, value in first.settings()["training"].items() if key not in ("seed", "data_seed")
-        },
-        "data": {
-            part: [
-                f"{Path(name).name} {fingerprint([Path(name)])}" if Path(name).is_file() else name for name in names
-            ]
-            for part, names in (("train", first.data.train), ("heldout", first.data.heldout))
-        },
-    }
+    settings = shared_settings(models, first)
     if args.worker:
         work(recipes, settings, set(Results(args.output, settings).entries), deadline)
         return 0

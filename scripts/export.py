@@ -1,7 +1,7 @@
 """Write a complete Hub folder: weights, config with auto_map, remote code, tokenizer, generation config, model card.
 
     python -m scripts.export checkpoints/mlra_4_demo build/demo
-    python -m scripts.export SRC DST [--dtype bfloat16] [--license apache-2.0]
+    python -m scripts.export SRC DST [--dtype bfloat16] [--fp8] [--license apache-2.0]
 
 SRC is a folder that `save_pretrained` wrote, such as a training checkpoint. Its tokenizer goes along with its chat
 template, and so do its generation settings; without a tokenizer, DST gets GPT-2's. DST appears whole or not at all.
@@ -9,7 +9,6 @@ template, and so do its generation settings; without a tokenizer, DST gets GPT-2
 
 import argparse
 import copy
-import json
 import os
 import shutil
 import sys
@@ -24,6 +23,8 @@ from scripts.cli import UserError, check_model_folder, locked, refuse_existing
 def check(args: argparse.Namespace) -> None:
     check_model_folder(args.src, "mlra")
     refuse_existing(args.dst)
+    if cli.read_json(args.src / "config.json").get("quantization_config"):
+        raise UserError(f"{args.src} holds quantised weights: export the folder they were made from")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("src", type=Path, help="folder that save_pretrained wrote")
     parser.add_argument("dst", type=Path, help="folder to create")
     parser.add_argument("--dtype", choices=cli.DTYPES, help="type to store the weights as (default: as in SRC)")
+    parser.add_argument("--fp8", action="store_true", help="store linear layers as e4m3, each with one scale")
     parser.add_argument("--license", default="unknown", help="Hub identifier of the weights' licence")
     parser.add_argument("--allow-nonfinite", action="store_true", help="write weights that are NaN or infinite")
     return cli.run("scripts.export:export", parser.parse_args(argv), check)
@@ -40,14 +42,12 @@ if __name__ == "__main__":
     sys.exit(main())
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 import modeling_mlra
 from modeling_mlra import MLRAConfig, MLRAForCausalLM
+from scripts.fp8 import FP8_CONFIG, fp8_shapes, fp8_tensors, stored_bytes
 from scripts.loading import (
     DTYPES,
     GENERATION_FILE,
@@ -60,10 +60,10 @@ from scripts.loading import (
     weight_files,
 )
 from scripts.model_card import render_card
+from scripts.saved_tensors import MAX_SHARD_BYTES, read_saved_tensors, write_weights
 from tokenization.build import end_of_text_id, write_tokenizer
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-MAX_SHARD_BYTES = 10**9  # one shard is in memory while it is collected
 AUTO_MAP = {
     "AutoConfig": "configuration_mlra.MLRAConfig",
     "AutoModel": "modeling_mlra.MLRAModel",
@@ -89,6 +89,7 @@ def export_folder(
     remote_code: bool = True,
     allow_nonfinite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    fp8: bool = False,
 ) -> None:
     """Write everything a Hub repository of an `MLRAForCausalLM` holds into the new folder `dst`.
 
@@ -109,36 +110,21 @@ def export_folder(
         remote_code: whether the folder gets the model's code, without which it needs this package.
         allow_nonfinite: write NaN and infinite values instead of refusing them.
         max_shard_bytes: largest size of one weight file.
+        fp8: store the linear layers' weights as the library's `FP8Linear` has them, whatever `dtype`.
 
     Raises:
         UserError: when `dst` exists, is being written by another command or does not fit on the disk, the tokenizer
             cannot be read or has more tokens than the model, or `tensors` are not exactly those of the model.
     """
     shapes = parameter_shapes(config)
-    if tokenizer is None:
-        own_tokenizer = None
-        defaults = dict.fromkeys(TOKEN_IDS, end_of_text_id(config.vocab_size))
-    else:
-        own_tokenizer = load_tokenizer(tokenizer, config.vocab_size)
-        defaults = {name: getattr(own_tokenizer, name) for name in TOKEN_IDS}
-    config = copy.deepcopy(config)
-    keep_valid_tokens(config, config.vocab_size, defaults)
-    config.architectures = ["MLRAForCausalLM"]
-    if remote_code:
-        config.auto_map = dict(AUTO_MAP)
-    elif hasattr(config, "auto_map"):
-        del config.auto_map
-    config.dtype = dtype
-    tokens = {name: getattr(config, name) for name in TOKEN_IDS}
-    if generation_config is None:
-        generation_config = GenerationConfig(**tokens)
-    else:
-        generation_config = copy.deepcopy(generation_config)
-        keep_valid_tokens(generation_config, config.vocab_size, tokens, missing=False)
-    generation_config.suppress_tokens = suppressed_tokens(
-        generation_config.suppress_tokens or [], own_tokenizer, config.vocab_size
-    )
-    total_bytes = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
+    own_tokenizer = None if tokenizer is None else load_tokenizer(tokenizer, config.vocab_size)
+    config = stored_config(config, dtype, own_tokenizer, remote_code)
+    generation_config = stored_generation_config(generation_config, config, own_tokenizer)
+    if fp8:
+        shapes = fp8_shapes(shapes, config)
+        tensors = fp8_tensors(tensors, shapes)
+        config.quantization_config = FP8_CONFIG.to_dict()
+    total_bytes = stored_bytes(shapes, dtype)
     with new_folder(dst, total_bytes) as folder:
         write_weights(folder, tensors, shapes, dtype, max_shard_bytes, allow_nonfinite)
         config.to_json_file(folder / "config.json")  # save_pretrained would add one file of the code
@@ -148,11 +134,7 @@ def export_folder(
         if tokenizer is None:
             write_tokenizer(folder, config.vocab_size, config.max_position_embeddings)
         else:
-            for path in (tokenizer / name for name in TOKENIZER_FILES):
-                if path.is_dir():
-                    shutil.copytree(path, folder / path.name)
-                elif path.exists():
-                    shutil.copyfile(path, folder / path.name)
+            copy_tokenizer(tokenizer, folder)
         card = render_card(
             config,
             dtype,
@@ -162,10 +144,52 @@ def export_folder(
             limits=limits,
             remote_code=remote_code,
             tokens=None if own_tokenizer is None else len(own_tokenizer),
+            fp8=fp8,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
         for file in folder.glob("*.safetensors"):  # written readable by their owner alone
             shutil.copymode(folder / "README.md", file)
+
+
+def stored_config(
+    config: MLRAConfig, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase | None, remote_code: bool
+) -> MLRAConfig:
+    """The configuration as the folder holds it: valid tokens, type of the weights, where the code is."""
+    if tokenizer is None:
+        defaults = dict.fromkeys(TOKEN_IDS, end_of_text_id(config.vocab_size))
+    else:
+        defaults = {name: getattr(tokenizer, name) for name in TOKEN_IDS}
+    config = copy.deepcopy(config)
+    keep_valid_tokens(config, config.vocab_size, defaults)
+    config.architectures = ["MLRAForCausalLM"]
+    if remote_code:
+        config.auto_map = dict(AUTO_MAP)
+    elif hasattr(config, "auto_map"):
+        del config.auto_map
+    config.dtype = dtype
+    return config
+
+
+def stored_generation_config(
+    given: GenerationConfig | None, config: MLRAConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> GenerationConfig:
+    """The generation settings as the folder holds them; `config` is that of `stored_config`."""
+    tokens = {name: getattr(config, name) for name in TOKEN_IDS}
+    if given is None:
+        settings = GenerationConfig(**tokens)
+    else:
+        settings = copy.deepcopy(given)
+        keep_valid_tokens(settings, config.vocab_size, tokens, missing=False)
+    settings.suppress_tokens = suppressed_tokens(settings.suppress_tokens or [], tokenizer, config.vocab_size)
+    return settings
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    for path in (source / name for name in TOKENIZER_FILES):
+        if path.is_dir():
+            shutil.copytree(path, folder / path.name)
+        elif path.exists():
+            shutil.copyfile(path, folder / path.name)
 
 
 def keep_valid_tokens(
@@ -236,80 +260,6 @@ def new_folder(dst: Path, needed_bytes: int = 0) -> Iterator[Path]:
             raise
 
 
-def write_weights(
-    folder: Path,
-    tensors: Iterable[tuple[str, Tensor]],
-    shapes: dict[str, torch.Size],
-    dtype: torch.dtype,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    allow_nonfinite: bool = False,
-) -> None:
-    """Write `tensors` as safetensors, with an index when they take more than one file.
-
-    Raises:
-        UserError: for a missing, repeated, unexpected or mis-shaped tensor, for values that overflow `dtype`, and,
-            unless `allow_nonfinite`, for NaN and infinite ones.
-    """
-    shard: dict[str, Tensor] = {}
-    shards: list[Path] = []
-    file_of: dict[str, Path] = {}
-    total_bytes = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
-
-    def flush() -> None:
-        shards.append(folder / f"shard-{len(shards)}")
-        save_file(shard, shards[-1], metadata={"format": "pt"})
-        file_of.update(dict.fromkeys(shard, shards[-1]))
-        progress.update(sum(tensor.nbytes for tensor in shard.values()))
-        shard.clear()
-
-    with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="Writing weights") as progress:
-        for name, tensor in tensors:
-            if name not in shapes or name in file_of or name in shard:
-                raise UserError(f"unexpected tensor {name}: the model has no such parameter, or it came twice")
-            if tensor.shape != shapes[name]:
-                raise UserError(f"{name} has shape {tuple(tensor.shape)}, the model expects {tuple(shapes[name])}")
-            stored = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
-            if not torch.isfinite(stored).all():
-                if torch.isfinite(tensor).all():
-                    narrow = str(dtype).removeprefix("torch.")
-                    raise UserError(f"{name} has values too large for {narrow}: use bfloat16")
-                if not allow_nonfinite:
-                    raise UserError(
-                        f"{name} has {(~torch.isfinite(tensor)).sum():,} of {tensor.numel():,} values that are NaN or "
-                        "infinite: --allow-nonfinite to write them all the same"
-                    )
-            if shard and sum(held.nbytes for held in shard.values()) + stored.nbytes > max_shard_bytes:
-                flush()
-            shard[name] = stored
-            del tensor, stored
-        flush()
-    missing = [name for name in shapes if name not in file_of]
-    if missing:
-        raise UserError(f"missing tensor {missing[0]} ({len(missing)} in all): the model needs it")
-
-    if len(shards) == 1:
-        shards[0].rename(folder / "model.safetensors")
-        return
-    final = {shard: f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i, shard in enumerate(shards, start=1)}
-    for shard_file, name in final.items():
-        shard_file.rename(folder / name)
-    index = {
-        "metadata": {"total_size": total_bytes},
-        "weight_map": {name: final[file] for name, file in sorted(file_of.items())},
-    }
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def read_saved_tensors(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors called `names` from a `save_pretrained` folder, one at a time."""
-    wanted = set(names)
-    for file in weight_files(folder):
-        with safe_open(file, framework="pt") as stored:
-            for name in stored.keys():  # noqa: SIM118 (no mapping)
-                if name in wanted:
-                    yield name, stored.get_tensor(name)
-
-
 def export(args: argparse.Namespace) -> None:
     config = load_config(args.src)
     if not weight_files(args.src):
@@ -325,4 +275,5 @@ def export(args: argparse.Namespace) -> None:
         tokenizer=args.src if has_tokenizer(args.src) else None,
         generation_config=load_generation_config(args.src),
         allow_nonfinite=args.allow_nonfinite,
+        fp8=args.fp8,
     )

@@ -115,21 +115,10 @@ def finetune(args: argparse.Namespace) -> None:
         train_adapter(args, output, merge)
 
 
-def train_adapter(args: argparse.Namespace, output: Path, merge: Path | None) -> None:
-    """Train by `args` and write the adapter into the folder `output`, the merged model into `merge`, if any."""
-    train_lines, heldout_lines = args.lines
-    set_seed(args.seed)
-    model = load_model(args.model, published=True)  # float32; bfloat16 comes from autocast
-    tokenizer = load_tokenizer(args.model, model.config.vocab_size)
-    block_size = min(args.block_size, model.config.max_position_embeddings)
-    train, heldout = (LineBlocks(lines, tokenizer, block_size) for lines in (train_lines, heldout_lines))
-    present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    targets = [name for name in TARGETS if name in present]
-    config = LoraConfig(
-        task_type="CAUSAL_LM", r=args.rank, lora_alpha=2 * args.rank, lora_dropout=0.0, target_modules=targets
-    )
-    model = get_peft_model(model, config)
-    trainer = Trainer(
+def make_trainer(
+    model: torch.nn.Module, args: argparse.Namespace, output: Path, train: LineBlocks, heldout: LineBlocks
+) -> Trainer:
+    return Trainer(
         model=model,
         args=TrainingArguments(
             output_dir=str(output),
@@ -155,6 +144,23 @@ def train_adapter(args: argparse.Namespace, output: Path, merge: Path | None) ->
         eval_dataset=heldout,
         data_collator=default_data_collator,
     )
+
+
+def train_adapter(args: argparse.Namespace, output: Path, merge: Path | None) -> None:
+    """Train by `args` and write the adapter into the folder `output`, the merged model into `merge`, if any."""
+    train_lines, heldout_lines = args.lines
+    set_seed(args.seed)
+    model = load_model(args.model, published=True)  # float32; bfloat16 comes from autocast
+    tokenizer = load_tokenizer(args.model, model.config.vocab_size)
+    block_size = min(args.block_size, model.config.max_position_embeddings)
+    train, heldout = (LineBlocks(lines, tokenizer, block_size) for lines in (train_lines, heldout_lines))
+    present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    targets = [name for name in TARGETS if name in present]
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=args.rank, lora_alpha=2 * args.rank, lora_dropout=0.0, target_modules=targets
+    )
+    model = get_peft_model(model, config)
+    trainer = make_trainer(model, args, output, train, heldout)
 
     def losses() -> dict[str, float]:
         return {part: trainer.evaluate(data)["eval_loss"] for part, data in (("train", train), ("held out", heldout))}

@@ -19,6 +19,9 @@ REMOTE_CODE_NOTE = """\
 PACKAGE_NOTE = """\
 `python -m scripts.export THIS_FOLDER DST` writes a Hub folder that holds the code and needs no package."""
 
+FP8_NOTE = """, its linear layers as FP8 (e4m3, one scale each; on a GPU the library multiplies by them with the
+package `kernels`, without one it widens them as it loads)"""
+
 CORPORA = ("Wikipedia", "C4", "Pile", "RefinedWeb", "Cosmopedia", "FineWeb", "FineWeb-Edu", "average")
 PUBLISHED_PERPLEXITY = {  # arXiv 2603.02188; one row per architecture, columns as CORPORA
     "mla": (14.567, 16.345, 12.965, 18.523, 8.966, 15.440, 9.284, 13.727),
@@ -102,6 +105,7 @@ def render_card(
     limits: str = "",
     remote_code: bool = True,
     tokens: int | None = None,
+    fp8: bool = False,
 ) -> str:
     """The model card of one exported folder.
 
@@ -114,6 +118,7 @@ def render_card(
         limits: what the model cannot do, a sentence.
         remote_code: whether the folder holds the model's code.
         tokens: how many the tokenizer has (default: GPT-2's).
+        fp8: whether its linear layers are stored as FP8.
     """
     with torch.device("meta"):
         parameters = MLRAForCausalLM(config).num_parameters()
@@ -140,7 +145,7 @@ def render_card(
         "([arXiv 2603.02188](https://arxiv.org/abs/2603.02188), ICLR 2026), which splits the compressed key-value "
         "state of latent attention into several latents, so that the cache can be divided among devices.",
         parameters=f"{parameters:,}",
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch.") + FP8_NOTE * fp8,
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         heads=config.num_attention_heads,

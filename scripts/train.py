@@ -56,9 +56,10 @@ from transformers import (
 from evals.common import environment, write_json
 from evals.corpora import read_token_file
 from evals.perplexity import Blocks, total_loss
-from scripts.export import export_folder, parameter_shapes, read_saved_tensors
+from scripts.export import export_folder, parameter_shapes
 from scripts.loading import DTYPES, load_generation_config
 from scripts.recipe import Recipe, apply_changes, make_recipe, model_config, read_configuration, training_arguments
+from scripts.saved_tensors import read_saved_tensors
 from scripts.training_checks import CONFIG_FILE, RESULT_FILE, check_start
 from scripts.training_data import TrainingData, read_data
 from scripts.training_loop import BlockTrainer, TimeBudget

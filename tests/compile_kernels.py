@@ -23,6 +23,8 @@ from unittest.mock import patch
 import torch
 import triton
 import triton.language as tl
+from transformers import FineGrainedFP8Config
+from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
@@ -39,12 +41,13 @@ from modeling_mlra import (
     step_linear_stream_mlra,
     step_mlra,
 )
+from modeling_mlra.decode_arguments_mlra import DecodeInputs
 from modeling_mlra.device_mlra import DeviceFacts
 
 META = torch.device("meta")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TYPES = {dtype: name for name, dtype in DTYPES.items()}
-TYPES |= {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
+TYPES |= {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8", torch.float8_e4m3fn: "fp8e4nv"}
 PARTS = {"wgmma.mma_async": "matrix products", "cp.async.bulk.tensor": "bulk copies", "griddepcontrol.wait": "waits"}
 KERNELS = (
     (decode_triton_mlra, ("decode_kernel", "rows_kernel", "combine_kernel")),
@@ -66,8 +69,8 @@ def _amd(arch: str, multiprocessors: int, shared: int, warp_size: int) -> tuple[
 
 
 TARGETS = {
-    "sm_80": _nvidia(80, 108, 166_912),
-    "sm_86": _nvidia(86, 84, 101_376),
+    "sm_80": _nvidia(80, 108, 166_912, float8=False),
+    "sm_86": _nvidia(86, 84, 101_376, float8=False),
     "sm_89": _nvidia(89, 128, 101_376),
     "sm_90": _nvidia(90, 132, 232_448, early=True, hopper=True),
     "sm_100": _nvidia(100, 148, 232_448, early=True),
@@ -230,28 +233,33 @@ def empty(*shape, dtype=torch.bfloat16):
 
 def attend(
     batch: int, length: int, latents: int, heads: int, masked=False, page_size=0, cached=4096, dtype=torch.bfloat16,
-    groups=1, width=128, **tuning,
+    groups=1, width=128,
 ) -> None:  # fmt: skip
     """Decode attention of `length` queries of `heads` heads to a latent."""
     key_mask = empty(batch, cached, dtype=torch.bool) if masked else None
     rows = empty(*(() if page_size else (batch,)), cached, latents * width + 64, dtype=dtype)
-    decode_triton_mlra.triton_latent_attention(
-        empty(batch, length, latents, heads, width, dtype=dtype), empty(batch, length, groups, heads, 64, dtype=dtype),
-        rows[..., :-64].unflatten(-1, (latents, width)), rows[..., -64:], empty(batch, dtype=torch.int32),
-        empty(batch, dtype=torch.int32) if masked else None, key_mask,
-        empty(batch, 64, dtype=torch.int32) if page_size else None, page_size, 0.1, **tuning,
+    inputs = DecodeInputs(
+        q_latent=empty(batch, length, latents, heads, width, dtype=dtype),
+        q_rope=empty(batch, length, groups, heads, 64, dtype=dtype),
+        latents=rows[..., :-64].unflatten(-1, (latents, width)), k_rope=rows[..., -64:],
+        kv_end=empty(batch, dtype=torch.int32), kv_start=empty(batch, dtype=torch.int32) if masked else None,
+        key_mask=key_mask, block_table=empty(batch, 64, dtype=torch.int32) if page_size else None,
+        page_size=page_size, scaling=0.1,
     )  # fmt: skip
+    decode_triton_mlra.triton_latent_attention(inputs)
 
 
 class Holder(SimpleNamespace):
     """Stands for a cache, of which the step keeps a weak reference."""
 
 
-def step(num_sequences: int, dtype=torch.bfloat16, **settings) -> None:
+def step(num_sequences: int, dtype=torch.bfloat16, fp8=False, **settings) -> None:
     """One step of a layer of a released shape, and the choice of a token."""
     config = MLRAConfig(num_hidden_layers=1, **settings)
     with torch.device("meta"):
         model = MLRAForCausalLM(config).to(dtype)
+    if fp8:
+        replace_with_fp8_linear(model, ["lm_head"], FineGrainedFP8Config())
     rows = empty(num_sequences, 1, 4096, config.kv_lora_rank + 64, dtype=dtype)
     cache = Holder(layers=[Holder(rows=rows)])
     run = step_mlra.FusedStep(model, cache, empty(1 + 2 * num_sequences, dtype=torch.int32))
@@ -300,9 +308,9 @@ def attend_released(compiler: Compiler, shape: str, call: str, dtype: str) -> No
     attend(batch, length, latents, heads, **options)
 
 
-def step_released(compiler: Compiler, shape: str, sequences: int, dtype: str = "bf16") -> None:
-    compiler.what = f"{shape}, {sequences} sequences, {dtype}"
-    step(sequences, DTYPES[dtype], **STEPS[shape])
+def step_released(compiler: Compiler, shape: str, sequences: int, dtype: str = "bf16", fp8: bool = False) -> None:
+    compiler.what = f"{shape}, {sequences} sequences, {dtype}{', FP8 weights' if fp8 else ''}"
+    step(sequences, DTYPES[dtype], fp8, **STEPS[shape])
 
 
 def compile_all(name: str) -> list[str]:
@@ -315,6 +323,8 @@ def compile_all(name: str) -> list[str]:
         for sequences in (1, 2, 16):
             for shape in STEPS:
                 step_released(compiler, shape, sequences)
+            if compiler.facts.float8:
+                step_released(compiler, "mlra_4", sequences, fp8=True)
     return compiler.faults()
 
 
@@ -330,6 +340,9 @@ def compile_sample(name: str) -> list[str]:
             attend(batch=3, length=1, latents=4, heads=24, page_size=32)
             for sequences in (1, 2, 16):
                 step_released(compiler, "mlra_4, gated", sequences)
+            compiler.only = "register_linear_kernel"
+            step_released(compiler, "mlra_4", 1, fp8=True)
+            compiler.only = None
         for shape, call, dtype in SAMPLE.get(name, ()):
             attend_released(compiler, shape, call, dtype)
         if name == "gfx90a":

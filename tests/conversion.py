@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import scripts.export
+import scripts.saved_tensors
 from scripts.convert_checkpoint import main
 
 
@@ -40,5 +40,5 @@ def fail_after(calls: int, error: BaseException):
             raise error
         return original(*args, **kwargs)
 
-    original = scripts.export.save_file
+    original = scripts.saved_tensors.save_file
     return save

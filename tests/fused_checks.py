@@ -8,17 +8,18 @@ from tests.models import random_ids, rms_ratio, tiny_model
 
 
 @torch.no_grad()
-def decode_two_tokens(model, fused: bool, batch: int = 2) -> dict[str, torch.Tensor]:
+def decode_two_tokens(model, fused: bool, batch: int = 2, stand_in=None) -> dict[str, torch.Tensor]:
     """Two steps behind a left-padded prompt, fused or by the modules: logits `[2, M, vocab]`, cache rows, counters.
 
-    The cache's unused rows are NaN.
+    The cache's unused rows are NaN. `stand_in` takes the prompt where the model's modules cannot run.
     """
     ids = random_ids(batch, 9).to(model.device)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache = MLRACache(model.config, max_cache_len=20)
-    model(ids[:, :7], attention_mask=mask[:, :7], position_ids=positions[:, :7], cache=cache)
+    prompt = {"attention_mask": mask[:, :7], "position_ids": positions[:, :7]}
+    (stand_in or model)(ids[:, :7], cache=cache, **prompt)
     for layer in cache.layers:
         layer.rows[:, :, 7:] = torch.nan
     key_mask = torch.nn.functional.pad(mask, (0, 11), value=1).bool()
@@ -65,10 +66,14 @@ def verify_together(variant: str, device: str, batch: int, tokens_each: int, **o
     return {"logits": rms_ratio(logits, fused_logits), "rows": rms_ratio(rows, fused_rows)}
 
 
-def compare(variant: str, device: str, batch: int = 2, **overrides) -> dict[str, float | bool]:
-    """The fused step against the modules: RMS ratios of logits and of the rows written to the cache."""
+def compare(variant: str, device: str, batch: int = 2, quantise=None, **overrides) -> dict[str, float | bool]:
+    """The fused step against the modules: RMS ratios of logits and of the rows written to the cache.
+
+    `quantise` changes the fused model's weights, and gives the other one what they stand for.
+    """
     model = tiny_model(variant, num_attention_heads=4, **overrides).to(device)
-    expected, seen = (decode_two_tokens(model, fused, batch) for fused in (False, True))
+    small = model if quantise is None else quantise(model)
+    expected, seen = decode_two_tokens(model, False, batch), decode_two_tokens(small, True, batch, model)
     return {
         "logits": rms_ratio(expected["logits"], seen["logits"]),
         "rows": rms_ratio(expected["rows"], seen["rows"]),

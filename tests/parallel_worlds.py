@@ -19,6 +19,7 @@ from modeling_mlra.generation_mlra import captured_decode
 from modeling_mlra.step_mlra import obstacle
 from tests.fused_checks import decode_two_tokens
 from tests.models import VARIANTS, rms_ratio, tiny_config
+from tests.quantized import as_on_a_gpu
 
 SIZES = (2, 4, 8)
 MODELS = [(variant, gated) for variant in VARIANTS for gated in (False, True)]
@@ -187,6 +188,7 @@ def visit(rank: int, size: int, root: Path, out: Path) -> None:
         results["compiled"] = compiled_difference(root)
         results["impossible"] = refused(root, out)
         results["fused_obstacles"] = fused_obstacles(root)
+        results["fp8"] = fp8_share(root)
     if size == 4:
         results["with_data_parallelism"] = data_parallel_difference(
             root / "mlra_4_gated", 2, ("fsdp_size", "dp_replicate_size")
@@ -226,6 +228,25 @@ def fused_obstacles(root: Path) -> list[str | None]:
     projection = model.model.layers[0].mlp.down_proj
     projection.weight = torch.nn.Parameter(full(projection.weight))
     return [*found, obstacle(model, 1)]
+
+
+def fp8_share(root: Path) -> dict:
+    """A model of FP8 weights with a scale each: its logits, the fused step's, what is in its way; blocks of scales."""
+    with as_on_a_gpu():
+        model, reference = load(root / "mlra_2_fp8", 2), torch.load(root / "mlra_2_fp8" / "behaviour.pt")
+        with torch.no_grad():
+            logits = model(batch()[0]).logits
+        seen = {
+            "logits": (logits - reference["logits"]).abs().max().item(),
+            "fused": rms_ratio(reference["decoded"], decode_two_tokens(model, fused=True)["logits"]),
+            "kept": model.model.layers[0].self_attn.q_b_proj.weight.to_local().shape[0],
+            "obstacle": obstacle(load(root / "mlra_2_fp8", 2, torch.bfloat16), 1),
+        }
+        try:
+            load(root / "mlra_2_fp8_blocks", 2)
+        except ValueError as error:
+            seen["blocks"] = str(error)
+    return seen
 
 
 def refused(root: Path, out: Path) -> dict:

@@ -54,9 +54,9 @@ def test_queries_and_rows_of_different_dtypes(implementation, monkeypatch):
     mixed = q_latent.bfloat16(), q_rope, latents, k_rope.half()
     launch, seen = decode_triton_mlra._launch, set()
 
-    def recording(plan, out, *tensors):
-        seen.update(tensor.dtype for tensor in (out, *tensors[:4]))
-        return launch(plan, out, *tensors)
+    def recording(plan, inputs, out):
+        seen.update(tensor.dtype for tensor in (out, *inputs[:4]))
+        return launch(plan, inputs, out)
 
     monkeypatch.setattr(decode_triton_mlra, "_launch", recording)
     result = latent_attention(*mixed, implementation=implementation, **options)

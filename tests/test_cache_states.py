@@ -10,7 +10,7 @@ import pickle
 import pytest
 import torch
 
-from modeling_mlra import MLRACache
+from modeling_mlra import MLRACache, generation_hooks_mlra
 from modeling_mlra.generation_mlra import captured_decode
 from tests.models import random_ids, rms_ratio, tiny_model
 from tests.tolerances import CACHE_LOGITS_RATIO
@@ -105,11 +105,9 @@ def test_second_turn_after_generate_in_inference_mode(model, implementation):
 
 def test_captured_loop_in_inference_mode_continues_outside(model, monkeypatch):
     """The loop that a GPU runs, here without its graph."""
-    import modeling_mlra.modeling_mlra as modeling
-
-    monkeypatch.setattr(modeling, "can_capture", lambda *_: True)
+    monkeypatch.setattr(generation_hooks_mlra, "can_capture", lambda *_: True)
     ids, cache = random_ids(2, 9), MLRACache(model.config, max_cache_len=40)
-    assert modeling.captured_decode is captured_decode
+    assert generation_hooks_mlra.captured_decode is captured_decode
     with torch.inference_mode():
         sequences = model.generate(ids, past_key_values=cache, max_new_tokens=6, do_sample=False)
     assert int(cache.get_seq_length()) == 14

@@ -15,8 +15,7 @@ from transformers import (
     TopKLogitsWarper,
 )
 
-import modeling_mlra.modeling_mlra
-from modeling_mlra import MLRACache, capture_mlra, capture_step_mlra, generation_mlra
+from modeling_mlra import MLRACache, capture_mlra, capture_step_mlra, generation_hooks_mlra, generation_mlra
 from modeling_mlra.capture_choice_mlra import choice_of_logits_alone
 from modeling_mlra.capture_mlra import Replay, fingerprint, size_class
 from modeling_mlra.generation_mlra import captured_decode, captured_decodes
@@ -42,7 +41,7 @@ def captured(model, ids, **settings):
 def fused(monkeypatch):
     """The fused step in float32, its kernels interpreted where there is no GPU, and the loop as on a GPU."""
     monkeypatch.setattr(capture_step_mlra, "runs_fused", lambda *_: True)
-    monkeypatch.setattr(modeling_mlra.modeling_mlra, "can_capture", can_capture_anywhere)
+    monkeypatch.setattr(generation_hooks_mlra, "can_capture", can_capture_anywhere)
 
 
 def can_capture_anywhere(model, input_ids, generation_config, model_kwargs, synced_gpus) -> bool:
@@ -88,7 +87,7 @@ def test_captured_loop_equals_the_library_loop(recorded, lag, kind, implementati
     settings |= {"output_scores": True, "repetition_penalty": 1.3} if recorded else {}
     for row, eos in ((slice(0, 3), None), (slice(2, 3), "fourth"), (slice(0, 3), "several")):
         part, settings["attention_mask"] = ids[row], mask[row]
-        monkeypatch.setattr(modeling_mlra.modeling_mlra, "can_capture", lambda *_: False)
+        monkeypatch.setattr(generation_hooks_mlra, "can_capture", lambda *_: False)
         torch.manual_seed(0)
         free = model.generate(part, use_cache=False, return_dict_in_generate=True, **settings)
         if eos == "fourth":
@@ -97,8 +96,8 @@ def test_captured_loop_equals_the_library_loop(recorded, lag, kind, implementati
             eos = free.sequences[:, part.shape[1] + 3].tolist()
         results = []
         for takes_over in (False, True):  # on a GPU it takes over by itself
-            monkeypatch.setattr(modeling_mlra.modeling_mlra, "can_capture", lambda *_, takes=takes_over: takes)
-            monkeypatch.setattr(modeling_mlra.modeling_mlra, "captured_decode", partial(captured_decode, lag=lag))
+            monkeypatch.setattr(generation_hooks_mlra, "can_capture", lambda *_, takes=takes_over: takes)
+            monkeypatch.setattr(generation_hooks_mlra, "captured_decode", partial(captured_decode, lag=lag))
             before = captured_decodes[kind]
             torch.manual_seed(0)
             streamer = Recorder() if part.shape[0] == 1 else None

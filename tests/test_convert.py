@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig
 
 import scripts.convert_checkpoint
-import scripts.export
 from modeling_mlra import MLRAConfig, MLRAForCausalLM
+from scripts import saved_tensors
 from scripts.export import export_folder
 from scripts.model_card import PUBLISHED_PERPLEXITY, render_card
 from tests.conversion import Bomb, convert, fail_after
@@ -223,7 +223,7 @@ def test_training_leftovers_are_never_read(tmp_path):
 def test_missing_parents_of_the_destination(tmp_path, capsys, monkeypatch):
     assert convert(GOLDEN / "mla", tmp_path / "a" / "b" / "out") == 0
     shutil.rmtree(tmp_path / "a")
-    monkeypatch.setattr(scripts.export, "save_file", fail_after(0, OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(saved_tensors, "save_file", fail_after(0, OSError(errno.ENOSPC, "No space left on device")))
     assert convert(GOLDEN / "mla", tmp_path / "a" / "b" / "out") == 2
     assert list(tmp_path.iterdir()) == []
 

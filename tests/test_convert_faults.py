@@ -18,8 +18,8 @@ import torch
 from huggingface_hub import constants
 
 import scripts.convert_checkpoint
-import scripts.export
 from modeling_mlra import MLRAConfig
+from scripts import saved_tensors
 from scripts.export import export_folder, parameter_shapes
 from tests.conversion import Bomb, convert, expect_error, fail_after
 from tests.paths import GOLDEN, REPOSITORY
@@ -237,14 +237,14 @@ def test_right_variant_is_accepted(tmp_path):
 def test_nothing_is_left_of_an_interrupted_conversion(tmp_path, capsys, monkeypatch, error, code, message):
     limited = functools.partial(export_folder, max_shard_bytes=100_000)
     monkeypatch.setattr(scripts.convert_checkpoint, "export_folder", limited)
-    monkeypatch.setattr(scripts.export, "save_file", fail_after(2, error))
+    monkeypatch.setattr(saved_tensors, "save_file", fail_after(2, error))
     assert convert(GOLDEN / "mla", tmp_path / "out") == code
     assert capsys.readouterr().err.endswith(message)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_left_after_sigterm(tmp_path, monkeypatch):
-    monkeypatch.setattr(scripts.export, "save_file", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(saved_tensors, "save_file", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stop:
         convert(GOLDEN / "mla", tmp_path / "out")

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from modeling_mlra import decode_plans_mlra, decode_triton_mlra
+from modeling_mlra.decode_arguments_mlra import DecodeInputs, DecodeTile
 from modeling_mlra.decode_mlra import decode_calls, latent_attention
+from modeling_mlra.decode_plans_mlra import DecodePlan
 from modeling_mlra.decode_reference_mlra import reference_latent_attention
 from tests import tolerances
 from tests.decode_inputs import DEVICE, FP32_RATIO, inputs, oracle, ratio, run
@@ -107,13 +109,15 @@ def test_large_scores_do_not_overflow():
 
 
 @pytest.mark.parametrize("programs_per_sm", [1, 5])
-@pytest.mark.parametrize("plan", [{"NL": 1, "BM": 16}, {"NL": 2, "BM": 16}, {"NL": 4, "BM": 32}])
-def test_every_split_of_the_work(plan, programs_per_sm, poisoned):
+@pytest.mark.parametrize(("latents", "rows"), [(1, 16), (2, 16), (4, 32)])
+def test_every_split_of_the_work(latents, rows, programs_per_sm, poisoned):
     """Shares that start and end inside sequences, whole sequences between them, more programs than units."""
     arguments, kv_end = inputs(5, 1, 4, 1, 3, 16, 16, 64, ends=[64, 3, 0, 40, 17])
-    tuning = plan | {"BN": 16, "UNIT": 8, "num_warps": 4, "programs_per_sm": programs_per_sm * 4, "kernel": "plain"}
-    moved = [x.to(DEVICE) for x in arguments]
-    result = decode_triton_mlra.triton_latent_attention(*moved, kv_end.to(DEVICE), None, None, None, 0, 0.2, **tuning)
+    tile = DecodeTile(NL=latents, BM=rows, BN=16, RP=16, EP=16)
+    plan = DecodePlan(tile, unit=8, programs_per_sm=programs_per_sm * 4)
+    moved = [x.to(DEVICE) for x in (*arguments, kv_end)]
+    call = DecodeInputs(*moved, kv_start=None, key_mask=None, block_table=None, page_size=0, scaling=0.2)
+    result = decode_triton_mlra.triton_latent_attention(call, plan)
     assert ratio(result, oracle(*arguments, kv_end, scaling=0.2)) < FP32_RATIO
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from modeling_mlra import device_mlra
+from modeling_mlra.decode_arguments_mlra import Deal, Reduction
 from modeling_mlra.decode_mlra import latent_attention
 from modeling_mlra.decode_plans_mlra import deal_work, reduction_plan
 from modeling_mlra.device_mlra import constants
@@ -30,19 +31,20 @@ pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 def test_work_divided_by_hand(batch, capacity, lanes, most, least, programs, sequences, big):
     number, deal = deal_work(batch, capacity, lanes, most, 32, least, True)
     assert number == programs
-    assert deal == {"UNIT": 32, "MIN_UNITS": least, "BLOCK_B": sequences, "HAS_START": True, "BIG": big}
+    assert deal == Deal(UNIT=32, MIN_UNITS=least, BLOCK_B=sequences, HAS_START=True, BIG=big)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "grid", "tile"),
+    ("batch", "width", "programs", "grid", "tile", "num_warps"),
     [
-        ((1, 4, 24, 8, 96), (1, 96, 1), {"SPLITS": 16, "BD": 128, "ROWS": 1, "num_warps": 4}),
-        ((1, 4, 24, 132, 128), (4, 96, 1), {"SPLITS": 256, "BD": 32, "ROWS": 1, "num_warps": 8}),
-        ((128, 4, 24, 132, 128), (1, 8, 128), {"SPLITS": 1, "BD": 128, "ROWS": 16, "num_warps": 4}),
+        (1, 96, 8, (1, 96, 1), {"SPLITS": 16, "BD": 128, "ROWS": 1}, 4),
+        (1, 128, 132, (4, 96, 1), {"SPLITS": 256, "BD": 32, "ROWS": 1}, 8),
+        (128, 128, 132, (1, 8, 128), {"SPLITS": 1, "BD": 128, "ROWS": 16}, 4),
     ],
 )
-def test_reduction_by_hand(arguments, grid, tile):
-    assert reduction_plan(*arguments) == (grid, tile)
+def test_reduction_by_hand(batch, width, programs, grid, tile, num_warps):
+    expected = grid, Reduction(L=4, H=8, R=width, **tile), num_warps
+    assert reduction_plan(batch, 4, 3, 8, width, programs) == expected
 
 
 def test_a_second_token_is_not_planned_anew(monkeypatch):

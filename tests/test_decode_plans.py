@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from modeling_mlra import decode_mlra, decode_plans_mlra, decode_triton_mlra
+from modeling_mlra.decode_arguments_mlra import DecodeTile
 from modeling_mlra.decode_mlra import decode_calls
 from modeling_mlra.device_mlra import DeviceFacts
 from tests.decode_inputs import DEVICE, FP32_RATIO, inputs, oracle, ratio, run
@@ -37,12 +38,14 @@ if DEVICE == "cuda":  # where there is one, all of them run on the GPU
 )
 def test_first_plans_of_the_plain_kernel(card, latents, width, itemsize, expected):
     plan = decode_plans_mlra.decode_plans(24, latents, 1, width, 64, itemsize, 4096, False, CARDS[card])[0]
-    assert plan["kernel"] == "plain" and {name: plan[name] for name in expected} == expected
+    assert isinstance(plan.tile, DecodeTile)
+    assert expected.items() <= (plan._asdict() | plan.tile._asdict()).items()
 
 
 def test_latents_share_programs_where_the_rotary_keys_are_read_often():
     def latents_of_a_program(cached, rows=24, latents=4, groups=1):
-        return decode_plans_mlra.decode_plans(rows, latents, groups, 128, 64, 2, cached, True, CARDS["H100"])[0]["NL"]
+        plans = decode_plans_mlra.decode_plans(rows, latents, groups, 128, 64, 2, cached, True, CARDS["H100"])
+        return plans[0].tile.NL
 
     assert latents_of_a_program(2**20) == latents_of_a_program(2**20, rows=32, groups=2) == 2
     assert latents_of_a_program(2**17) == latents_of_a_program(2**20, rows=33) == 1

@@ -4,8 +4,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-import modeling_mlra.modeling_mlra
-from modeling_mlra import MLRACache, forwards_mlra
+from modeling_mlra import MLRACache, forwards_mlra, generation_hooks_mlra
 from tests.models import random_ids, rms_ratio, tiny_model
 from tests.tolerances import FUSED_FLOAT32_RATIO
 
@@ -28,7 +27,7 @@ def replays(monkeypatch):
         return isinstance(cache, MLRACache) and not generation_config.disable_compile
 
     monkeypatch.setattr(forwards_mlra, "suits", suits)
-    monkeypatch.setattr(modeling_mlra.modeling_mlra, "can_capture", lambda *_: False)  # the loop of its own
+    monkeypatch.setattr(generation_hooks_mlra, "can_capture", lambda *_: False)  # the loop of its own
     monkeypatch.setattr(forwards_mlra, "obstacle", lambda *_: None)
     seen = []
     own = forwards_mlra.VerifyingStep.__call__

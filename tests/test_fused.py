@@ -116,8 +116,8 @@ def test_rows_in_several_chunks(monkeypatch):
 def test_many_partial_results_of_each_sequence(variant, monkeypatch):
     """Five shares a sequence, reduced two at a time: several turns, and a share that ends one and starts the next."""
     plans = decode_triton_mlra.decode_plans
-    changed = {"UNIT": 2, "MIN_UNITS": 1, "programs_per_sm": 4}
-    monkeypatch.setattr(decode_triton_mlra, "decode_plans", lambda *arguments: [plans(*arguments)[0] | changed])
+    changed = {"unit": 2, "least_units": 1, "programs_per_sm": 4}
+    monkeypatch.setattr(decode_triton_mlra, "decode_plans", lambda *x: [plans(*x)[0]._replace(**changed)])
     value_plan = step_mlra.value_plan
     monkeypatch.setattr(step_mlra, "value_plan", lambda *a: (value_plan(*a)[0]._replace(SPLITS=2), 4))
     assert compare(variant, DEVICE)["logits"] < FUSED_FLOAT32_RATIO
@@ -127,8 +127,8 @@ def test_many_partial_results_of_each_sequence(variant, monkeypatch):
 def test_few_shares_of_several_short_sequences(batch, monkeypatch):
     """One or two programs hold all sequences: each leaves a partial result of its own."""
     plans = decode_triton_mlra.decode_plans
-    changed = {"MIN_UNITS": 3}
-    monkeypatch.setattr(decode_triton_mlra, "decode_plans", lambda *arguments: [plans(*arguments)[0] | changed])
+    changed = {"least_units": 3}
+    monkeypatch.setattr(decode_triton_mlra, "decode_plans", lambda *x: [plans(*x)[0]._replace(**changed)])
     result = compare("mlra_4", DEVICE, batch)
     assert result["counters"]
     assert max(result["logits"], result["rows"]) < FUSED_FLOAT32_RATIO

@@ -109,6 +109,18 @@ def test_offloaded_cache_decodes(dtype, cache):
     assert torch.equal(tokens, expected)
 
 
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+def test_offloaded_rows_of_a_device_that_lags_behind(cache):
+    """Rows are fetched into memory that an earlier layer may still read from, if nothing waits for it."""
+    model = tiny_model(dtype=torch.float32, num_hidden_layers=6).cuda()
+    ids = random_ids(2, 300).cuda()
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(ids, disable_compile=True, **settings)
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(lambda *_: torch.cuda._sleep(2_000_000))
+    assert torch.equal(model.generate(ids, cache_implementation=cache, **settings), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_text_pipeline_takes_the_captured_loop(dtype):
     model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=dtype, device_map="cuda")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from modeling_mlra import MLRACache, modeling_mlra
+from modeling_mlra import MLRACache, generation_hooks_mlra
 from modeling_mlra.decode_mlra import ENVIRONMENT_VARIABLE, decode_calls, latent_attention
 from modeling_mlra.generation_mlra import can_capture, reaches_all_rows
 from modeling_mlra.library_mlra import CACHE
@@ -45,6 +45,24 @@ def continuation(model, cache, width: int, columns: int, num_new: int) -> torch.
     with torch.no_grad():
         model(random_ids(2, PREFIX), past_key_values=cache)
         return model(random_ids(2, num_new, seed=5), past_key_values=cache, attention_mask=mask).logits
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("num_new", [1, 3])
+def test_a_boolean_mask_of_every_pair_behind_a_prefix(num_new, implementation):
+    """`[B, 1, T, S]`, True where a query may attend, gives what its padding mask gives."""
+    model = tiny_model("mlra_4", attn_implementation=implementation)
+    padding = torch.ones(2, PREFIX + num_new, dtype=torch.long)
+    padding[0, :4] = 0
+    causal = torch.ones(num_new, PREFIX + num_new).tril(PREFIX).bool()
+    logits = []
+    for mask in (padding, causal & padding[:, None, None].bool()):
+        cache = MLRACache(model.config)
+        with torch.no_grad():
+            model(random_ids(2, PREFIX), past_key_values=cache, attention_mask=padding[:, :PREFIX])
+            new = {"attention_mask": mask, "position_ids": torch.arange(PREFIX, PREFIX + num_new)[None]}
+            logits.append(model(random_ids(2, num_new, seed=5), past_key_values=cache, **new).logits)
+    assert rms_ratio(*logits) < CACHE_LOGITS_RATIO
 
 
 @pytest.mark.parametrize(("width", "num_new"), [(2, 3), (5, 1), (PREFIX, 3), (PREFIX + 1, 3), (PREFIX + 1, 1)])
@@ -117,7 +135,7 @@ def test_generate_with_a_narrow_mask(width, monkeypatch):
         asked.append(reaches_all_rows(arguments[3].get("attention_mask"), arguments[1], arguments[3][CACHE]))
         return False
 
-    monkeypatch.setattr(modeling_mlra, "can_capture", recording)
+    monkeypatch.setattr(generation_hooks_mlra, "can_capture", recording)
     for cache in caches(model):
         with torch.no_grad():
             model(ids[:, :10], past_key_values=cache)

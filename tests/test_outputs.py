@@ -12,7 +12,7 @@ import time
 import pytest
 
 from evals import perplexity
-from scripts import cli, convert_checkpoint, export, finetune_lora, prepare_text, train
+from scripts import cli, convert_checkpoint, export, finetune_lora, prepare_text, saved_tensors, train
 from scripts.cli import UserError, locked
 from tests.paths import DEMO, GOLDEN, HELDOUT, REPOSITORY
 
@@ -34,7 +34,7 @@ def test_signals_leave_nothing_behind(monkeypatch, tmp_path, number, code):
         (next(tmp_path.glob(".out.partial")) / "model.safetensors").write_bytes(b"half")
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(export, "save_file", interrupted)
+    monkeypatch.setattr(saved_tensors, "save_file", interrupted)
     try:
         found = export.main([str(DEMO), str(tmp_path / "out")])
     except SystemExit as stop:
@@ -156,7 +156,7 @@ def test_a_failed_export_leaves_the_work_of_others(monkeypatch, tmp_path):
         (tmp_path / "build" / "finished").write_text("of another command")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(export, "save_file", fails)
+    monkeypatch.setattr(saved_tensors, "save_file", fails)
     assert export.main([str(DEMO), str(tmp_path / "build" / "out")]) == 2
     assert [path.name for path in (tmp_path / "build").iterdir()] == ["finished"]
 

@@ -42,6 +42,7 @@ from tests.parallel_worlds import (
     visit,
 )
 from tests.paths import REPOSITORY
+from tests.quantized import as_on_a_gpu, save_fp8
 from tests.tolerances import FUSED_FLOAT32_RATIO, PARALLEL_GRADIENT_RTOL, PARALLEL_LOGITS_ATOL
 
 
@@ -56,6 +57,11 @@ def references(tmp_path_factory) -> Path:
         assert (folder / "model.safetensors.index.json").is_file()
         decoded = decode_two_tokens(model, fused=False, batch=fused_sequences(model))["logits"]
         torch.save({**behaviour(model), "decoded": decoded}, folder / "behaviour.pt")
+    with as_on_a_gpu(), torch.no_grad():
+        for name, block in (("mlra_2_fp8", None), ("mlra_2_fp8_blocks", (16, 16))):
+            model = save_fp8(tiny_model("mlra_2", **SPLITTABLE), block, root / name)
+            decoded = decode_two_tokens(model, fused=False)["logits"]
+            torch.save({"logits": model(batch()[0]).logits, "decoded": decoded}, root / name / "behaviour.pt")
     return root
 
 
@@ -154,6 +160,15 @@ def test_what_keeps_the_fused_step_from_a_share_of_the_model(measured):
             "module 'model.layers.1.mlp' has hooks or a replaced forward (offloading, sharded data parallelism)"
         )
         assert whole == "module 'model.layers.0.mlp.down_proj' is not split as tp_plan='auto' splits it"
+
+
+def test_fp8_weights_are_shared_where_each_has_one_scale(measured):
+    for rank in measured(2)[0]:
+        seen = rank["fp8"]
+        assert seen["logits"] <= PARALLEL_LOGITS_ATOL
+        assert seen["fused"] < FUSED_FLOAT32_RATIO
+        assert (seen["kept"], seen["obstacle"]) == (40, None)
+        assert seen["blocks"].startswith("q_b_proj has scales for blocks of FP8 weights")
 
 
 # Released sizes, in head widths d_h = 128 per token and layer (paper, table 1).

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Trainer
 
-from scripts import bench_train, recipe, train, training_model
+from scripts import bench_train, bench_train_cells, bench_train_checks, recipe, train, training_model
 from scripts.cli import UserError
 from scripts.recipe import model_config
 from scripts.training_loop import BlockTrainer
@@ -140,7 +140,7 @@ def test_benchmark_runs_and_keeps_what_it_has(tmp_path, monkeypatch, capsys):
     assert "flash_attn.cute is not installed" in results["cells"][cells[3]]["error"]
     for name, count in ((cells[1], 2), (cells[2], 4)):
         entry = results["cells"][name]
-        assert abs(entry["loss_difference"]) < bench_train.LOSS_TOLERANCE and entry["micro_batches"] == count
+        assert abs(entry["loss_difference"]) < bench_train_checks.LOSS_TOLERANCE and entry["micro_batches"] == count
         seconds = (count * entry["micro_batch_ms"] + entry["update_ms"]) / 1e3
         assert entry["tokens_per_s"] == pytest.approx(4 * 16 / seconds)
         rate = entry["tokens_per_s"] * entry["model_gflop_per_token"] * 1e9
@@ -151,18 +151,18 @@ def test_benchmark_runs_and_keeps_what_it_has(tmp_path, monkeypatch, capsys):
 
 
 def test_benchmark_times_nothing_that_is_wrong():
-    model = bench_train.build("mlra_4", True, torch.device("cpu"))
+    model = bench_train_cells.build("mlra_4", True, torch.device("cpu"))
     ids = torch.randint(0, 320, (2, 17))
-    expected = bench_train.reference(model, ids)
-    stepper = bench_train.prepare(model, bench_train.read_cell("mlra_4:auto:none:2:none"), 16, True)
-    loss = bench_train.forward_backward(stepper, ids).item()
-    found = bench_train.check(loss, model, expected)
-    assert 0 < found["gradient_difference_in_roundings"] < bench_train.TIMES_ROUNDING
+    expected = bench_train_checks.reference(model, ids)
+    stepper = bench_train_cells.prepare(model, bench_train_cells.read_cell("mlra_4:auto:none:2:none"), 16, True)
+    loss = bench_train_checks.forward_backward(stepper, ids).item()
+    found = bench_train_checks.check(loss, model, expected)
+    assert 0 < found["gradient_difference_in_roundings"] < bench_train_checks.TIMES_ROUNDING
     with pytest.raises(ValueError, match="wrong: loss"):
-        bench_train.check(loss + 0.01, model, expected)
+        bench_train_checks.check(loss + 0.01, model, expected)
     model.model.layers[0].self_attn.k_rope_proj.weight.grad *= 1.1
     with pytest.raises(ValueError, match="gradient of k_rope_proj.weight off by 0.1"):
-        bench_train.check(loss, model, expected)
+        bench_train_checks.check(loss, model, expected)
 
 
 def test_benchmark_stops_in_time(tmp_path, monkeypatch):
@@ -198,11 +198,11 @@ def test_benchmark_needs_a_gpu(capsys, monkeypatch):
 
 
 def test_models_of_the_benchmark_are_of_equal_size():
-    sizes = {name: count_parameters(model_config(bench_train.model_fields(name, False))) for name in
+    sizes = {name: count_parameters(model_config(bench_train_cells.model_fields(name, False))) for name in
              ("mlra_4", "mla", "llama_gqa", "llama_mha")}  # fmt: skip
     assert all(abs(size / sizes["mlra_4"] - 1) < 0.005 for size in sizes.values()), sizes
 
 
 def test_every_default_cell_can_be_read():
-    cells = [bench_train.read_cell(text) for text in (*bench_train.CELLS, *bench_train.SMOKE_CELLS)]
+    cells = [bench_train_cells.read_cell(text) for text in (*bench_train_cells.CELLS, *bench_train_cells.SMOKE_CELLS)]
     assert len({str(cell) for cell in cells}) == len(cells)

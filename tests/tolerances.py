@@ -27,6 +27,9 @@ FUSED_FLOAT32_RATIO = 1e-5
 FUSED_BFLOAT16_RATIO = 4e-2
 """bfloat16: the fused decoding step, which rounds less, against the modules, RMS ratio of logits."""
 
+FP8_WEIGHTS_RATIO = 3e-2
+"""Normally distributed weights as e4m3 (a mantissa of three bits, so up to 1/16 off) against themselves, RMS ratio."""
+
 DEMO_PERPLEXITY_RTOL = 1e-3
 DEMO_LAST_WORDS_RTOL = 1e-2  # the perplexity of 60 words in bfloat16, about 10 nats each
 """bfloat16 model on another processor or in other batches than the card's figure, relative."""

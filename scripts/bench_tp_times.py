@@ -1,0 +1,179 @@
+"""Times of a tensor-parallel decode step and of its parts, the slowest rank's, in microseconds."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import distributed, nn
+
+from modeling_mlra import MLRACache, MLRAConfig, MLRAForCausalLM
+from modeling_mlra.capture_step_mlra import DecodingStep
+from modeling_mlra.decode_mlra import latent_attention
+from modeling_mlra.tensor_parallel_mlra import local_sizes, tensor_parallel_mesh
+from scripts.bench_decode import Case
+from scripts.bench_decode import measure as measure_kernels
+from scripts.bench_tp_models import random_cache
+
+HEAD_WIDTH = 128  # d_h of the released models, the unit of the paper's table of cache sizes
+
+
+@contextmanager
+def no_all_reduce() -> Iterator[None]:
+    """All-reduces do nothing: results are wrong, and the time that is gained is what they cost."""
+    real = distributed.all_reduce
+    distributed.all_reduce = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        distributed.all_reduce = real
+
+
+def median_time(function: Callable[[], object], device: torch.device, replays: int) -> float:
+    """Median microseconds of `function` as a CUDA graph (plain calls on the CPU); the slowest rank's."""
+    with torch.no_grad():
+        for _ in range(2):
+            function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                function()
+            for _ in range(3):
+                graph.replay()
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
+            for event in events:
+                event.record()
+                if event is not events[-1]:
+                    graph.replay()
+            torch.cuda.synchronize()
+            times = [1e3 * start.elapsed_time(end) for start, end in zip(events, events[1:], strict=False)]
+            del graph
+        else:
+            times = []
+            for _ in range(replays):
+                started = time.perf_counter()
+                function()
+                times.append(1e6 * (time.perf_counter() - started))
+    return slowest(statistics.median(times), device)
+
+
+def slowest(value: float, device: torch.device) -> float:
+    held = torch.tensor(value, dtype=torch.float64, device=device)
+    distributed.all_reduce(held, op=distributed.ReduceOp.MAX)
+    return held.item()
+
+
+def measure_decode(model: MLRAForCausalLM, batch: int, context: int, replays: int, device: torch.device) -> dict:
+    """Time of a step from `context` on, what all-reduce takes of it, the attention's part, and the cache's bytes."""
+    mesh = tensor_parallel_mesh(model)
+    cache, taken = random_cache(model, batch, context, context + 2 * (replays + 8), device)
+    token = torch.zeros(batch, dtype=torch.long, device=device)
+    step = DecodingStep(model, cache, batch, masked=False)
+    step.start(context, torch.full((batch,), context, device=device), None)
+
+    def decode():
+        token.copy_(step(token).argmax(-1))
+
+    rows = batch * cache.get_max_length()
+    result = {
+        "sequences": batch,
+        "cache_bytes_allocated": taken,
+        "cache_bytes_expected": cache.bytes_per_token() * rows,
+        "cache_head_widths": taken / (rows * len(cache.layers) * HEAD_WIDTH * cache.layers[0].rows.element_size()),
+        "step": "fused" if step.is_fused else "modules",
+        "token_us": median_time(decode, device, replays),
+    }
+    groups_of_ranks = distributed.get_world_size() // (1 if mesh is None else mesh.size())
+    result["tokens_per_s"] = 1e6 * groups_of_ranks * batch / result["token_us"]
+    if mesh is not None:
+        with no_all_reduce():
+            # `slowest` needs the real one, so the time is this rank's
+            result["token_us_without_all_reduce"] = median_time(decode, device, replays)
+        result["all_reduce_share"] = 1 - result["token_us_without_all_reduce"] / result["token_us"]
+    return result | measure_attention(model, cache, step, batch, context, replays, device)
+
+
+def measure_attention(
+    model: MLRAForCausalLM,
+    cache: MLRACache,
+    step: DecodingStep,
+    batch: int,
+    context: int,
+    replays: int,
+    device: torch.device,
+) -> dict:
+    """Time of a layer's attention kernel, of a fused step's attention with its projections, and of FlashMLA."""
+    config, layers = model.config, model.model.layers
+    latents, heads, groups = local_sizes(layers[0].self_attn)
+    width, rope = config.latent_head_dim, config.qk_rope_head_dim
+    q_latent = torch.randn(batch, 1, latents, heads, width, dtype=model.dtype, device=device)
+    q_rope = torch.randn(batch, 1, groups, heads, rope, dtype=model.dtype, device=device)
+    in_use = torch.full((batch,), context + 1, dtype=torch.int32, device=device)
+
+    def kernels():
+        for layer in cache.layers:
+            latent_attention(
+                q_latent,
+                q_rope,
+                *layer.format.views(layer.rows[:, 0], latents),
+                kv_end=in_use,
+                scaling=config.score_scaling,
+                implementation=config.decode_implementation,
+            )
+
+    result = {"kernel_us_per_layer": median_time(kernels, device, replays) / len(layers)}
+    if step.is_fused:  # from `down` to `out` and its all-reduce
+
+        def attention():
+            for layer, cached in zip(layers, cache.layers, strict=True):
+                step.run.attention(layer, cached.rows)
+                step.run.out(layer)
+
+        result["attention_us_per_layer"] = median_time(attention, device, replays) / len(layers)
+    if device.type == "cuda" and (latents, width, rope) == (1, 512, 64):
+        case = Case("", "mla", [context] * batch, heads, width=width)
+        peer = measure_kernels(case, ceiling=1.0)[0]
+        if "us" in peer:
+            result["flash_mla_us_per_layer"] = slowest(peer["us"], device)
+    return result
+
+
+def measure_projection_forms(config: MLRAConfig, mesh, dtype: torch.dtype, replays: int, device: torch.device) -> dict:
+    """Query and output projections of ranks that keep branches: whole on every rank, or sharded and gathered.
+
+    Whole: q = c_q W_qb, y = all-reduce(o W_o). Sharded: q = all-gather(c_q W_qb[rank]),
+    y = all-reduce(reduce-scatter(o) W_o[rank]). Microseconds per layer, over different weights for every layer.
+    """
+    size, group, layers = mesh.size(), mesh.get_group(), config.num_hidden_layers
+    rows, values = config.num_attention_heads * config.qk_head_dim, config.num_attention_heads * config.v_head_dim
+
+    def weights(*shape):
+        return [torch.randn(shape, dtype=dtype, device=device).mul_(0.02) for _ in range(layers)]
+
+    def run_form(whole: bool, batch: int) -> float:
+        share = 1 if whole else size
+        query_weights = weights(rows // share, config.q_lora_rank)
+        output_weights = weights(config.hidden_size, values // share)
+        latent = torch.randn(batch, config.q_lora_rank, dtype=dtype, device=device)
+        partial = torch.randn(batch, values, dtype=dtype, device=device)
+
+        def call():
+            for query_weight, output_weight in zip(query_weights, output_weights, strict=True):
+                query = nn.functional.linear(latent, query_weight)
+                heads = partial
+                if not whole:
+                    gathered = query.new_empty(size * batch, query.shape[1])
+                    distributed.all_gather_into_tensor(gathered, query, group=group)
+                    query = gathered.view(size, batch, -1).transpose(0, 1).reshape(batch, -1)
+                    heads = partial.new_empty(batch, values // size)
+                    parts = partial.view(batch, size, -1).transpose(0, 1).contiguous()
+                    distributed.reduce_scatter_tensor(heads, parts.flatten(0, 1), group=group)
+                distributed.all_reduce(nn.functional.linear(heads, output_weight), group=group)
+
+        return median_time(call, device, replays) / layers
+
+    return {
+        str(batch): {"whole_us": run_form(True, batch), "sharded_us": run_form(False, batch)} for batch in (1, 16, 128)
+    }
