@@ -80,11 +80,13 @@ class Share(NamedTuple):
         numbers: numbers of the cache it reads.
         flops: operations, with the rotary scores computed once per head.
         flops_per_branch: operations, with the rotary scores computed for every branch.
+        fp8_bytes: bytes it reads where latents are kept in eight bits, or None.
     """
 
     numbers: int
     flops: int
     flops_per_branch: int
+    fp8_bytes: int | None
 
 
 def latent_share(config: MLRAConfig, devices: int) -> tuple[Share, MLRAConfig]:
@@ -101,9 +103,10 @@ def latent_share(config: MLRAConfig, devices: int) -> tuple[Share, MLRAConfig]:
     latents, r, e = groups * branches, config.latent_head_dim, config.qk_rope_head_dim
     latent_flops = 2 * latents * heads * r * 2
     share = Share(
-        numbers=RowFormat.of_config(config, latents).width,
+        numbers=RowFormat.of_config(config, latents).numbers,
         flops=latent_flops + 2 * groups * heads * e,
         flops_per_branch=latent_flops + 2 * latents * heads * e,
+        fp8_bytes=RowFormat.of_config(config, latents, torch.bfloat16, "fp8").nbytes,
     )
     sizes = {
         "num_latent_heads": latents,
@@ -121,7 +124,7 @@ def grouped_query_share(config: MLRAConfig, devices: int) -> tuple[Share, LlamaC
     heads, kv_heads, width = config.num_attention_heads // devices, KEY_VALUE_HEADS // devices, config.v_head_dim
     flops = 2 * heads * width * 2
     sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": width}
-    return Share(2 * kv_heads * width, flops, flops), LlamaConfig(**(SMALL | sizes))
+    return Share(2 * kv_heads * width, flops, flops, None), LlamaConfig(**(SMALL | sizes))
 
 
 @torch.no_grad()
@@ -131,8 +134,8 @@ def measured_share(config: PretrainedConfig) -> Share:
     model_class = MLRAForCausalLM if is_latent else LlamaForCausalLM
     model = model_class(config).to(torch.bfloat16).eval()
 
-    def decode(length: int) -> tuple[int, Cache]:
-        cache = MLRACache(config) if is_latent else DynamicCache(config=config)
+    def decode(length: int, **options) -> tuple[int, Cache]:
+        cache = MLRACache(config, **options) if is_latent else DynamicCache(config=config)
         model(torch.zeros(1, length - 1, dtype=torch.long), **{CACHE: cache})
         with FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, 1, dtype=torch.long), **{CACHE: cache})
@@ -150,7 +153,10 @@ def measured_share(config: PretrainedConfig) -> Share:
     used = layer.keys.numel() + layer.values.numel()
     if is_latent and cache.bytes_per_token() * LENGTHS[0] != used * BYTES:
         raise RuntimeError(f"the cache says {cache.bytes_per_token()} bytes per token and keeps {used * BYTES} in all")
-    return Share(used // LENGTHS[0], shared, per_branch)
+    in_eight_bits = None
+    if is_latent:
+        in_eight_bits = decode(LENGTHS[0], row_format="fp8")[1].layers[0].rows[0, 0, 0].nbytes
+    return Share(used // LENGTHS[0], shared, per_branch, in_eight_bits)
 
 
 def confirmed_share(name: str, config: MLRAConfig, devices: int) -> Share:
@@ -198,6 +204,14 @@ def evaluate(args: argparse.Namespace) -> None:
             [
                 [name, *(f"{share.numbers * BYTES * layers:,}" for share in row.values())]
                 for name, row in shares.items()
+            ],
+        ),
+        'The same with latents in eight bits (`cache_row_format="fp8"`), in bytes': markdown_table(
+            ["attention", *columns],
+            [
+                [name, *(f"{share.fp8_bytes * layers:,}" for share in row.values())]
+                for name, row in shares.items()
+                if row[1].fp8_bytes is not None
             ],
         ),
         f"Operations per byte of cache in decoding, {reference.num_attention_heads} query heads": markdown_table(

@@ -13,6 +13,9 @@ that the published numbers average over.
 --published computes as the published numbers were: float32 weights under bfloat16 autocast. Otherwise the model runs
 in the type it is stored in. A corpus is a token file, a text file, or dataset:PATH (see evals.corpora). With --output
 a rerun goes on after the last finished corpus, and a Markdown table is written beside the JSON file.
+
+--cache-rows FORMAT predicts as decoding does, from the rows of a latent cache: the first token of a block, then chunks
+of 256, whose own rows are read from the cache too. "plain" and "fp8" then differ by what eight bits cost.
 """
 
 import argparse
@@ -26,6 +29,9 @@ from pathlib import Path
 from scripts import cli
 from scripts.cli import UserError, check_model_folder, positive_int
 
+CACHE_ROWS = "plain", "fp8"
+CHUNK = 256  # tokens predicted at once from cached rows
+
 
 def check(args: argparse.Namespace) -> None:
     check_model_folder(args.model)
@@ -38,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--published", action="store_true", help="numerics of the paper: float32 weights, bfloat16 autocast"
     )
+    parser.add_argument("--cache-rows", choices=CACHE_ROWS, help="predict from cached rows of this format")
     parser.add_argument("--batch-size", type=positive_int, default=6, help="blocks at a time on each device")
     parser.add_argument("--block-size", type=positive_int, help="tokens per block (default: the context, up to 2048)")
     parser.add_argument("--max-tokens", type=positive_int, default=10**8, help="predict at most so many per corpus")
@@ -68,6 +75,7 @@ from evals.common import (
     publish_table,
 )
 from evals.corpora import Corpus, encode_up_to, find_corpora, read_token_file
+from modeling_mlra import MLRACache
 from scripts.loading import load_config, load_model, load_tokenizer
 
 TABLE = PUBLISHED["perplexity"]
@@ -131,20 +139,38 @@ def read_blocks(corpus: Corpus, args: argparse.Namespace, config: PreTrainedConf
     return blocks
 
 
+def logits_from_cache(model: PreTrainedModel, token_ids: torch.Tensor, row_format: str) -> torch.Tensor:
+    """Logits `[B, T, vocab]` of `token_ids` `[B, T]`, every one from rows that a cache of this format gave back."""
+    cache = MLRACache(model.config, row_format=row_format)
+    # A prompt attends to its own latents, not to its rows; of one token that is next to nothing
+    parts = token_ids[:, :1], *token_ids[:, 1:].split(CHUNK, dim=1)
+    return torch.cat([model(input_ids=part, cache=cache).logits for part in parts if part.numel()], dim=1)
+
+
 @torch.no_grad()
 def token_losses(
-    model: PreTrainedModel, blocks: Blocks, indices: range, batch_size: int, published: bool, device: torch.device
+    model: PreTrainedModel,
+    blocks: Blocks,
+    indices: range,
+    batch_size: int,
+    published: bool,
+    device: torch.device,
+    cache_rows: str | None = None,
 ) -> Iterator[torch.Tensor]:
     """Negative log likelihoods in nats of the targets of blocks `indices`, float32 `[at most batch_size, T]` a batch.
 
     Args:
         published: bfloat16 autocast over float32 weights; else in the type of the weights.
+        cache_rows: format of the cached rows to predict from, by default none.
     """
     autocast = torch.autocast(device.type, torch.bfloat16) if published else contextlib.nullcontext()
     for batch in blocks.batches(indices, batch_size):
         batch = batch.to(device)
         with autocast:
-            logits = model(input_ids=batch[:, :-1], use_cache=False).logits  # [B, T, vocab]
+            if cache_rows is None:
+                logits = model(input_ids=batch[:, :-1], use_cache=False).logits  # [B, T, vocab]
+            else:
+                logits = logits_from_cache(model, batch[:, :-1], cache_rows)
         yield torch.stack(  # one sequence at a time: float32 logits are large
             [
                 torch.nn.functional.cross_entropy(sequence.float(), targets, reduction="none")
@@ -154,11 +180,18 @@ def token_losses(
 
 
 def total_loss(
-    model: PreTrainedModel, blocks: Blocks, batch_size: int, published: bool, state: PartialState, name: str
+    model: PreTrainedModel,
+    blocks: Blocks,
+    batch_size: int,
+    published: bool,
+    state: PartialState,
+    name: str,
+    cache_rows: str | None = None,
 ) -> tuple[float, int]:
     """Summed negative log likelihood in nats over all processes, and how many tokens it is summed over.
 
-    Process p of P evaluates blocks p, p + P, p + 2P, …; sums are kept in float64.
+    Process p of P evaluates blocks p, p + P, p + 2P, …; sums are kept in float64. `cache_rows` as in
+    `token_losses`.
     """
     indices = range(state.process_index, len(blocks), state.num_processes)
     total = torch.zeros((), dtype=torch.float64)
@@ -170,7 +203,7 @@ def total_loss(
         disable=not state.is_main_process,
     ) as progress:
         done = 0
-        for losses in token_losses(model, blocks, indices, batch_size, published, state.device):
+        for losses in token_losses(model, blocks, indices, batch_size, published, state.device, cache_rows):
             total += losses.double().sum().cpu()
             done += losses.numel()
             progress.update(losses.numel())
@@ -204,6 +237,8 @@ def evaluate(args: argparse.Namespace) -> None:
         raise UserError(f"--block-size {args.block_size} is more than the model's context of {context} tokens")
     if args.max_tokens < args.block_size:
         raise UserError(f"--max-tokens {args.max_tokens} is less than one block of {args.block_size}")
+    if args.cache_rows is not None and config.model_type != "mlra":
+        raise UserError(f"--cache-rows is for models of type 'mlra', not {config.model_type!r}, as {args.model} is")
     row = paper_row(config, args.paper_row, TABLE["rows"])
     corpora = {corpus.name: corpus for corpus in find_corpora(args.data)}
     for corpus in corpora.values():
@@ -218,6 +253,7 @@ def evaluate(args: argparse.Namespace) -> None:
         "numerics": PUBLISHED_NUMERICS if args.published else "as stored",
         "block_size": args.block_size,
         "max_tokens": args.max_tokens,
+        **({} if args.cache_rows is None else {"cache_rows": args.cache_rows}),
     }
     results = Results(args.output, settings, args.overwrite)
     state = PartialState(cpu=not torch.accelerator.is_available())
@@ -236,7 +272,9 @@ def evaluate(args: argparse.Namespace) -> None:
     for name in todo[0]:
         blocks = read_blocks(corpora[name], args, config)
         try:
-            loss, tokens = total_loss(model, blocks, args.batch_size, args.published, state, name)
+            loss, tokens = total_loss(
+                model, blocks, args.batch_size, args.published, state, name, cache_rows=args.cache_rows
+            )
         except torch.cuda.OutOfMemoryError as error:
             raise UserError(f"out of memory with --batch-size {args.batch_size}: use a smaller one") from error
         mean = loss / tokens
@@ -264,11 +302,12 @@ def print_table(args: argparse.Namespace, settings: dict, results: Results, name
         rows.append([f"paper, {row}", *(f"{published[name]:.3f}" if name in published else "" for name in columns)])
         if complete:
             rows[1].append(f"{TABLE['average'][row]:.3f}")
+    of_rows = f", from {args.cache_rows} cached rows" if args.cache_rows else ""
     tokens = ", ".join(f"{name} {results.entries[name]['tokens']:,}" for name in columns)
     publish_table(
         args.output,
         "Perplexity",
         markdown_table(["perplexity", *columns, *(["average"] if complete else [])], rows),
-        f"Blocks of {args.block_size} tokens; numerics: {settings['numerics']}. Predicted tokens: {tokens}."
+        f"Blocks of {args.block_size} tokens; numerics: {settings['numerics']}{of_rows}. Predicted tokens: {tokens}."
         + (f" Paper: {PUBLISHED['source']}." if len(rows) > 1 else ""),
     )

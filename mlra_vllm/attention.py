@@ -45,9 +45,12 @@ class MLRACacheAttention(nn.Module, AttentionLayerBase):
         }
         self.implementation = config.decode_implementation
         self.cache_dtype_name = cache.cache_dtype
-        auto = cache.cache_dtype == "auto"
-        dtype = vllm_config.model_config.dtype if auto else getattr(torch, cache.cache_dtype)
-        self.row_format = RowFormat.of_config(config, num_latents, dtype)
+        dtype, name = vllm_config.model_config.dtype, None
+        if cache.cache_dtype == "fp8":
+            name = "fp8"
+        elif cache.cache_dtype != "auto":
+            dtype, name = getattr(torch, cache.cache_dtype), "plain"
+        self.row_format = RowFormat.of_config(config, num_latents, dtype, name)
         self.flash = flash_attention(config.qk_head_dim, config.v_head_dim)
         if dtype == torch.float32:
             self.flash = None
@@ -62,12 +65,12 @@ class MLRACacheAttention(nn.Module, AttentionLayerBase):
         return MLRABackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> MLAAttentionSpec:
-        """One row per token: L*R + E numbers."""
+        """One row per token, in the row format's elements."""
         return MLAAttentionSpec(
             block_size=vllm_config.cache_config.block_size,
             num_kv_heads=1,
             head_size=self.row_format.width,
-            dtype=self.row_format.dtype,
+            dtype=self.row_format.element,
             cache_dtype_str=self.cache_dtype_name,
         )
 
@@ -76,7 +79,7 @@ class MLRACacheAttention(nn.Module, AttentionLayerBase):
 
         Args:
             query: `[T, G*H, N+E]`, RoPE applied.
-            rows: `[T, L*R+E]`, the new tokens' latents and RoPE keys, RoPE applied.
+            rows: `[T, width]`, the new tokens' latents and RoPE keys, RoPE applied, joined by the row format.
             kv_b_weight: `[L*H*(N+V), R]`, this rank's latent up-projection.
         """
         output = query.new_empty(*query.shape[:2], self.sizes["v_dim"])
@@ -108,7 +111,7 @@ class MLRACacheAttention(nn.Module, AttentionLayerBase):
     def _decode(self, query, kv_b_weight, pool, metadata: MLRAMetadata) -> torch.Tensor:
         """Absorbed, straight from the pages: one new token `[M, G*H, N+E]` of each request."""
         q_nope, q_rope = query.unsqueeze(1).split([self.sizes["nope_dim"], self.row_format.rope], dim=-1)
-        latents, k_rope = self.row_format.views(pool, self.num_latents)
+        latents, k_rope, scales = self.row_format.views(pool, self.num_latents)
         page_size = self.kv_cache.shape[-2]
         rows = CacheRows(metadata.seq_lens, row_table=metadata.block_table, page_size=page_size)
         output, _ = absorbed_attention(
@@ -121,14 +124,16 @@ class MLRACacheAttention(nn.Module, AttentionLayerBase):
             rows,
             no_mask,
             implementation=self.implementation,
+            scales=scales,
             **self.sizes,
         )
         return output.squeeze(1)
 
     def _prefill(self, query, kv_b_weight, pool, pack: Pack) -> torch.Tensor:
         """Expanded, one latent after another: new tokens `[T, G*H, N+E]` of the requests of a pack."""
-        rows = pool[pack.rows].unsqueeze(0).to(query.dtype)
-        latents, k_rope = self.row_format.views(rows, self.num_latents)
+        kept, k_rope = self.row_format.split(pool[pack.rows].unsqueeze(0))
+        latents = self.row_format.read(kept).to(query.dtype).unflatten(-1, (self.num_latents, -1))
+        k_rope = k_rope.to(query.dtype)
 
         def attend(module, query, key, value, mask, scaling, **kwargs):
             if self.flash is None:
@@ -164,6 +169,8 @@ class MLRACacheAttention(nn.Module, AttentionLayerBase):
         per_head = self.max_rows * (width + v_dim) * query.element_size()  # keys and values of one head
         step = min(max(MAX_EXPANDED_BYTES // per_head, 1), heads)
         numbers = self.max_rows * 2 * self.row_format.width  # gathered rows, converted
+        if self.row_format.scales:  # on the way to be latents, in float32 twice
+            numbers += self.max_rows * self.row_format.latents * 8 // query.element_size()
         numbers += step * self.max_rows * (width + nope_dim + v_dim)  # keys, before and after joining, and values
         numbers += 6 * tokens * heads * v_dim  # outputs of the branches, their sum in float32
         torch.empty(numbers, dtype=query.dtype, device=query.device)

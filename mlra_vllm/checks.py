@@ -2,7 +2,7 @@
 
 from vllm.config import VllmConfig
 
-CACHE_DTYPES = ("auto", "bfloat16", "float16")
+CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8")
 
 
 def check_supported(vllm_config: VllmConfig) -> None:

@@ -189,6 +189,7 @@ def absorbed_attention(
     scaling: float,
     alpha: float,
     implementation: str,
+    scales: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention in the latent space: no key or value is materialised, each latent is one multi-query attention.
 
@@ -201,6 +202,7 @@ def absorbed_attention(
         k_rope: `[B, S, E]`, RoPE applied. `[S, E]` with a row table.
         kv_b_weight: `[L*H*(N+V), R]`.
         rows: the rows to read, or an additive mask `[B, 1, T, S]` (or None), which runs `eager_attention`.
+        scales: of latents in eight bits, as in `latent_attention`; with `CacheRows` only.
 
     Returns:
         Head outputs `[B, T, G*H, V]` and, with an additive mask, attention weights `[B, L*H, T, S]`.
@@ -235,6 +237,7 @@ def absorbed_attention(
             implementation=implementation,
             block_table=rows.row_table,
             page_size=rows.page_size if rows.row_table is not None else 0,
+            scales=scales,
         )
     else:
         # Heads become query rows of their latent's multi-query attention: [B, L, H*T, R + E] against [B, L, S, R + E]

@@ -1,9 +1,10 @@
 """The latent cache: one row of L * r + e numbers per token and layer, and nothing else.
 
 A row is `[c_0 … c_{L-1} | k_rope]`: the normed and scaled latents, then the rotated RoPE key that all heads and
-latents share (paper, section 3; 4.5 head widths for the released sizes). As in every cache of the library, a layer
-takes what is new and returns all it holds: `update(latents, rope_keys)`, with "keys" for latents and "values" for RoPE
-keys.
+latents share (paper, section 3; 4.5 head widths for the released sizes), in a format of `rows_mlra`. As in every cache
+of the library, a layer takes what is new and returns all it holds: `update(latents, rope_keys)`, with "keys" for
+latents and "values" for RoPE keys. Of "fp8" rows it returns the latents as they are kept, bytes that
+`rows_mlra.separate` takes apart.
 
 Shapes: B batch, S cached tokens, T new tokens, L latents (of this device), R latent width, E RoPE width.
 """
@@ -14,7 +15,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache, StaticLayer
 from transformers.configuration_utils import PreTrainedConfig
 
-from .rows_mlra import RowFormat
+from .rows_mlra import RowFormat, scaled_width
 
 
 def ordinary_tensors() -> AbstractContextManager:
@@ -30,10 +31,15 @@ def ordinary_tensors() -> AbstractContextManager:
 class LatentRows:
     """What both kinds of layer share: one buffer of rows, of which `keys` and `values` are two views.
 
-    Assigning `keys` or `values` changes the rows. A copied, pickled or saved layer holds the rows in use.
+    Assigning `keys` or `values` changes the rows. A copied, pickled or saved layer holds the rows in use. Of "fp8"
+    rows `keys` is a copy, in the dtype of the values; assigned again it makes the same rows.
+
+    Attributes:
+        scaled_width: R where latents are kept in eight bits, else None.
     """
 
     rows: torch.Tensor
+    scaled_width: int | None = None
     device: torch.device
     is_initialized = False
     supports_early_init = False  # the library would allocate keys and values of heads
@@ -41,7 +47,7 @@ class LatentRows:
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """The cached latents, a view."""
+        """The cached latents, a view (of "fp8" rows a copy)."""
         return self._part(0)
 
     @keys.setter
@@ -59,6 +65,11 @@ class LatentRows:
 
     def _part(self, index: int):
         raise NotImplementedError
+
+    def _seen(self, rows: torch.Tensor, index: int) -> torch.Tensor:
+        """The keys (0) or values (1) of rows."""
+        part = self.format.split(rows)[index]
+        return part if index else self.format.read(part)
 
     def _assign(self, index: int, part: torch.Tensor | None) -> None:
         if part is None and not self.is_initialized:  # as the library's own `__init__` does
@@ -115,7 +126,8 @@ class MLRADynamicLayer(LatentRows, CacheLayerMixin):
     is_croppable = True
     min_growth = 256  # rows
 
-    def __init__(self):
+    def __init__(self, scaled_width=None):
+        self.scaled_width = scaled_width
         self._rows, self._length = None, 0
         self._num_seen = 0  # rows that may be seen through `keys` and `values`
         self._reserved = 0
@@ -140,9 +152,10 @@ class MLRADynamicLayer(LatentRows, CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.format = RowFormat.of(key_states, value_states)
+        self.format = RowFormat.of(key_states, value_states, self.scaled_width)
         with ordinary_tensors():
-            self._set_rows(key_states.new_empty(key_states.shape[0], 1, 0, self.format.width))
+            shape = key_states.shape[0], 1, 0, self.format.width
+            self._set_rows(key_states.new_empty(shape, dtype=self.format.element))
         self.is_initialized = True
 
     def _set_rows(self, rows: torch.Tensor) -> None:
@@ -153,7 +166,7 @@ class MLRADynamicLayer(LatentRows, CacheLayerMixin):
         if index in self._assigned or not self.is_initialized:
             return self._assigned.get(index)
         self._num_seen = max(self._num_seen, self._length)
-        return self.format.split(self._rows[:, :, : self._length])[index]
+        return self._seen(self._rows[:, :, : self._length], index)
 
     def _assignable(self, index: int) -> tuple[int | None, ...]:
         return None, 1, None, (self.format.latents, self.format.rope)[index] if self.is_initialized else None
@@ -177,7 +190,7 @@ class MLRADynamicLayer(LatentRows, CacheLayerMixin):
             value_states: rotated RoPE keys `[B, 1, T, E]`.
 
         Returns:
-            The cached latents `[B, 1, S, L*R]` and RoPE keys `[B, 1, S, E]`, views of the cache.
+            The cached latents `[B, 1, S, L*R]` (as they are kept) and RoPE keys `[B, 1, S, E]`, views of the cache.
 
         Raises:
             ValueError: for rows of another number of sequences than the cache holds; or if keys or values were
@@ -277,11 +290,15 @@ class MLRAStaticLayer(LatentRows, StaticLayer):
     cumulative_length: torch.Tensor
     _is_empty = True
 
+    def __init__(self, max_cache_len: int, scaled_width: int | None = None):
+        super().__init__(max_cache_len)
+        self.scaled_width = scaled_width
+
     @classmethod
     def over(cls, layer: MLRADynamicLayer) -> "MLRAStaticLayer":
         """A layer of as many rows as the growing `layer` has room for: the same ones."""
-        fixed = cls(layer.rows.shape[2])
-        fixed.dtype, fixed.device = layer.rows.dtype, layer.rows.device
+        fixed = cls(layer.rows.shape[2], layer.scaled_width)
+        fixed.dtype, fixed.device = layer.format.dtype, layer.rows.device
         fixed.batch_size, fixed.num_heads = layer.rows.shape[:2]
         fixed.format = layer.format
         fixed.k_head_dim, fixed.v_head_dim = layer.format.latents, layer.format.rope
@@ -295,8 +312,8 @@ class MLRAStaticLayer(LatentRows, StaticLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size, self.num_heads = key_states.shape[:2]
         self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
-        self.format = RowFormat.of(key_states, value_states)
-        self._allocate(key_states.new_empty(self.batch_size, 1, 0, self.format.width))
+        self.format = RowFormat.of(key_states, value_states, self.scaled_width)
+        self._allocate(key_states.new_empty((self.batch_size, 1, 0, self.format.width), dtype=self.format.element))
         self.is_initialized = True
 
     def _allocate(self, rows: torch.Tensor) -> None:
@@ -312,7 +329,7 @@ class MLRAStaticLayer(LatentRows, StaticLayer):
         self.rows = rows
 
     def _part(self, index: int):
-        return self.format.split(self.rows)[index] if self.is_initialized else None
+        return self._seen(self.rows, index) if self.is_initialized else None
 
     def _assignable(self, index: int) -> tuple[int | None, ...]:
         if not self.is_initialized:
@@ -323,7 +340,10 @@ class MLRAStaticLayer(LatentRows, StaticLayer):
         return tuple(self._part(index).shape)
 
     def _take(self, index: int, part) -> None:
-        self._part(index).copy_(part)
+        if index or not self.format.scales:
+            self.format.split(self.rows)[index].copy_(part)
+        else:
+            self.rows.copy_(self.format.join(part.to(self.values), self.values))
         self._is_empty = False
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
@@ -334,7 +354,8 @@ class MLRAStaticLayer(LatentRows, StaticLayer):
             value_states: rotated RoPE keys `[B, 1, T, E]`.
 
         Returns:
-            Latents `[B, 1, max_cache_len, L*R]` and RoPE keys `[B, 1, max_cache_len, E]`, views of the cache.
+            Latents `[B, 1, max_cache_len, L*R]` (as they are kept) and RoPE keys `[B, 1, max_cache_len, E]`, views of
+            the cache.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -394,12 +415,13 @@ class MLRACache(Cache):
         max_cache_len: tokens to hold. Given, the cache is static: allocated once at the first token, with addresses
             that compiled code and CUDA graphs can rely on. `None` grows as needed.
         offloading: keep layers on the CPU and fetch them one ahead.
+        row_format: "plain" or "fp8", by default `config.cache_row_format` (see there).
 
     Attributes:
         made_for_call: whether `generate()` made it by itself, so that nobody else has it.
 
     Raises:
-        ValueError: if `max_cache_len` is below 1.
+        ValueError: if `max_cache_len` is below 1, or for an unknown `row_format`.
 
     Example:
         >>> cache = MLRACache(model.config)
@@ -411,22 +433,33 @@ class MLRACache(Cache):
     _row_bytes = 0  # of a layer, where no row is held yet
 
     def __new__(
-        cls, config: PreTrainedConfig | None = None, max_cache_len: int | None = None, offloading: bool = False
+        cls,
+        config: PreTrainedConfig | None = None,
+        max_cache_len: int | None = None,
+        offloading: bool = False,
+        row_format: str | None = None,
     ):
         if cls is MLRACache:
             cls = MLRADynamicCache if max_cache_len is None else MLRAStaticCache
         return super().__new__(cls)
 
-    def __init__(self, config: PreTrainedConfig, max_cache_len: int | None = None, offloading: bool = False):
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        max_cache_len: int | None = None,
+        offloading: bool = False,
+        row_format: str | None = None,
+    ):
         if max_cache_len is not None and max_cache_len < 1:
             raise ValueError(f"max_cache_len={max_cache_len} must be at least 1, or None to grow as needed")
         config = config.get_text_config(decoder=True)
+        width = scaled_width(config, row_format)
         layers = [
-            MLRADynamicLayer() if max_cache_len is None else MLRAStaticLayer(max_cache_len)
+            MLRADynamicLayer(width) if max_cache_len is None else MLRAStaticLayer(max_cache_len, width)
             for _ in range(config.num_hidden_layers)
         ]
         Cache.__init__(self, layers=layers, offloading=offloading, offload_only_non_sliding=False)
-        self._row_bytes = RowFormat.of_config(config).nbytes
+        self._row_bytes = RowFormat.of_config(config, row_format=row_format).nbytes
 
     def bytes_per_token(self) -> int:
         """Bytes one more token of one sequence takes in this cache, all layers together.
@@ -472,9 +505,9 @@ class MLRADynamicCache(MLRACache, DynamicCache):
             makes one cache of the caches on its devices.
     """
 
-    def __init__(self, config, max_cache_len: None = None, offloading: bool = False):
+    def __init__(self, config, max_cache_len: None = None, offloading: bool = False, row_format: str | None = None):
         if hasattr(config, "get_text_config"):
-            super().__init__(config, max_cache_len, offloading)
+            super().__init__(config, max_cache_len, offloading, row_format)
             return
         layers = []
         for keys, values, *_ in config:

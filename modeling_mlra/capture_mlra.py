@@ -155,6 +155,7 @@ def fingerprint(model: nn.Module) -> tuple:
     autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
     config = model.config
     parts: list = [os.environ.get("MLRA_DECODE"), config.decode_implementation, config.hidden_act, autocast]
+    parts.append(config.cache_row_format)  # of the caches that wait
     for module in modules_of(model):
         parts.append(type(module))
         if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:

@@ -20,6 +20,8 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
+ROW_FORMATS = "plain", "fp8"  # as in `rows_mlra`, which needs torch
+
 
 @strict
 class MLRAConfig(PreTrainedConfig):
@@ -54,6 +56,8 @@ class MLRAConfig(PreTrainedConfig):
         attention_dropout (`float`): dropout of attention weights in training.
         decode_implementation (`str`): kernel for the absorbed form (see `decode_mlra`): "auto", "torch", "triton",
             "flash_attention_3", or a kernel repository or folder.
+        cache_row_format (`str`): how latents are cached (see `rows_mlra`): "plain", in the model's dtype, or "fp8", in
+            eight bits with a scale to each latent and token: 656 bytes a token and layer for 1152 at these sizes.
         bos_token_id, eos_token_id, pad_token_id (`int`, *optional*): `<|endoftext|>` of the GPT-2 tokenizer.
 
     Raises:
@@ -98,6 +102,7 @@ class MLRAConfig(PreTrainedConfig):
     rope_parameters: RopeParameters | dict | None = None
     attention_dropout: int | float = 0.0
     decode_implementation: str = "auto"
+    cache_row_format: str = "plain"
     bos_token_id: int | None = 50256
     eos_token_id: int | list[int] | None = 50256
     pad_token_id: int | None = 50256
@@ -165,7 +170,8 @@ class MLRAConfig(PreTrainedConfig):
 
     # The library's paged cache stores a key and a value of one shape per token. One cache row is kept there as its two
     # halves, cut into as many heads as there are query heads (as configurations of MLA models say), so that continuous
-    # batching stores `cache_row_dim` numbers: exactly at the released sizes, rounded up at odd ones.
+    # batching stores `cache_row_dim` numbers: exactly at the released sizes, rounded up at odd ones. The bytes of an
+    # "fp8" row are counted in numbers of 16 bits, of which they take most.
     @property
     def num_key_value_heads(self) -> int:
         """h, by the convention of MLA models; no key or value is cached per head."""
@@ -174,7 +180,10 @@ class MLRAConfig(PreTrainedConfig):
     @property
     def head_dim(self) -> int:
         """A head's share of half a cache row, rounded up to the even number that the library's check of RoPE wants."""
-        return 2 * -(-self.cache_row_dim // (4 * self.num_key_value_heads))
+        numbers = self.cache_row_dim
+        if self.cache_row_format == "fp8":
+            numbers = 2 * -(-self.kv_lora_rank // 4) + 2 * self.num_latent_heads + self.qk_rope_head_dim
+        return 2 * -(-numbers // (4 * self.num_key_value_heads))
 
     def validate_rope(self):
         """The library's check, of the width that is rotated."""
@@ -230,6 +239,8 @@ class MLRAConfig(PreTrainedConfig):
             raise ValueError(f"attention_dropout={self.attention_dropout} must lie in [0, 1)")
         if self.initializer_range < 0:
             raise ValueError(f"initializer_range={self.initializer_range} must not be negative")
+        if self.cache_row_format not in ROW_FORMATS:
+            raise ValueError(f"cache_row_format={self.cache_row_format!r} must be one of {ROW_FORMATS}")
 
     def _validate_rotation(self):
         """Reject rotary parameters that the model could not be built with."""

@@ -19,6 +19,7 @@ class DecodeInputs(NamedTuple):
     page_size: int
     scaling: float
     settled: bool = False
+    scales: torch.Tensor | None = None
 
     @property
     def capacity(self) -> int:
@@ -45,7 +46,8 @@ class DecodeQueries(NamedTuple):
 
 
 class Cached(NamedTuple):
-    """Latents [B, S, L, R] and rotary keys [B, S, E], or pools of rows and the table of pages that says where."""
+    """Latents [B, S, L, R] and rotary keys [B, S, E], or pools of rows and the table of pages that says where; of
+    latents in eight bits, which come as bytes, the scales [B, S, L]."""
 
     latents: Any
     k_rope: Any
@@ -56,6 +58,16 @@ class Cached(NamedTuple):
     k_s: Any
     table: Any
     table_b: Any
+    scales: Any
+    s_b: Any
+    s_s: Any
+
+
+class Pages(NamedTuple):
+    """Table [B, pages] that says in which page of a pool each row lies, and its stride of sequences; or nothing."""
+
+    table: Any = None
+    b: Any = None
 
 
 class Visible(NamedTuple):
@@ -77,7 +89,8 @@ class Results(NamedTuple):
 
 
 class DecodeShape(NamedTuple):
-    """As in the legend; and what of the calls is decided when the kernel is compiled."""
+    """As in the legend; and what of the calls is decided when the kernel is compiled. SCALED: latents are in eight
+    bits."""
 
     L: Any
     GROUPS: Any
@@ -87,6 +100,7 @@ class DecodeShape(NamedTuple):
     HAS_MASK: Any
     PAGE: Any
     CAUSAL: Any
+    SCALED: Any
 
 
 class DecodeTile(NamedTuple):

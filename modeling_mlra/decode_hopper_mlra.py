@@ -6,15 +6,15 @@ and reduction of partial results; everything they do not cover runs there.
 
 from typing import Any
 
-from .decode_arguments_mlra import Buffers, Merge, Place, SegmentTiles, Share, Stretch, Sums
+from .decode_arguments_mlra import Buffers, Merge, Place, SegmentTiles, Sums
 from .device_gluon_mlra import gl, gluon
 
 rows_kernel: Any = None
 
 if gluon is not None:
+    from .decode_copies_mlra import copy_tiles, share_of, stretch_of
     from .device_gluon_mlra import (
         barrier,
-        bulk_load,
         fence_async_shared,
         mbarrier,
         program_release,
@@ -23,103 +23,6 @@ if gluon is not None:
         warpgroup_mma,
         warpgroup_mma_wait,
     )
-
-    @gluon.jit
-    def _add(x, y):
-        return x + y
-
-    @gluon.jit
-    def _share_start(p, total, shares, BIG: gl.constexpr):
-        if BIG:
-            return (p.to(gl.int64) * total // shares).to(gl.int32)
-        return p * total // shares
-
-    @gluon.jit
-    def _deal(visible, B, P, p, DEAL: gl.constexpr, WARPS: gl.constexpr):
-        """Program p's `Share`."""
-        if DEAL.BLOCK_B == 1:
-            ends = gl.load(visible.kv_end)
-            starts = ends * 0
-            if DEAL.HAS_START:
-                starts = gl.load(visible.kv_start)
-            units = gl.maximum((ends - starts + (DEAL.UNIT - 1)) // DEAL.UNIT, 1)
-            cum = units
-            total = units
-        else:
-            FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-            offs_b = gl.arange(0, DEAL.BLOCK_B, layout=FLAT)
-            ends = gl.load(visible.kv_end + offs_b, mask=offs_b < B, other=0)
-            starts = ends * 0
-            if DEAL.HAS_START:
-                starts = gl.load(visible.kv_start + offs_b, mask=offs_b < B, other=0)
-            units = gl.where(offs_b < B, gl.maximum((ends - starts + (DEAL.UNIT - 1)) // DEAL.UNIT, 1), 0)
-            cum = gl.associative_scan(units, 0, _add)
-            total = gl.sum(units, 0)
-        shares = gl.minimum(P, (total + (DEAL.MIN_UNITS - 1)) // DEAL.MIN_UNITS)
-        mine = gl.minimum(p, shares - 1)
-        first_pos = _share_start(mine, total, shares, DEAL.BIG)
-        last_pos = gl.where(p < shares, _share_start(mine + 1, total, shares, DEAL.BIG), first_pos)
-        b = p * 0
-        if DEAL.BLOCK_B > 1:
-            b = gl.sum((cum <= first_pos).to(gl.int32), 0)
-        return Share(starts, ends, units, cum, b, first_pos, last_pos)
-
-    @gluon.jit
-    def _stretch(share, b, pos, DEAL: gl.constexpr, WARPS: gl.constexpr):
-        """What a share holds of sequence b from unit `pos` on."""
-        if DEAL.BLOCK_B == 1:
-            seq_last = share.cum
-            seq_first = share.cum - share.units
-            start = share.starts
-            end = share.ends
-        else:
-            FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-            here = gl.arange(0, DEAL.BLOCK_B, layout=FLAT) == b
-            seq_last = gl.sum(gl.where(here, share.cum, 0), 0)
-            seq_first = seq_last - gl.sum(gl.where(here, share.units, 0), 0)
-            start = gl.sum(gl.where(here, share.starts, 0), 0)
-            end = gl.sum(gl.where(here, share.ends, 0), 0)
-        stop_pos = gl.minimum(share.stop, seq_last)
-        lo = start + (pos - seq_first) * DEAL.UNIT
-        hi = gl.minimum(start + (stop_pos - seq_first) * DEAL.UNIT, end)
-        return Stretch(stop_pos, pos == seq_first, stop_pos == seq_last, lo, gl.maximum(hi, lo), end)
-
-    @gluon.jit
-    def _copy_tiles(
-        c_desc, k_desc, buffers, visible, place,
-        SHAPE: gl.constexpr, TILE: gl.constexpr, DEAL: gl.constexpr, EARLY: gl.constexpr,
-    ):  # fmt: skip
-        """The copying warp: every tile of the share in turn, as soon as its buffer is free; EARLY: only those with
-        rows of the T query positions after the kernel in front.
-
-        The queries would stand in line behind all that is asked for before them, and with them the first product:
-        until they are there, only AHEAD tiles are."""
-        NL: gl.constexpr = TILE.NL
-        BN: gl.constexpr = TILE.BN
-        STAGES: gl.constexpr = TILE.STAGES
-        share = _deal(visible, place.B, place.P, place.p, DEAL, 1)
-        b = share.b
-        pos = share.first
-        g = place.p * 0
-        while pos < share.stop:
-            stretch = _stretch(share, b, pos, DEAL, 1)
-            for j in range(stretch.lo, stretch.hi, BN):
-                if EARLY:  # noqa: SIM102 (decided at compile time)
-                    if j + BN > stretch.end - place.T:
-                        program_wait(True)
-                if (g == TILE.AHEAD) & (pos == share.first):
-                    mbarrier.wait(buffers.q_full, 0)
-                stage = g % STAGES
-                bar = buffers.full.index(stage)
-                mbarrier.wait(buffers.empty.index(stage), ((g // STAGES) & 1) ^ 1)
-                mbarrier.expect(bar, NL * c_desc.block_type.nbytes + k_desc.block_type.nbytes)
-                bulk_load(k_desc, [b * place.S + j, 0], bar, buffers.k.index(stage))
-                for k in gl.static_range(NL):
-                    column = (place.latent + k) * SHAPE.R
-                    bulk_load(c_desc, [b * place.S + j, column], bar, buffers.c.index(stage * NL + k))
-                g += 1
-            pos = stretch.stop
-            b += 1
 
     @gluon.jit
     def _kept(mask_row, j, end, HAS_MASK: gl.constexpr, BN: gl.constexpr, LAYOUT: gl.constexpr):
@@ -371,14 +274,14 @@ if gluon is not None:
         M = T * SHAPE.H
         first_row = place.row0 if SHARE_ROWS else place.row0 + WG * 64
         qr_buf = buffers.qr.index(FIRST)
-        share = _deal(visible, place.B, place.P, place.p, DEAL, 4)
+        share = share_of(visible, place.B, place.P, place.p, DEAL, 4)
         program_wait(EARLY)
         b = share.b
         pos = share.first
         g = place.p * 0  # tiles of the segments before this one
         segments = place.p * 0
         while pos < share.stop:
-            stretch = _stretch(share, b, pos, DEAL, 4)
+            stretch = stretch_of(share, b, pos, DEAL, 4)
             count = (stretch.hi - stretch.lo + (TILE.BN - 1)) // TILE.BN
             b64 = b.to(gl.int64)
             mask_row = visible.key_mask  # None without a mask
@@ -434,7 +337,7 @@ if gluon is not None:
 
     @gluon.jit(do_not_specialize=["B", "P", "S", "whole"])
     def rows_kernel(
-        c_desc, k_desc, queries, visible, results, B, T, P, S, whole, scale_log2,
+        c_desc, k_desc, queries, visible, results, pages, B, T, P, S, whole, scale_log2,
         SHAPE, TILE, DEAL, PDL: gl.constexpr, SETTLED: gl.constexpr, num_warps: gl.constexpr,
     ):  # fmt: skip
         """NL latents and BM = 64 or 128 query rows: one copying warp and two computing warpgroups. SETTLED: lengths
@@ -444,6 +347,7 @@ if gluon is not None:
         R: gl.constexpr = SHAPE.R
         SHARE_ROWS: gl.constexpr = TILE.BM == 64
         EARLY: gl.constexpr = PDL and SETTLED
+        gl.static_assert(SHAPE.PAGE % TILE.BN == 0 and not (SHAPE.PAGE and DEAL.HAS_START))  # one page holds a tile
         # A buffer stays with one warpgroup: one that skips tiles would take an older phase for the one it waits for
         gl.static_assert(not SHARE_ROWS or STAGES % 2 == 0)
         gl.static_assert(NL == 1 or (SHARE_ROWS and not TILE.OVERLAP))
@@ -486,7 +390,7 @@ if gluon is not None:
                     _attend,
                     (buffers, merge, queries, visible, results, place, scale_log2, 1, SHAPE, TILE, DEAL, EARLY),
                 ),
-                (_copy_tiles, (c_desc, k_desc, buffers, visible, place, SHAPE, TILE, DEAL, EARLY)),
+                (copy_tiles, (c_desc, k_desc, buffers, visible, pages, place, SHAPE, TILE, DEAL, EARLY)),
             ],
             [4, 1],
             [240, 24],

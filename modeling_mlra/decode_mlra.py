@@ -42,7 +42,8 @@ _hub_functions: dict = {}
 
 def _flash_attention_3(inputs: DecodeInputs) -> torch.Tensor:
     """FlashAttention-3's decode entry: one call on the rows [c | k_rope] themselves, or one `qv` call per latent.
-    `settled` makes no difference: its kernels start when the one in front has ended."""
+    `settled` makes no difference: its kernels start when the one in front has ended.
+    Latents in eight bits never come here."""
     decode_calls["flash_attention_3"] += 1
     q_latent, q_rope, latents, k_rope = inputs[:4]
     _, length, num_latents, _, _ = q_latent.shape
@@ -84,7 +85,7 @@ def _automatic(inputs: DecodeInputs) -> torch.Tensor:
 
 def _reference(inputs: DecodeInputs) -> torch.Tensor:
     """Here `settled` makes no difference."""
-    return reference_latent_attention(*inputs[:-1])
+    return reference_latent_attention(*inputs[:-2], scales=inputs.scales)
 
 
 def _empty_result(q_latent, *args, **kwargs):
@@ -98,7 +99,8 @@ def _register(name, function):
     if not hasattr(operators, name):
         _library.define(
             f"{name}(Tensor q_latent, Tensor q_rope, Tensor latents, Tensor k_rope, Tensor kv_end, Tensor? kv_start, "
-            "Tensor? key_mask, Tensor? block_table, int page_size, float scaling, bool settled=False) -> Tensor"
+            "Tensor? key_mask, Tensor? block_table, int page_size, float scaling, bool settled=False, "
+            "Tensor? scales=None) -> Tensor"
         )
         _library.impl(name, lambda *arguments: function(DecodeInputs(*arguments)), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", _empty_result, lib=_library)
@@ -143,6 +145,8 @@ def _obstacle(name, q_latent, q_rope, latents, k_rope, kv_start, key_mask) -> st
             return f"it runs bfloat16 or float16 on CUDA only, not {q_latent.dtype} on {q_latent.device.type}"
         if kv_start is not None or key_mask is not None:
             return "it takes no left padding and no key mask; use 'triton' or 'torch'"
+        if latents.dtype != k_rope.dtype:
+            return "it takes no latents in eight bits; use 'triton' or 'torch', or cache_row_format='plain'"
         if latents.shape[-1] < MIN_FLASH_WIDTH and not is_one_row(latents, k_rope):
             return (
                 f"its published builds take latents of {MIN_FLASH_WIDTH} or more, or one latent of 128 beside its "
@@ -212,8 +216,9 @@ def latent_attention(
     block_table: torch.Tensor | None = None,
     page_size: int = 0,
     settled: bool = False,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Absorbed attention of T query positions over the cached rows of each sequence, in the dtype of `latents`.
+    """Absorbed attention of T query positions over the cached rows of each sequence, in the dtype of `k_rope`.
 
     z_{s,i,t} = softmax_j(scaling * (q_latent_{s,i,t} . c_s[j] + q_rope_{g,i,t} . k_rope[j])) c_s[j], where query t of
     sequence b sees the rows kv_start[b] <= j <= kv_end[b] - T + t with key_mask[b, j]. One that sees none gives zeros.
@@ -231,8 +236,11 @@ def latent_attention(
         implementation: "auto", "triton", "flash_attention_3", "torch", "org/repo" or a local kernel folder.
         block_table: int32 `[B, max_blocks]`: row j lies at row block_table[b, j // page_size] * page_size
             + j % page_size of the pool.
-        settled: promise that kernels in front that may still run write no lengths, and no cached rows but those of
-            the T query positions. "triton" then fetches older rows before the kernel in front has ended (Hopper).
+        settled: promise that kernels in front that may still run write no lengths, no block table, and no cached
+            rows but those of the T query positions. "triton" then fetches older rows before the kernel in front has
+            ended (Hopper).
+        scales: float32 `[B, S, L]`, or `[pages * page_size, L]`, of e4m3 `latents`, which count times these; else
+            None.
 
     Returns:
         `[B, T, L, H, R]` in q_latent's dtype.
@@ -241,15 +249,18 @@ def latent_attention(
         ImportError, ValueError: see `choose_implementation`; ValueError also for shapes that do not fit.
     """
     _check_shapes(q_latent, q_rope, latents, k_rope, kv_end, block_table, page_size)
+    _check_scales(latents, scales)
     num_rows = latents.shape[1] if block_table is None else block_table.shape[1] * page_size
     if key_mask is not None and key_mask.shape[1] < num_rows:  # no implementation looks for the end of the mask
         key_mask = torch.nn.functional.pad(key_mask, (0, num_rows - key_mask.shape[1]))
     given = q_latent.dtype
-    q_latent, q_rope, k_rope = (x.to(latents.dtype) for x in (q_latent, q_rope, k_rope))
+    computes = latents.dtype if scales is None else k_rope.dtype
+    q_latent, q_rope, k_rope = (x.to(computes) for x in (q_latent, q_rope, k_rope))
     name = choose_implementation(implementation, q_latent, q_rope, latents, k_rope, kv_start, key_mask)
     inputs = DecodeInputs(
-        q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling, settled
-    )
+        q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling, settled,
+        scales,
+    )  # fmt: skip
     if name in _operators:
         return _operators[name](*inputs).to(given)
     if not torch.compiler.is_compiling():
@@ -259,7 +270,16 @@ def latent_attention(
     options = {"kv_end": kv_end, "kv_start": kv_start, "key_mask": key_mask, "scaling": scaling}
     if block_table is not None:
         options |= {"block_table": block_table, "page_size": page_size}
+    if scales is not None:
+        options["scales"] = scales
     return _hub_function(name)(q_latent, q_rope, latents, k_rope, **options).to(given)
+
+
+def _check_scales(latents, scales) -> None:
+    if (latents.dtype == torch.float8_e4m3fn) != (scales is not None):
+        raise ValueError(f"latents of {latents.dtype} {'lack' if scales is None else 'take no'} scales")
+    if scales is not None and scales.shape != latents.shape[:-1]:
+        raise ValueError(f"scales {tuple(scales.shape)} are not those of latents {tuple(latents.shape)}")
 
 
 def _check_shapes(q_latent, q_rope, latents, k_rope, kv_end, block_table, page_size) -> None:

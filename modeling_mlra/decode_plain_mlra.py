@@ -10,7 +10,7 @@ from .device_mlra import tl, triton
 
 if triton is not None:
     from .decode_deal_mlra import lengths, share_start, shares_of
-    from .device_triton_mlra import dot, program_release, program_wait, rescale
+    from .device_triton_mlra import dot, from_e4m3, program_release, program_wait, rescale
 
     @triton.jit
     def _cache_offsets(table_row, j, n, ok, stride, PAGE: tl.constexpr):
@@ -22,6 +22,14 @@ if triton is not None:
             return tl.cast(j, tl.int64) * stride, n * stride
 
     @triton.jit
+    def _in_words(stride, tensor, SCALED: tl.constexpr):
+        """A stride of `tensor`, which the compiler is shown to be of whole 32-bit words, as rows of bytes are."""
+        if SCALED:
+            numbers = 32 // tensor.dtype.element_ty.primitive_bitwidth
+            return stride // numbers * numbers
+        return stride
+
+    @triton.jit
     def _softmax_step(s, seen, m, scale_log2, AXIS: tl.constexpr):
         """Scores to weights against the running maximum (log2 units): weights, factor of what came before, maximum."""
         s = tl.where(seen, s, float("-inf"))
@@ -31,7 +39,7 @@ if triton is not None:
 
     @triton.jit
     def _rows_segment(
-        q, qr, c, k, mask_row, table_row, queries, cached, rows, segment, scale_log2,
+        q, qr, c, k, scales, mask_row, table_row, queries, cached, rows, segment, scale_log2,
         SHAPE: tl.constexpr, TILE: tl.constexpr,
     ):  # fmt: skip
         """One latent, BM query rows as rows of the matrix product. Returns sums [BM, RP], log2 maxima, weight sums."""
@@ -48,18 +56,24 @@ if triton is not None:
         m = tl.full([TILE.BM], float("-inf"), tl.float32)
         norm = tl.zeros([TILE.BM], tl.float32)
         offs = tl.arange(0, TILE.BN)
+        c_s = _in_words(cached.c_s, c, SHAPE.SCALED)
+        k_s = _in_words(cached.k_s, k, SHAPE.SCALED)
         for j in tl.range(segment.lo, segment.hi, TILE.BN):
             ok_n = offs < segment.hi - j
-            k_base, k_rows = _cache_offsets(table_row, j, offs, ok_n, cached.k_s, SHAPE.PAGE)
-            c_base, c_rows = _cache_offsets(table_row, j, offs, ok_n, cached.c_s, SHAPE.PAGE)
+            k_base, k_rows = _cache_offsets(table_row, j, offs, ok_n, k_s, SHAPE.PAGE)
+            c_base, c_rows = _cache_offsets(table_row, j, offs, ok_n, c_s, SHAPE.PAGE)
             if SHAPE.HAS_MASK:  # rows that are left out may hold NaN, which a weight of 0 would spread
                 ok_n = ok_n & (tl.load(mask_row + j + offs, mask=ok_n, other=0) != 0)
             k_tile = tl.load(
                 k + k_base + (k_rows[:, None] + offs_e[None, :]), mask=ok_n[:, None] & ok_e[None, :], other=0.0
             )
             c_tile = tl.load(
-                c + c_base + (c_rows[:, None] + offs_d[None, :]), mask=ok_n[:, None] & ok_d[None, :], other=0.0
+                c + c_base + (c_rows[:, None] + offs_d[None, :]), mask=ok_n[:, None] & ok_d[None, :], other=0
             )
+            if SHAPE.SCALED:
+                s_base, s_rows = _cache_offsets(table_row, j, offs, ok_n, cached.s_s, SHAPE.PAGE)
+                scale = tl.load(scales + s_base + s_rows, mask=ok_n, other=0.0)
+                c_tile = from_e4m3(c_tile, scale[:, None], k_tile.dtype)
             seen = ok_n[None, :]
             if SHAPE.CAUSAL:
                 seen = seen & (offs[None, :] < segment.limit[:, None] - j)
@@ -72,7 +86,7 @@ if triton is not None:
 
     @triton.jit
     def _latents_segment(
-        q, qr, c, k, mask_row, table_row, queries, cached, rows, segment, scale_log2,
+        q, qr, c, k, scales, mask_row, table_row, queries, cached, rows, segment, scale_log2,
         SHAPE: tl.constexpr, TILE: tl.constexpr,
     ):  # fmt: skip
         """NL latents as a batched product: with NL warps, each has its own latent and never meets another, and the
@@ -95,10 +109,12 @@ if triton is not None:
         m = tl.full([NL, TILE.BM], float("-inf"), tl.float32)
         norm = tl.zeros([NL, TILE.BM], tl.float32)
         offs = tl.arange(0, TILE.BN)
+        c_s = _in_words(cached.c_s, c, SHAPE.SCALED)
+        k_s = _in_words(cached.k_s, k, SHAPE.SCALED)
         for j in tl.range(segment.lo, segment.hi, TILE.BN):
             ok_n = offs < segment.hi - j
-            k_base, k_rows = _cache_offsets(table_row, j, offs, ok_n, cached.k_s, SHAPE.PAGE)
-            c_base, c_rows = _cache_offsets(table_row, j, offs, ok_n, cached.c_s, SHAPE.PAGE)
+            k_base, k_rows = _cache_offsets(table_row, j, offs, ok_n, k_s, SHAPE.PAGE)
+            c_base, c_rows = _cache_offsets(table_row, j, offs, ok_n, c_s, SHAPE.PAGE)
             if SHAPE.HAS_MASK:
                 ok_n = ok_n & (tl.load(mask_row + j + offs, mask=ok_n, other=0) != 0)
             k_tile = tl.load(
@@ -108,8 +124,14 @@ if triton is not None:
             c_tile = tl.load(
                 c + c_base + ((c_rows[None, :] + (latent * cached.c_l)[:, None])[:, :, None] + offs_d[None, None, :]),
                 mask=ok_n[None, :, None] & ok_d[None, None, :],
-                other=0.0,
+                other=0,
             )
+            if SHAPE.SCALED:
+                s_base, s_rows = _cache_offsets(table_row, j, offs, ok_n, cached.s_s, SHAPE.PAGE)
+                of_latent = s_rows[None, :] + latent[:, None]
+                ok_s = tl.broadcast_to(ok_n[None, :], of_latent.shape)
+                scale = tl.load(scales + s_base + of_latent, mask=ok_s, other=0.0)
+                c_tile = from_e4m3(c_tile, scale[:, :, None], k_tile.dtype)
             seen = ok_n[None, None, :]
             if SHAPE.CAUSAL:
                 seen = seen & (offs[None, None, :] < segment.limit[None, :, None] - j)
@@ -131,20 +153,21 @@ if triton is not None:
         group = l0 // (SHAPE.L // SHAPE.GROUPS)
         q_base = queries.latent + b64 * queries.strides.b + l0 * queries.strides.l
         qr_base = queries.rope + b64 * queries.rope_strides.b + group * queries.rope_strides.l
-        c_base = cached.latents + b64 * cached.c_b + l0 * cached.c_l
-        k_base = cached.k_rope + b64 * cached.k_b
+        c_base = cached.latents + b64 * _in_words(cached.c_b, cached.latents, SHAPE.SCALED) + l0 * cached.c_l
+        k_base = cached.k_rope + b64 * _in_words(cached.k_b, cached.k_rope, SHAPE.SCALED)
+        s_base = cached.scales + b64 * cached.s_b + l0 if SHAPE.SCALED else cached.scales
         if TILE.NL == 1:
             acc, m, norm = _rows_segment(
-                q_base, qr_base, c_base, k_base, mask_row, table_row, queries, cached, rows, segment, scale_log2,
-                SHAPE, TILE,
+                q_base, qr_base, c_base, k_base, s_base, mask_row, table_row, queries, cached, rows, segment,
+                scale_log2, SHAPE, TILE,
             )  # fmt: skip
             acc = acc[None]
             m = m[None]
             norm = norm[None]
         else:
             acc, m, norm = _latents_segment(
-                q_base, qr_base, c_base, k_base, mask_row, table_row, queries, cached, rows, segment, scale_log2,
-                SHAPE, TILE,
+                q_base, qr_base, c_base, k_base, s_base, mask_row, table_row, queries, cached, rows, segment,
+                scale_log2, SHAPE, TILE,
             )  # fmt: skip
         return acc, m, norm
 

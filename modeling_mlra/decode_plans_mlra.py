@@ -5,13 +5,14 @@ from typing import NamedTuple
 
 import torch
 
-from .decode_arguments_mlra import Deal, DecodeTile, HopperTile, Reduction
+from .decode_arguments_mlra import Deal, DecodeInputs, DecodeTile, HopperTile, Reduction
 from .device_mlra import DeviceFacts, triton
 
 # With so many cached rows, four latents or more wait for the L2 cache of an H200, out of which each reads the rotary
 # keys: two in one program then share them (up to 64 wide, so that four tiles fit). With fewer, that costs more at both
 # ends of a program than it saves.
 PAIRED_ROWS = 3 * 2**17
+TILE_ROWS = 64  # cached rows of a tile of the Hopper kernel; twice as many suit many query rows better
 
 
 class DecodePlan(NamedTuple):
@@ -30,19 +31,28 @@ class DecodePlan(NamedTuple):
     num_stages: int = 3
 
 
-def fits_hopper(latents, k_rope, block_table) -> bool:
-    """Whether the cache can be described to the bulk tensor copies as a matrix of rows."""
-    batch, capacity, num_latents, width = latents.shape[-4:] if block_table is None else (0, 0, 0, 0)
+def fits_hopper(inputs: DecodeInputs) -> bool:
+    """Whether the cache can be described to the bulk tensor copies as a matrix of rows, in which each tile is a block.
+
+    Pages have to hold whole tiles, and sequences to start with their first one.
+    """
+    latents, k_rope = inputs.latents, inputs.k_rope
+    num_latents, width = latents.shape[-2:]
+    if inputs.block_table is None:
+        batch, capacity = latents.shape[:2]
+        rows = batch * capacity
+        one_block = batch == 1 or all(x.stride(0) == capacity * x.stride(1) for x in (latents, k_rope))
+    else:
+        rows = latents.shape[0]
+        one_block = inputs.page_size % TILE_ROWS == 0 and inputs.kv_start is None
     return (
-        block_table is None
+        one_block
         and latents.dtype in (torch.bfloat16, torch.float16)
         and width in (64, 128)
         and k_rope.shape[-1] in (32, 64, 128)
-        and (num_latents == 1 or latents.stride(2) == width)
-        and (batch == 1 or latents.stride(0) == capacity * latents.stride(1))
-        and (batch == 1 or k_rope.stride(0) == capacity * k_rope.stride(1))
-        and batch * capacity < 2**31
-        and all(x.data_ptr() % 16 == 0 and x.stride(1) % 8 == 0 for x in (latents, k_rope))
+        and (num_latents == 1 or latents.stride(-2) == width)
+        and rows < 2**31
+        and latents.data_ptr() % 16 == k_rope.data_ptr() % 16 == latents.stride(-3) % 8 == k_rope.stride(-2) % 8 == 0
     )
 
 
@@ -56,36 +66,42 @@ def decode_plans(
     cached: int,
     hopper: bool,
     facts: DeviceFacts,
+    page_size: int = 0,
+    scaled: bool = False,
 ) -> tuple[DecodePlan, ...]:
     """Block sizes for M = `rows` query rows per latent and `cached` allocated rows in all, the best first.
 
-    What follows is for devices where that one, against all estimates, cannot be built.
+    What follows is for devices where that one, against all estimates, cannot be built. `scaled`: latents are kept in
+    eight bits, and `itemsize` is that of the rotary keys.
     """
-    paired = cached >= PAIRED_ROWS
-    return _decode_plans(rows, num_latents, groups, width, rope_width, itemsize, paired, hopper, facts)
+    paired, double = cached >= PAIRED_ROWS, page_size % (2 * TILE_ROWS) == 0
+    return _decode_plans(rows, num_latents, groups, width, rope_width, itemsize, paired, double, hopper, facts, scaled)
 
 
 @functools.lru_cache(maxsize=256)
-def _decode_plans(rows, num_latents, groups, width, rope_width, itemsize, paired, hopper, facts):
+def _decode_plans(rows, num_latents, groups, width, rope_width, itemsize, paired, double, hopper, facts, scaled):
     padded = max(16, triton.next_power_of_2(width))
     rope_padded = max(16, triton.next_power_of_2(rope_width))
     branches = num_latents // groups
-    plain = _plain_plans(rows, branches, padded, rope_padded, itemsize, facts)
+    plain = _plain_plans(rows, branches, padded, rope_padded, itemsize, facts, scaled)
     if not hopper:
         return plain
     if rows > 64:
-        return DecodePlan(HopperTile(NL=1, BM=128, BN=128, STAGES=3, AHEAD=2, OVERLAP=True), unit=128), *plain
+        tile = HopperTile(NL=1, BM=128, BN=2 * TILE_ROWS, STAGES=3, AHEAD=2, OVERLAP=True)
+        if not double:
+            tile = tile._replace(BN=TILE_ROWS, STAGES=6, AHEAD=4)
+        return DecodePlan(tile, unit=tile.BN), *plain
     # A tile for each of the two warpgroups; with several latents more, which leaves room for the kernel behind
     least_units = 2 if num_latents == 1 else 3
     # One latent alone waits for memory, and better holds no buffer for longer
-    tile = HopperTile(NL=1, BM=64, BN=64, STAGES=6, AHEAD=4, OVERLAP=num_latents > 1)
+    tile = HopperTile(NL=1, BM=64, BN=TILE_ROWS, STAGES=6, AHEAD=4, OVERLAP=num_latents > 1)
     if rows <= 32 and num_latents >= 4 and branches % 2 == 0 and rope_width <= 64 and paired:
         tile = tile._replace(NL=2, STAGES=4, AHEAD=3, OVERLAP=False)
-    return DecodePlan(tile, unit=64, least_units=least_units), *plain
+    return DecodePlan(tile, unit=TILE_ROWS, least_units=least_units), *plain
 
 
 def _plain_plans(
-    rows: int, branches: int, padded: int, rope_padded: int, itemsize: int, facts: DeviceFacts
+    rows: int, branches: int, padded: int, rope_padded: int, itemsize: int, facts: DeviceFacts, scaled: bool
 ) -> tuple[DecodePlan, ...]:
     """Plans of the plain kernel that should fit, each with three buffers before two, from the largest on.
 
@@ -103,12 +119,15 @@ def _plain_plans(
         tall, deep = min(tall, 32 if padded > 256 else 64), max(16, min(64, 8192 // padded))
     elif padded > 256:
         tall = min(tall, 32)
+    if scaled and padded > 128:  # both forms of a tile are in registers at one time
+        tall, deep = min(tall, 8192 // padded), min(deep, 8192 // padded)
     found = []
     wide_registers = facts.nvidia or facts.warp_size == 64
-    if rows <= 32 and padded <= 128 and branches in (2, 4, 8) and itemsize == 2 and wide_registers:
+    # Latents in eight bits are not copied ahead of such a product, which has them in registers
+    if rows <= 32 and padded <= 128 and branches in (2, 4, 8) and itemsize == 2 and wide_registers and not scaled:
         together = DecodeTile(branches, 16 if rows <= 16 else 32, 16, padded, rope_padded)
         for stages in (4, 3, 2):
-            shared = _shared_bytes(together, stages, itemsize, facts)
+            shared = _shared_bytes(together, stages, itemsize, facts, scaled)
             many = max(1, int(min(8 // branches, facts.shared_per_multiprocessor // (shared + 1024))))
             plan = DecodePlan(together, programs_per_sm=many, num_warps=branches, num_stages=stages)
             found.append((shared, plan))
@@ -117,7 +136,8 @@ def _plain_plans(
         tile = DecodeTile(1, tall, deep, padded, rope_padded)
         plan = DecodePlan(tile, num_warps=8 if padded > 256 or heavy else 4)
         for stages in (3, 2):
-            found.append((_shared_bytes(tile, stages, itemsize, facts), plan._replace(num_stages=stages)))
+            shared = _shared_bytes(tile, stages, itemsize, facts, scaled)
+            found.append((shared, plan._replace(num_stages=stages)))
         if tall > 16:
             tall //= 2
         elif deep > 16:
@@ -128,9 +148,12 @@ def _plain_plans(
     return *fitting, plan._replace(num_stages=1)
 
 
-def _shared_bytes(tile: DecodeTile, stages: int, itemsize: int, facts: DeviceFacts) -> int:
+def _shared_bytes(tile: DecodeTile, stages: int, itemsize: int, facts: DeviceFacts, scaled: bool) -> int:
     """Shared memory that the plain kernel takes with a tile, as compiled for NVIDIA's and AMD's GPUs."""
     buffers = (stages - 1) * tile.BN * (tile.NL * tile.RP + tile.EP) * itemsize
+    if scaled:  # bytes and scales wait there, and what is made of one tile
+        waiting = tile.RP + tile.EP * itemsize + 4
+        buffers = tile.BN * ((stages - 1) * waiting + tile.RP * itemsize)
     weights = tile.BM * tile.BN * itemsize
     if not facts.nvidia:
         return tile.NL * max(tile.BM * tile.RP * 4, buffers + weights)

@@ -15,6 +15,7 @@ from .decode_arguments_mlra import (
     DecodeQueries,
     DecodeShape,
     DecodeTile,
+    Pages,
     Results,
     Strides,
     Visible,
@@ -94,11 +95,24 @@ def partial_results(inputs: DecodeInputs, out: torch.Tensor | None, plan: Decode
     if plan is not None:
         plans = (plan,)
     else:
-        hopper = facts.hopper and rows_kernel is not None and fits_hopper(latents, k_rope, inputs.block_table)
-        cached, itemsize = batch * inputs.capacity, latents.element_size()
-        plans = decode_plans(length * heads, num_latents, groups, width, rope_width, itemsize, cached, hopper, facts)
+        hopper = facts.hopper and rows_kernel is not None and fits_hopper(inputs)
+        plans = decode_plans(
+            length * heads, num_latents, groups, width, rope_width, k_rope.element_size(), batch * inputs.capacity,
+            hopper, facts, inputs.page_size, inputs.scales is not None,
+        )  # fmt: skip
     given = inputs.kv_start is None, inputs.key_mask is None, inputs.page_size, length > 1, inputs.settled
-    key = (q_latent.device, latents.dtype, num_latents, groups, heads, width, rope_width, given, plans[0])
+    key = (
+        q_latent.device,
+        latents.dtype,
+        k_rope.dtype,
+        num_latents,
+        groups,
+        heads,
+        width,
+        rope_width,
+        given,
+        plans[0],
+    )
     index = _fitting_plans.get(key, 0)
     while not isinstance(index, Exception):
         try:
@@ -131,7 +145,10 @@ def _launch(plan: DecodePlan, inputs: DecodeInputs, out: torch.Tensor | None) ->
     part_lse = torch.empty((slots, num_latents, rows), dtype=torch.float32, device=device)
     visible = _visible(inputs)
     page = 0 if inputs.block_table is None else inputs.page_size
-    shape = DecodeShape(num_latents, groups, heads, width, rope_width, visible.key_mask is not None, page, length > 1)
+    shape = DecodeShape(
+        num_latents, groups, heads, width, rope_width, HAS_MASK=visible.key_mask is not None, PAGE=page,
+        CAUSAL=length > 1, SCALED=inputs.scales is not None,
+    )  # fmt: skip
     queries = DecodeQueries(q_latent, q_rope, Strides(*q_latent.stride()[:4]), Strides(*q_rope.stride()[:4]))
     results = Results(out, Strides(*out.stride()[:4]), part, part_lse)
     scale_log2 = inputs.scaling * math.log2(math.e)
@@ -140,15 +157,18 @@ def _launch(plan: DecodePlan, inputs: DecodeInputs, out: torch.Tensor | None) ->
     if isinstance(tile, DecodeTile):
         launch(
             device, decode_kernel, (programs * lanes,),
-            queries, _cached(inputs), visible, results, batch, length, programs, whole, scale_log2,
+            queries, cached_of(inputs.latents, inputs.k_rope, inputs.scales, inputs.block_table), visible, results,
+            batch, length, programs, whole, scale_log2,
             num_stages=plan.num_stages, **common,
         )  # fmt: skip
     else:
-        c_desc = _rows_descriptor(inputs.latents, tile.BN, width)
-        k_desc = _rows_descriptor(inputs.k_rope, tile.BN, rope_width)
+        c_desc = _rows_descriptor(inputs.latents, inputs.latents.stride(-3), num_latents * width, tile.BN, width)
+        k_desc = _rows_descriptor(inputs.k_rope, inputs.k_rope.stride(-2), rope_width, tile.BN, rope_width)
+        pages = Pages() if inputs.block_table is None else Pages(inputs.block_table, inputs.block_table.stride(0))
         launch(
             device, rows_kernel, (programs * lanes,),
-            c_desc, k_desc, queries, visible, results, batch, length, programs, inputs.capacity, whole, scale_log2,
+            c_desc, k_desc, queries, visible, results, pages,
+            batch, length, programs, inputs.capacity, whole, scale_log2,
             SETTLED=inputs.settled, **common,
         )  # fmt: skip
     return PartialResults(part, part_lse, programs, deal)
@@ -163,20 +183,24 @@ def _visible(inputs: DecodeInputs) -> Visible:
     return Visible(inputs.kv_end, inputs.kv_start, key_mask, key_mask.stride(0))
 
 
-def _cached(inputs: DecodeInputs) -> Cached:
-    latents, k_rope, table = inputs.latents, inputs.k_rope, inputs.block_table
+def cached_of(
+    latents: torch.Tensor, k_rope: torch.Tensor, scales: torch.Tensor | None, table: torch.Tensor | None = None
+) -> Cached:
+    """What kernels take of the cache, whose parts are as in `latent_attention`."""
     *c_b, c_s, c_l, _ = latents.stride()  # a pool of rows has no stride of sequences
     *k_b, k_s, _ = k_rope.stride()
+    *s_b, s_s, _ = (0, 0, 1) if scales is None else scales.stride()
+    if scales is not None:
+        latents = latents.view(torch.uint8)
     if table is None:
-        return Cached(latents, k_rope, c_b[0], c_s, c_l, k_b[0], k_s, None, 0)
-    return Cached(latents, k_rope, 0, c_s, c_l, 0, k_s, table, table.stride(0))
+        return Cached(latents, k_rope, c_b[0], c_s, c_l, k_b[0], k_s, None, 0, scales, s_b[0], s_s)
+    return Cached(latents, k_rope, 0, c_s, c_l, 0, k_s, table, table.stride(0), scales, 0, s_s)
 
 
-def _rows_descriptor(tensor: torch.Tensor, block_rows: int, block_columns: int):
-    """A bulk-copy descriptor of cached rows [B, S, ...] as a matrix of B * S rows."""
+def _rows_descriptor(tensor: torch.Tensor, stride: int, columns: int, block_rows: int, block_columns: int):
+    """A bulk-copy descriptor of cached rows, of all sequences or of a pool, as one matrix."""
     block, layout = _tile_in_shared_memory(block_rows, block_columns, tensor.dtype)
-    shape = [tensor.shape[0] * tensor.shape[1], tensor[0, 0].numel()]
-    return TensorDescriptor(tensor, shape, [tensor.stride(1), 1], block, layout)
+    return TensorDescriptor(tensor, [tensor.numel() // columns, columns], [stride, 1], block, layout)
 
 
 @functools.lru_cache(maxsize=64)

@@ -44,6 +44,7 @@ from .loss_mlra import chunked_causal_loss, has_plain_weight
 from .masks_mlra import CacheRows, make_mask
 from .paged_mlra import update_paged
 from .rotary_mlra import MLRARotaryEmbedding, apply_rotary_pos_emb, at_least_float32
+from .rows_mlra import dequantized, separate
 from .tensor_parallel_mlra import register_parallel_styles
 
 register_parallel_styles()
@@ -229,7 +230,8 @@ class MLRAAttention(nn.Module):
         absorbed: bool,
         kwargs: dict,
     ) -> tuple[torch.Tensor, torch.Tensor, "torch.Tensor | CacheRows | None"]:
-        """Store the new rows; all rows to read, `[B, S, L*R]` and `[B, S, E]`, and what may be attended to of them."""
+        """Store the new rows; all rows to read, `[B, S, L*R]` (as they are kept) and `[B, S, E]`, and what may be
+        attended to of them."""
         if is_paged(cache):  # continuous batching
             latents, k_rope, rows = update_paged(cache, latents, k_rope, self.layer_idx, self.config, kwargs)
             if rows is not None and rows.row_table is not None:
@@ -289,13 +291,15 @@ class MLRAAttention(nn.Module):
         paged = is_paged(cache)
         recomputes = self.recompute_inputs and torch.is_grad_enabled() and not (absorbed or paged)
         q_latent, query, latents, k_rope = self.project(hidden_states, cos, sin, makes_query=not recomputes)
-        mask = attention_mask
+        mask, num_latents = attention_mask, latents.shape[-1] // self.latent_head_dim
         if cache is not None:
             latents, k_rope, mask = self.read_cache(cache, latents, k_rope, mask, absorbed, kwargs)
         if paged and isinstance(mask, CacheRows):  # every request has one new token: [1, T, ...] becomes [T, 1, ...]
             assert query is not None
             absorbed, query = True, (query[0].transpose(0, 1), query[1].transpose(0, 1))
-        latents = latents.view(*latents.shape[:-1], -1, self.latent_head_dim)  # [B, S, L, R]
+        latents, scales = separate(latents, num_latents, self.latent_head_dim)  # [B, S, L, R]
+        if scales is not None and not (absorbed and isinstance(mask, CacheRows)):
+            latents, scales = dequantized(latents, scales, k_rope.dtype), None
 
         if absorbed:
             assert query is not None
@@ -312,6 +316,7 @@ class MLRAAttention(nn.Module):
                 scaling=self.scaling,
                 alpha=self.alpha_attn,
                 implementation=self.config.decode_implementation,
+                scales=scales,
             )
         elif recomputes:
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from .library_mlra import update_pages
 from .masks_mlra import CacheRows
-from .rows_mlra import RowFormat
+from .rows_mlra import RowFormat, scaled_width
 
 
 def update_paged(
@@ -28,15 +28,17 @@ def update_paged(
         kwargs: what the library passes to attention functions; becomes what one without a paged cache takes.
 
     Returns:
-        Latents `[1, S, L*R]` and RoPE keys `[1, S, E]` and, where every request has one new token, the rows of each
-        request (else None). With a block table the rows come apart by request: `[N, S, L*R]` and `[N, S, E]`.
+        Latents `[1, S, L*R]` (as they are kept) and RoPE keys `[1, S, E]` and, where every request has one new token,
+        the rows of each request (else None). With a block table the rows come apart by request: `[N, S, L*R]` and
+        `[N, S, E]`.
 
     Raises:
         ValueError: see `update_pages`.
     """
     heads, half = config.num_key_value_heads, config.num_key_value_heads * config.head_dim
-    row_format = RowFormat.of(latents, k_rope)
-    row = nn.functional.pad(row_format.join(latents, k_rope), (0, 2 * half - row_format.width))
+    row_format = RowFormat.of(latents, k_rope, scaled_width(config))
+    row = row_format.join(latents, k_rope).view(k_rope.dtype)  # bytes go as numbers of the cache's dtype
+    row = nn.functional.pad(row, (0, 2 * half - row.shape[-1]))
     new_keys, new_values = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in row.split(half, dim=-1))
     keys, values = update_pages(cache, new_keys, new_values, layer_idx, kwargs)
     block_table, _, _ = (kwargs.pop(name, None) for name in ("block_table", "read_index", "write_index"))
@@ -44,14 +46,14 @@ def update_paged(
 
     if block_table is not None:
         rows = exchange_by_table(kwargs.pop("k_cache"), kwargs.pop("v_cache"), row[0], block_table, lengths)
-        return *row_format.split(rows), CacheRows(lengths)
+        return *row_format.split(rows.view(row_format.element)), CacheRows(lengths)
     rows = torch.cat([keys.reshape(1, -1, half), values.reshape(1, -1, half)], dim=-1)
     by_request = None
     if kwargs["max_length_q"] == 1 and len(lengths) == latents.shape[1]:
         first = kwargs["cu_seq_lens_k"][:-1, None]
         places = first + torch.arange(kwargs["max_length_k"], device=first.device)
         by_request = CacheRows(lengths, row_table=places.to(torch.int32))
-    return *row_format.split(rows), by_request
+    return *row_format.split(rows.view(row_format.element)), by_request
 
 
 def exchange_by_table(

@@ -15,7 +15,8 @@ product_value_kernel: Any = None
 
 
 class AttentionShape(NamedTuple):
-    """Sizes of this rank's attention, as in the legend; M tokens, T of each sequence."""
+    """Sizes of this rank's attention, as in the legend; M tokens, T of each sequence. SCALED: latents are cached in
+    eight bits."""
 
     M: Any
     T: Any
@@ -27,6 +28,7 @@ class AttentionShape(NamedTuple):
     E: Any
     V: Any
     GATE: Any
+    SCALED: Any
 
 
 class AbsorbTile(NamedTuple):
@@ -75,12 +77,6 @@ class Head(NamedTuple):
     query: Any
 
 
-class CachedRows(NamedTuple):
-    data: Any
-    batch_stride: Any
-    row_stride: Any
-
-
 class Parts(NamedTuple):
     """Partial results of the attention with their log2-sum-exps, and first and last visible row of each sequence."""
 
@@ -92,7 +88,7 @@ class Parts(NamedTuple):
 
 if triton is not None:
     from .decode_deal_mlra import parts_of
-    from .device_triton_mlra import dot, rescale
+    from .device_triton_mlra import dot, rescale, scale_of, to_e4m3
     from .step_device_mlra import rms_factor, wait_for_front
     from .step_maps_mlra import widen
 
@@ -158,7 +154,9 @@ if triton is not None:
         gamma = tl.load(norm.gamma + head.latent * R + index, mask=index < R, other=0.0).to(tl.float32)
         frequency = tl.load(rope.inv_freq + half, mask=half < E // 2, other=0.0)
         place = (tl.load(counters) + token % SHAPE.T).to(tl.int64)
-        row = cache.data + (token // SHAPE.T).to(tl.int64) * cache.batch_stride + place * cache.row_stride
+        sequence = (token // SHAPE.T).to(tl.int64)
+        row = cache.latents + sequence * cache.c_b + place * cache.c_s + head.latent * cache.c_l
+        k_row = cache.k_rope + sequence * cache.k_b + place * cache.k_s
         angle = tl.load(counters + 1 + token).to(tl.float32) * frequency
         cos, sin = tl.cos(angle) * rope.scale, tl.sin(angle) * rope.scale
         rotates_query = half < tl.where(head.latent % SHAPE.C == 0, E // 2, 0)
@@ -173,8 +171,16 @@ if triton is not None:
         k1, k2 = _halves(source + SHAPE.L * R + half, keeps_key, E)
         _rotate(queries.rope + (token * HEADS + head.query) * E + half, q1, q2, cos, sin, rotates_query, E)
         c = c * gamma * rms_factor(tl.sum(c * c), R, norm)
-        tl.store(row + head.latent * R + index, c.to(cache.data.dtype.element_ty), mask=keeps_latent)
-        _rotate(row + SHAPE.L * R + half, k1, k2, cos, sin, keeps_key, E)
+        c = c.to(cache.k_rope.dtype.element_ty)
+        if SHAPE.SCALED:
+            c = c.to(tl.float32)
+            scale, inverse = scale_of(tl.max(tl.abs(c)))
+            scale_row = cache.scales + sequence * cache.s_b + place * cache.s_s + head.latent
+            tl.store(scale_row, scale, mask=head.index == 0)
+            tl.store(row + index, to_e4m3(c * inverse), mask=keeps_latent)
+        else:
+            tl.store(row + index, c, mask=keeps_latent)
+        _rotate(k_row + half, k1, k2, cos, sin, keeps_key, E)
 
     @triton.jit
     def _halves(source, mask, E: tl.constexpr):

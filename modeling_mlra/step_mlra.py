@@ -32,12 +32,10 @@ from torch import nn
 
 from .decode_arguments_mlra import DecodeInputs
 from .decode_mlra import asked_implementation
-from .decode_triton_mlra import PartialResults, partial_results, triton_latent_attention
+from .decode_triton_mlra import PartialResults, cached_of, partial_results, triton_latent_attention
 from .device_mlra import constants, device_facts, launch, launch_options, triton, triton_missing
-from .rows_mlra import RowFormat
 from .step_attention_mlra import (
     AttentionShape,
-    CachedRows,
     Parts,
     Queries,
     Rope,
@@ -143,9 +141,9 @@ class FusedStep:
         latents, heads_per_latent, groups = local_sizes(model.model.layers[0].self_attn)
         self.latents, self.heads_per_latent, self.groups = latents, heads_per_latent, groups
         heads = groups * heads_per_latent
-        self.row_format = RowFormat.of_config(config, latents, model.dtype)
+        self.row_format = cache.layers[0].format
         self.q_width = config.q_lora_rank
-        self.gate_at = config.q_lora_rank + self.row_format.width
+        self.gate_at = config.q_lora_rank + self.row_format.numbers
         gate_width = heads * config.v_head_dim if config.attn_output_gate else 0
 
         def buffer(width):
@@ -256,7 +254,8 @@ class FusedStep:
             absorb_kernel, (shape.L * shape.H, triton.cdiv(shape.R, tile.RB) + self.num_tokens),
             self.queries, Vectors(self.downs, self.downs.stride(0)), self.q_width, *weights_of(attention.kv_b_proj),
             norm_of(attention.kv_a_layernorm, attention.alpha_kv), Rope(rotary.inv_freq, rotary.attention_scaling),
-            self.counters, CachedRows(rows, rows.stride(0), rows.stride(2)), SHAPE=shape, TILE=tile, num_warps=4,
+            self.counters, cached_of(*self.row_format.views(rows.squeeze(1), self.latents)), SHAPE=shape, TILE=tile,
+            num_warps=4,
         )  # fmt: skip
 
     def attend(self, layer: nn.Module, rows: torch.Tensor) -> PartialResults | torch.Tensor:
@@ -268,12 +267,12 @@ class FusedStep:
         """
         attention = layer.self_attn
         config, shape = attention.config, (-1, self.tokens_each)
-        latents, k_rope = self.row_format.views(rows.squeeze(1), self.latents)
+        latents, k_rope, scales = self.row_format.views(rows.squeeze(1), self.latents)
         inputs = DecodeInputs(
             q_latent=self.queries.latent.view(*shape, self.latents, self.heads_per_latent, config.latent_head_dim),
             q_rope=self.queries.rope.view(*shape, self.groups, self.heads_per_latent, config.qk_rope_head_dim),
             latents=latents, k_rope=k_rope, kv_end=self.kv_end, kv_start=self.kv_start, key_mask=self.key_mask,
-            block_table=None, page_size=0, scaling=attention.scaling, settled=True,
+            block_table=None, page_size=0, scaling=attention.scaling, settled=True, scales=scales,
         )  # fmt: skip
         if self.few and self.tokens_each == 1:
             return partial_results(inputs, out=None)
@@ -320,6 +319,7 @@ class FusedStep:
             M=self.num_tokens, T=self.tokens_each, L=self.latents, C=self.latents // self.groups,
             H=self.heads_per_latent, R=config.latent_head_dim, D=config.qk_nope_head_dim, E=config.qk_rope_head_dim,
             V=config.v_head_dim, GATE=config.attn_output_gate,
+            SCALED=bool(self.row_format.scales),
         )  # fmt: skip
 
     def _add_to_hidden(self, layer: nn.Module, x: torch.Tensor) -> None:

@@ -1,6 +1,7 @@
 """Decode attention on one GPU: the latent kernel beside FlashAttention-3, FlashMLA and a GQA share (paper, figure 5).
 
     python -m scripts.bench_decode --output evals/results
+    python -m scripts.bench_decode --only pages
 
 Every kernel is checked against a float32 reference first and is not timed if it fails. Times are medians over replays
 of a CUDA graph that holds many calls on rotating inputs larger together than the L2 cache. "share" is the fewest bytes
@@ -8,10 +9,13 @@ the step must read (the cache once) per second, over the read rate measured in t
 
 FlashAttention-3 is taken from `flash_attn_interface` and FlashMLA from `flash_mla`; --libraries (or the environment
 variable MLRA_BENCH_LIBRARIES, separated by ":") names operator libraries `_vllm_fa3_C*.so` and `_flashmla_C*.so`.
+
+The part "pages" times the same rows in one piece and in shuffled pages of 64, 128 and 16 rows, as in serving.
 """
 
 import argparse
 import datetime
+import functools
 import json
 import math
 import os
@@ -29,7 +33,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = cli.Parser("scripts.bench_decode", __doc__)
     parser.add_argument("--output", type=Path, help="folder for decode_results.json and decode_latency.png")
     parser.add_argument(
-        "--only", nargs="+", choices=("figure", "shapes", "throughput"), help="parts to run; default all"
+        "--only",
+        nargs="+",
+        choices=("figure", "shapes", "throughput", "pages", "fp8"),
+        help="parts to run; default all",
     )
     parser.add_argument("--libraries", nargs="*", help="operator libraries to load for the peers")
     args = parser.parse_args(argv)
@@ -67,10 +74,13 @@ THROUGHPUT_CONTEXTS = (1024, 2048, 4096, 8192, 16384)
 
 @dataclass
 class Case:
-    """One timed shape: `lengths` holds the cached rows of each sequence; `heads` counts query heads per latent."""
+    """One timed shape: `lengths` holds the cached rows of each sequence; `heads` counts query heads per latent.
+
+    `kind` is "latent", "pages" (the same, also in pages), "fp8" (latents in eight bits), "mla" or "gqa".
+    """
 
     name: str
-    kind: str  # "latent", "mla" or "gqa"
+    kind: str
     lengths: list[int] = field(repr=False)
     heads: int
     latents: int = 1
@@ -84,9 +94,15 @@ class Case:
         return 2 * self.width if self.kind == "gqa" else self.latents * self.width + self.rope
 
     @property
+    def row_format(self) -> RowFormat:
+        scales = self.latents if self.kind == "fp8" else 0
+        return RowFormat(self.latents * self.width, self.rope, torch.bfloat16, scales)
+
+    @property
     def bytes(self) -> int:
-        """The fewest bytes to read: each cached bfloat16 row once."""
-        return 2 * self.row_elements * sum(self.lengths)
+        """The fewest bytes to read: each cached row once, of bfloat16 but where latents are kept in eight bits."""
+        row = self.row_format.nbytes if self.kind == "fp8" else 2 * self.row_elements
+        return row * sum(self.lengths)
 
     @property
     def flops(self) -> int:
@@ -109,10 +125,10 @@ class Inputs:
         self.scaling = (128 + (0 if case.kind == "gqa" else case.rope)) ** -0.5
         self.kv_end = torch.tensor(case.lengths, dtype=torch.int32, device="cuda")
         size = longest if batch == 1 else math.ceil(longest / 64) * 64
-        self.rows = [normal(batch, size, case.row_elements) for _ in range(copies)]
+        self.rows = [self.cached(normal, batch, size) for _ in range(copies)]
         for rows in self.rows:
-            for b, length in enumerate(case.lengths):
-                rows[b, length:] = 0 if case.kind != "latent" else float("nan")
+            for b, length in enumerate(case.lengths):  # bytes of 255 are NaN
+                rows[b, length:] = {"latent": float("nan"), "pages": float("nan"), "fp8": 255}.get(case.kind, 0)
         self.queries = [
             normal(
                 batch, case.queries, case.heads * case.latents, case.width + (0 if case.kind == "gqa" else case.rope)
@@ -120,16 +136,27 @@ class Inputs:
             for _ in range(copies)
         ]
 
+    def cached(self, normal: Callable, batch: int, size: int) -> torch.Tensor:
+        """Random rows `[batch, size, width]`, of which eight bits take more room on the way: some at a time."""
+        case = self.case
+        if case.kind != "fp8":
+            return normal(batch, size, case.row_elements)
+        rows = torch.empty(batch, size, case.row_format.width, dtype=torch.uint8, device="cuda")
+        for part in rows.flatten(0, 1).split(2**18):
+            part.copy_(case.row_format.join(normal(len(part), case.row_format.latents), normal(len(part), case.rope)))
+        return rows
+
     def latent(self, i: int):
-        """`q_latent, q_rope, latents, k_rope` of set i; all latents form one group."""
+        """`q_latent, q_rope, latents, k_rope, scales` of set i; all latents form one group."""
         case, rows = self.case, self.rows[i]
-        latents, k_rope = RowFormat(case.latents * case.width, case.rope, rows.dtype).views(rows, case.latents)
+        latents, k_rope, scales = case.row_format.views(rows, case.latents)
         queries = self.queries[i].unflatten(2, (case.latents, case.heads))
         return (
             queries[..., : case.width].contiguous(),
             queries[:, :, :1, :, case.width :].contiguous(),
             latents,
             k_rope,
+            scales,
         )
 
     def reference(self, i: int) -> torch.Tensor:
@@ -143,9 +170,10 @@ class Inputs:
                 weights = (query[0].float().flatten(0, 1) @ key.T * self.scaling).softmax(-1)
                 results.append((weights @ value).view(1, self.case.queries, -1, self.case.width))
                 continue
-            q_latent, q_rope, latents, k_rope = (x[b : b + 1] for x in self.latent(i))
+            q_latent, q_rope, latents, k_rope, scales = (x if x is None else x[b : b + 1] for x in self.latent(i))
             arguments = [q_latent.float(), q_rope.float(), latents[:, :length], k_rope[:, :length]]
-            z = reference_latent_attention(*arguments, self.kv_end[b : b + 1], scaling=self.scaling)
+            scales = None if scales is None else scales[:, :length]
+            z = reference_latent_attention(*arguments, self.kv_end[b : b + 1], scaling=self.scaling, scales=scales)
             results.append(z.flatten(2, 3))
         return torch.cat(results)
 
@@ -191,10 +219,30 @@ def ours(inputs: Inputs, **options) -> list[Callable]:
     """As the fused step calls it: the cached rows are there before the kernel in front has ended."""
 
     def call(i):
-        arguments = inputs.latent(i)
-        return lambda: latent_attention(
-            *arguments, kv_end=inputs.kv_end, scaling=inputs.scaling, implementation="triton", settled=True, **options
-        )
+        *arguments, scales = inputs.latent(i)
+        settings = {"kv_end": inputs.kv_end, "scaling": inputs.scaling, "scales": scales, "settled": True} | options
+        return lambda: latent_attention(*arguments, implementation="triton", **settings)
+
+    return [call(i) for i in range(len(inputs.rows))]
+
+
+def paged(inputs: Inputs, page_size: int) -> list[Callable]:
+    """`ours` on the same rows in shuffled pages of one pool."""
+    case, kv_end = inputs.case, inputs.kv_end
+    batch, size, elements = inputs.rows[0].shape
+    blocks = math.ceil(size / page_size)
+    order = torch.randperm(batch * blocks, generator=torch.Generator().manual_seed(0)).cuda()
+    table = order.view(batch, blocks).int()
+    row_format = RowFormat(case.latents * case.width, case.rope, inputs.rows[0].dtype)
+
+    def call(i):
+        rows = torch.nn.functional.pad(inputs.rows[i], (0, 0, 0, blocks * page_size - size), value=math.nan)
+        pool = torch.empty_like(rows).view(-1, page_size, elements)
+        pool[order] = rows.view(-1, page_size, elements)
+        arguments = *inputs.latent(i)[:2], *row_format.views(pool.view(-1, elements), case.latents)
+        pages = {"block_table": table, "page_size": page_size}
+        options = {"kv_end": kv_end, "scaling": inputs.scaling, "implementation": "triton", "settled": True} | pages
+        return lambda: latent_attention(*arguments, **options)
 
     return [call(i) for i in range(len(inputs.rows))]
 
@@ -261,6 +309,8 @@ def flash_mla_decode(inputs: Inputs) -> list[Callable]:
 
 KERNELS: dict[str, dict[str, Callable]] = {
     "latent": {"ours": ours, "flash_attention_3": flash_attention_3},
+    "pages": {"ours": ours} | {f"ours, pages of {n}": functools.partial(paged, page_size=n) for n in (64, 128, 16)},
+    "fp8": {"ours": ours},
     "mla": {"flash_mla": flash_mla_decode},
     "gqa": {"flash_attention_3": flash_attention_3},
 }
@@ -313,6 +363,35 @@ def throughput_cases() -> list[Case]:
     return cases
 
 
+def page_cases() -> list[Case]:
+    """One rank's share and the released model, alone and in batches, one of them bound by arithmetic."""
+    ragged = [1024 * (1 + 63 * i // 31) for i in range(32)]
+    shares = [Case(f"mlra share {name_length(length)}", "pages", [length], 64) for length in (2048, 131072, 2097152)]
+    released = [(name_length(length), [length]) for length in (2048, 131072, 1048576)]
+    released += [("32 x 8K", [8192] * 32), ("ragged 1K-64K", ragged)]
+    return [
+        *shares,
+        *(Case(f"mlra_4 {name}", "pages", lengths, 24, latents=4) for name, lengths in released),
+        Case("mlra share 128 heads 128 x 4K", "pages", [4096] * 128, 128),
+    ]
+
+
+def fp8_cases() -> list[Case]:
+    """Rows of latents in eight bits, each behind the same case in 16 bits."""
+    shapes = {
+        "mlra_4 128K": ([131072], 24, 4),
+        "mlra_4 1M": ([1048576], 24, 4),
+        "mlra_4 16 x 128K": ([131072] * 16, 24, 4),
+        "mlra share 128K": ([131072], 64, 1),
+        "mlra share 2M": ([2097152], 64, 1),
+    }
+    return [
+        Case(f"{name}{', FP8 rows' if kind == 'fp8' else ''}", kind, lengths, heads, latents=latents)
+        for name, (lengths, heads, latents) in shapes.items()
+        for kind in ("latent", "fp8")
+    ]
+
+
 def read_ceiling() -> float:
     """GB/s of the best of a few plain kernels that read 4 GB and write next to nothing."""
     values = torch.randn(2**30, device="cuda")
@@ -363,6 +442,8 @@ def measure(case: Case, ceiling: float) -> list[dict]:
         except (RuntimeError, NotImplementedError, TypeError) as error:
             row["failed"] = str(error).split("\n")[0][:200]
         rows.append(row)
+        if case.kind == "pages" and "us" in row and "us" in rows[0]:
+            row["of_one_piece"] = row["us"] / rows[0]["us"]
     return rows
 
 
@@ -371,6 +452,8 @@ def show(row: dict) -> None:
         print(f"{row['case']:32} {row['kernel']:18} not timed: {row['failed']}", flush=True)
         return
     target = f"   target {row['target']:.2f}" if row["target"] and row["kernel"] == "ours" else ""
+    if "of_one_piece" in row:
+        target += f"   {row['of_one_piece']:.3f} of the time in one piece"
     print(
         f"{row['case']:32} {row['kernel']:18} {row['us']:9.2f} us   {row['share']:6.1%} of the read ceiling   "
         f"{row['tflops']:5.0f} TFLOP/s   ratio {row['ratio']:.1e}{target}",
@@ -412,6 +495,7 @@ def benchmark(args: argparse.Namespace) -> None:
     if args.output is not None:
         args.output.mkdir(parents=True, exist_ok=True)
     parts = {"figure": figure_cases, "shapes": shape_cases, "throughput": throughput_cases}
+    parts |= {"pages": page_cases, "fp8": fp8_cases}
     ceiling = read_ceiling()
     print(f"{torch.cuda.get_device_name()}: read ceiling {ceiling:.0f} GB/s", flush=True)
     results: dict[str, list[dict]] = {}

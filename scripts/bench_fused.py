@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--contexts", nargs="+", type=positive_int, default=[2048, 131072])
     parser.add_argument("--sequences", type=positive_int, default=1, help="of the fused step (default: 1)")
     parser.add_argument("--weights", choices=WEIGHTS, default="bfloat16", help="of linear layers")
+    parser.add_argument("--cache-rows", choices=("plain", "fp8"), default="plain", help="format of cached rows")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json")
     args = parser.parse_args(argv)
     args.command_line = sys.argv[1:] if argv is None else argv
@@ -119,9 +120,10 @@ def variants(sequences: int, fp8: bool) -> dict:
     if fp8:
         return {
             "shipped": contextlib.nullcontext(),
-            **{f"residual, {n} chunks ahead": tiles("residual", AHEAD=n) for n in (2, 3, 6)},
-            "residual, rows of 2048": tiles("residual", WIDTH=2048, AHEAD=2),
-            "residual, 8 rows": tiles("residual", ROWS=8, AHEAD=2),
+            **{f"residual, {n} chunks ahead": tiles("residual", AHEAD=n) for n in (1, 3)},
+            "residual, chunks of 1024, 4 ahead": tiles("residual", WIDTH=1024, AHEAD=4),
+            "residual, chunks of 4096, 1 ahead": tiles("residual", WIDTH=4096, AHEAD=1),
+            "residual, 2 rows": tiles("residual", ROWS=2),
             "residual, 8 rows, 8 warps": tiles("residual", ROWS=8, num_warps=8),
             **{f"gate and up, {n} rows each": tiles("swiglu", ROWS=n) for n in (2, 8)},
             "gate and up, 8 rows each, 8 warps": tiles("swiglu", ROWS=8, num_warps=8),
@@ -175,7 +177,7 @@ def benchmark(arguments: argparse.Namespace) -> int:
         if not (check["counters"] and max(check["logits"], check["rows"]) < FUSED_FLOAT32_RATIO):
             print(f"error: the fused step differs from the modules, so it is not timed: {check}", file=sys.stderr)
             return 1
-    model = build("mlra_4", max(arguments.contexts))
+    model = build("mlra_4", max(arguments.contexts), arguments.cache_rows)
     if fp8:
         to_fp8(model, WEIGHTS[arguments.weights])
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
@@ -186,6 +188,7 @@ def benchmark(arguments: argparse.Namespace) -> int:
         "date": date.today().isoformat(),
         "sequences": arguments.sequences,
         "weights": arguments.weights,
+        "cache_rows": arguments.cache_rows,
         "command": "python -m scripts.bench_fused " + " ".join(arguments.command_line),
         "check": checks,
         "read_ceiling_GB_s": read_ceiling(),

@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-sizes", nargs="+", type=positive_int, default=[1, 16])
     parser.add_argument("--prefill", nargs="*", type=positive_int, default=[8192, 32768], help="prompt lengths")
     parser.add_argument("--weights", choices=WEIGHTS, default="bfloat16", help="of MLRA's linear layers")
+    parser.add_argument("--cache-rows", choices=("plain", "fp8"), default="plain", help="format of MLRA's cached rows")
     parser.add_argument("--skip", nargs="*", default=[], help="model:batch:context cases to leave out")
     parser.add_argument("--user-calls", action="store_true", help="time what everybody calls instead (user_calls.py)")
     parser.add_argument("--only", default="", help="pattern that names of --user-calls must match")
@@ -115,13 +116,14 @@ def deepseek_mla(max_positions: int):
 PEERS = {"llama_gqa": llama_gqa, "deepseek_mla": deepseek_mla}
 
 
-def build(name: str, max_positions: int) -> nn.Module:
-    """A bfloat16 model on the GPU with N(0, 0.02) weights."""
+def build(name: str, max_positions: int, cache_rows: str = "plain") -> nn.Module:
+    """A bfloat16 model on the GPU with N(0, 0.02) weights; of MLRA with cached rows of the named format."""
     if name in PEERS:
         model_class, config = PEERS[name](max_positions)
     else:
         model_class, config = MLRAForCausalLM, MLRAConfig.from_json_file(CONFIGURATION / f"{name}.json")
         config.eos_token_id = config.pad_token_id = config.bos_token_id = None
+        config.cache_row_format = cache_rows
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("cuda"):
@@ -152,9 +154,14 @@ class FilledCache:
         one = [torch.zeros(batch, heads, 1, width, dtype=model.dtype, device="cuda") for heads, width in widths]
         for index, layer in enumerate(self.cache.layers):
             self.cache.update(*one, index)
+            if self.is_latent and layer.format.scales:
+                layer.keys, layer.values = torch.randn_like(layer.keys), torch.randn_like(layer.values)
+                continue
             for tensor in (layer.rows,) if self.is_latent else (layer.keys, layer.values):
                 tensor.normal_()
         self.bytes_per_token = sum(tensor[0, :, 0].nbytes for tensor in one) * len(self.cache.layers)
+        if self.is_latent:
+            self.bytes_per_token = self.cache.bytes_per_token()
 
     def rewind(self):
         for layer in self.cache.layers:
@@ -280,7 +287,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
         report |= {"prefill_backends_TFLOP_s": backends, "decode": [], "prefill": []}
     print(f"read ceiling {rate / 1e9:.0f} GB/s, matrix products {peak / 1e12:.0f} TFLOP/s")
     for name in tqdm(arguments.models, desc="models", disable=None):
-        model = build(name, max(*arguments.contexts, *arguments.prompts) + 128)
+        model = build(name, max(*arguments.contexts, *arguments.prompts) + 128, arguments.cache_rows)
         fp8 = arguments.weights != "bfloat16" and isinstance(model, MLRAForCausalLM)
         if fp8:
             to_fp8(model, WEIGHTS[arguments.weights])

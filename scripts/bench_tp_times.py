@@ -114,10 +114,13 @@ def measure_attention(
 
     def kernels():
         for layer in cache.layers:
+            c, k_rope, scales = layer.format.views(layer.rows[:, 0], latents)
             latent_attention(
                 q_latent,
                 q_rope,
-                *layer.format.views(layer.rows[:, 0], latents),
+                c,
+                k_rope,
+                scales=scales,
                 kv_end=in_use,
                 scaling=config.score_scaling,
                 implementation=config.decode_implementation,

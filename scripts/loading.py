@@ -25,6 +25,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
 
 import modeling_mlra  # noqa: F401  registers the model with the Auto classes, so that no remote code has to be trusted
+from modeling_mlra.step_maps_mlra import has_scales
 from scripts import cli
 from scripts.cli import UserError, blame, check_model_folder, first_line, indexed_files, read_json
 
@@ -116,6 +117,11 @@ def load_model(folder: Path, published: bool = False, **kwargs: Any) -> PreTrain
     finally:
         logging.set_verbosity(verbosity)
     refuse_misfit(folder, report)
+    stored = getattr(config, "quantization_config", None) or {}
+    if isinstance(kwargs["dtype"], torch.dtype) and "fp8" in str(stored) and not any(map(has_scales, model.modules())):
+        # transformers before 5.24, where it widens FP8 weights, leaves the others in the dtype they are stored in
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(kwargs["dtype"])
     return model.eval()
 
 

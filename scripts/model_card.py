@@ -123,7 +123,7 @@ def render_card(
     with torch.device("meta"):
         parameters = MLRAForCausalLM(config).num_parameters()
     latents, branches = config.num_latent_heads, config.num_branches
-    row = RowFormat.of_config(config, dtype=torch.bfloat16)
+    row, fp8_row = (RowFormat.of_config(config, dtype=torch.bfloat16, row_format=name) for name in ("plain", "fp8"))
     expanded = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
     padded = config.vocab_size - (min(config.vocab_size, NUM_TOKENS) if tokens is None else tokens)
     roles = {name: getattr(config, f"{name}_token_id") for name in ("bos", "eos", "pad")}
@@ -159,10 +159,13 @@ def render_card(
         branches_words="one latent" if branches == 1 else f"{branches} latents, one per branch",
         scaling_note="" if config.latent_scaling else " This is the ablation without scaling of latents and outputs.",
         gate_note=" Head outputs pass a sigmoid gate." if config.attn_output_gate else "",
-        row=row.width,
+        row=row.numbers,
         cache_bytes=f"{config.num_hidden_layers * row.nbytes:,}",
+        fp8_bytes=f"{config.num_hidden_layers * fp8_row.nbytes:,}",
         expanded_bytes=f"{config.num_hidden_layers * expanded * row.dtype.itemsize:,}",
-        **{f"row_tp{devices}": RowFormat.of_config(config, -(-latents // devices)).width for devices in (1, 2, 4, 8)},
+        **{
+            f"row_tp{devices}": RowFormat.of_config(config, -(-latents // devices)).numbers for devices in (1, 2, 4, 8)
+        },
         published=published_section(name) if name else "",
         token_roles=token_roles,
         suppressed=f"{padded} embedding rows have no token; `generation_config.json` keeps them from being chosen."

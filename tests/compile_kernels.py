@@ -43,6 +43,7 @@ from modeling_mlra import (
 )
 from modeling_mlra.decode_arguments_mlra import DecodeInputs
 from modeling_mlra.device_mlra import DeviceFacts
+from modeling_mlra.rows_mlra import RowFormat
 
 META = torch.device("meta")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -233,17 +234,19 @@ def empty(*shape, dtype=torch.bfloat16):
 
 def attend(
     batch: int, length: int, latents: int, heads: int, masked=False, page_size=0, cached=4096, dtype=torch.bfloat16,
-    groups=1, width=128,
+    groups=1, width=128, eight_bits=False,
 ) -> None:  # fmt: skip
     """Decode attention of `length` queries of `heads` heads to a latent."""
     key_mask = empty(batch, cached, dtype=torch.bool) if masked else None
-    rows = empty(*(() if page_size else (batch,)), cached, latents * width + 64, dtype=dtype)
+    row_format = RowFormat(latents * width, 64, dtype, latents if eight_bits else 0)
+    rows = empty(*(() if page_size else (batch,)), cached, row_format.width, dtype=row_format.element)
+    c, k_rope, scales = row_format.views(rows, latents)
     inputs = DecodeInputs(
         q_latent=empty(batch, length, latents, heads, width, dtype=dtype),
         q_rope=empty(batch, length, groups, heads, 64, dtype=dtype),
-        latents=rows[..., :-64].unflatten(-1, (latents, width)), k_rope=rows[..., -64:],
-        kv_end=empty(batch, dtype=torch.int32), kv_start=empty(batch, dtype=torch.int32) if masked else None,
-        key_mask=key_mask, block_table=empty(batch, 64, dtype=torch.int32) if page_size else None,
+        latents=c, k_rope=k_rope, scales=scales, kv_end=empty(batch, dtype=torch.int32),
+        kv_start=empty(batch, dtype=torch.int32) if masked and not page_size else None,  # pages start with a sequence
+        key_mask=key_mask, block_table=empty(batch, cached // page_size, dtype=torch.int32) if page_size else None,
         page_size=page_size, scaling=0.1,
     )  # fmt: skip
     decode_triton_mlra.triton_latent_attention(inputs)
@@ -260,8 +263,9 @@ def step(num_sequences: int, dtype=torch.bfloat16, fp8=False, **settings) -> Non
         model = MLRAForCausalLM(config).to(dtype)
     if fp8:
         replace_with_fp8_linear(model, ["lm_head"], FineGrainedFP8Config())
-    rows = empty(num_sequences, 1, 4096, config.kv_lora_rank + 64, dtype=dtype)
-    cache = Holder(layers=[Holder(rows=rows)])
+    row_format = RowFormat.of_config(config, dtype=dtype)
+    rows = empty(num_sequences, 1, 4096, row_format.width, dtype=row_format.element)
+    cache = Holder(layers=[Holder(rows=rows, format=row_format)])
     run = step_mlra.FusedStep(model, cache, empty(1 + 2 * num_sequences, dtype=torch.int32))
     tokens = empty(num_sequences, dtype=torch.long)
     choice = tokens, tokens, 0, empty(2, dtype=torch.long), empty(num_sequences, 9, dtype=torch.long), tokens
@@ -287,6 +291,7 @@ CALLS = {"bf16": ("1", "16, masked", "3, paged"), "fp16": ("1",), "fp32": ("1", 
 STEPS = {
     "mlra_4": {},
     "mlra_4, gated": {"attn_output_gate": True},
+    "mlra_4, FP8 rows": {"cache_row_format": "fp8"},
     "mlra_2": {"num_branches": 2},
     "gla_4": {"num_branches": 1},
     "gla_2": {"num_branches": 1, "num_latent_heads": 2},
@@ -298,13 +303,14 @@ SPILLS_MORE = {("gfx1100", "decode_kernel"), ("gfx1201", "decode_kernel")}
 """The factors of a product of 256 or 512 columns, or of float32, alone take more registers than these GPUs have."""
 
 
-def attend_released(compiler: Compiler, shape: str, call: str, dtype: str) -> None:
+def attend_released(compiler: Compiler, shape: str, call: str, dtype: str, eight_bits: bool = False) -> None:
     """Decode attention of a released shape; `call` is how many queries, and of what kind."""
     latents, groups, heads, width = SHAPES[shape]
     length, masked = int(call.partition(",")[0]), "masked" in call
     batch, page_size = {1: 1, 3: 32, 16: 2}[length], 16 if "paged" in call else 0
-    compiler.what = f"{shape}, {call}, {dtype}"
+    compiler.what = f"{shape}, {call}, {dtype}{', FP8 rows' if eight_bits else ''}"
     options = {"masked": masked, "page_size": page_size, "dtype": DTYPES[dtype], "groups": groups, "width": width}
+    options["eight_bits"] = eight_bits
     attend(batch, length, latents, heads, **options)
 
 
@@ -320,6 +326,8 @@ def compile_all(name: str) -> list[str]:
             for call in calls:
                 for shape in SHAPES:
                     attend_released(compiler, shape, call, dtype)
+                    if dtype == "bf16":
+                        attend_released(compiler, shape, call, dtype, eight_bits=True)
         for sequences in (1, 2, 16):
             for shape in STEPS:
                 step_released(compiler, shape, sequences)
@@ -338,13 +346,23 @@ def compile_sample(name: str) -> list[str]:
             attend(batch=1, length=1, latents=4, heads=24, cached=2**20)
             attend(batch=3, length=4, latents=4, heads=8, masked=True, cached=2**20)
             attend(batch=3, length=1, latents=4, heads=24, page_size=32)
+            compiler.what = "sample, pages"
+            attend(batch=3, length=1, latents=4, heads=24, page_size=64)
+            attend(batch=1, length=1, latents=4, heads=24, page_size=64, cached=2**20)
+            attend(batch=3, length=4, latents=4, heads=24, page_size=64, masked=True)
+            attend(batch=3, length=4, latents=4, heads=24, page_size=128)
+            attend(batch=1, length=1, latents=1, heads=64, eight_bits=True)
             for sequences in (1, 2, 16):
                 step_released(compiler, "mlra_4, gated", sequences)
             compiler.only = "register_linear_kernel"
             step_released(compiler, "mlra_4", 1, fp8=True)
+            compiler.only = "absorb_kernel"
+            step_released(compiler, "mlra_4, FP8 rows", 1)
             compiler.only = None
         for shape, call, dtype in SAMPLE.get(name, ()):
             attend_released(compiler, shape, call, dtype)
+        if name in ("sm_80", "gfx942"):
+            attend_released(compiler, "mlra_4 on 4 ranks", "1", "bf16", eight_bits=True)
         if name == "gfx90a":
             step_released(compiler, "mlra_4", 1)
         if name == "sm_80":

@@ -44,6 +44,24 @@ def inputs(batch, length, num_latents, groups, heads, width, rope, rows, dtype=t
     return (*queries, latents, cache[..., num_latents * width :]), torch.tensor(ends, dtype=torch.int32)
 
 
+def in_pages(arguments, kv_end, page_size):
+    """The same rows in shuffled pages of one pool, NaN wherever no row in use lies: the arguments, and the options
+    that say where. The table ends with the longest sequence and holds -1 where a sequence has no page."""
+    q_latent, q_rope, latents, k_rope = arguments
+    batch, _, num_latents, width = latents.shape
+    blocks = -(-int(kv_end.max()) // page_size)
+    order = torch.randperm(batch * blocks + 3, generator=torch.Generator().manual_seed(2))[: batch * blocks]
+    table = order.view(batch, blocks).to(torch.int32)
+    cache = torch.cat([latents.flatten(2), k_rope], dim=-1)
+    pool = torch.full(((batch * blocks + 3) * page_size, cache.shape[-1]), float("nan"), dtype=cache.dtype)
+    for b, end in enumerate(kv_end.tolist()):
+        positions = torch.arange(end)
+        pool[table[b, positions // page_size].long() * page_size + positions % page_size] = cache[b, :end]
+        table[b, -(-end // page_size) :] = -1
+    paged = pool[:, : num_latents * width].unflatten(-1, (num_latents, width)), pool[:, num_latents * width :]
+    return (q_latent, q_rope, *paged), {"block_table": table, "page_size": page_size}
+
+
 def ratio(result, reference):
     """RMS of the difference over RMS of the reference; NaN fails every comparison."""
     return ((result.double().cpu() - reference).norm() / reference.norm()).item()

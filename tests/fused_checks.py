@@ -21,7 +21,7 @@ def decode_two_tokens(model, fused: bool, batch: int = 2, stand_in=None) -> dict
     prompt = {"attention_mask": mask[:, :7], "position_ids": positions[:, :7]}
     (stand_in or model)(ids[:, :7], cache=cache, **prompt)
     for layer in cache.layers:
-        layer.rows[:, :, 7:] = torch.nan
+        layer.rows[:, :, 7:].view(torch.uint8).fill_(255)  # NaN in every dtype
     key_mask = torch.nn.functional.pad(mask, (0, 11), value=1).bool()
     counters = torch.tensor([7, *positions[:, 7].tolist(), *[8] * batch], dtype=torch.int32, device=model.device)
     step = FusedStep(model, cache, counters, key_mask.int().argmax(-1).int(), key_mask) if fused else None
@@ -49,7 +49,7 @@ def verify_together(variant: str, device: str, batch: int, tokens_each: int, **o
         cache = MLRACache(model.config, max_cache_len=20)
         model(ids[:, :7], attention_mask=mask[:, :7], position_ids=positions[:, :7], cache=cache)
         for layer in cache.layers:
-            layer.rows[:, :, 7:] = torch.nan
+            layer.rows[:, :, 7:].view(torch.uint8).fill_(255)  # NaN in every dtype
         if fused:
             key_mask = torch.nn.functional.pad(mask, (0, 13 - tokens_each), value=1).bool()
             counters = [7, *positions[:, 7:].flatten().tolist(), *[7 + tokens_each] * batch]

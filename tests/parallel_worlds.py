@@ -138,8 +138,8 @@ def examine_fused_step(model: MLRAForCausalLM, expected: torch.Tensor) -> dict:
 def measure_cache(model: MLRAForCausalLM) -> dict:
     ids, _, _ = batch()
     sizes = {}
-    for kind, length in (("dynamic", None), ("static", 16)):
-        cache = MLRACache(model.config, max_cache_len=length)
+    for kind, length, row_format in (("dynamic", None, "plain"), ("static", 16, "plain"), ("fp8", 16, "fp8")):
+        cache = MLRACache(model.config, max_cache_len=length, row_format=row_format)
         with torch.no_grad():
             model(ids, cache=cache)
         storage = sum(layer.rows.untyped_storage().nbytes() for layer in cache.layers)

@@ -118,19 +118,25 @@ def test_a_run_in_other_hands_is_left_to_them(data, tmp_path):
         assert list(results_of(output)) == ["mlra_4_seed1"]
 
 
+def names_of_runs(monkeypatch) -> list[str]:
+    """A list that the runs' names come into, instead of training."""
+    names: list[str] = []
+
+    def train_nothing(recipe, **_):
+        names.append(Path(recipe.training["output_dir"]).name)
+        return dict.fromkeys(comparison_runs.KEPT, 0) | {"finished": True, "seconds": 0, "heldout": {"a": {"loss": 0}}}
+
+    monkeypatch.setattr(comparison_runs, "train_recipe", train_nothing)
+    monkeypatch.setattr(comparison_runs, "heldout_documents", lambda recipe: {})
+    return names
+
+
 def test_a_seed_is_finished_before_the_next(data, tmp_path, monkeypatch):
     """Of all architectures, in the order of the configuration, less what is done."""
     config = comparison(data, tmp_path / "comparison")
     content = json.loads(config.read_text())
     write(config, content | {"architectures": {"b": {}, "a": {"num_branches": 1}, "c": {}}, "seeds": [1, 0]})
-    taken: list[str] = []
-
-    def train_nothing(recipe, **_):
-        taken.append(Path(recipe.training["output_dir"]).name)
-        return dict.fromkeys(comparison_runs.KEPT, 0) | {"finished": True, "seconds": 0, "heldout": {"a": {"loss": 0}}}
-
-    monkeypatch.setattr(comparison_runs, "train_recipe", train_nothing)
-    monkeypatch.setattr(comparison_runs, "heldout_documents", lambda recipe: {})
+    taken = names_of_runs(monkeypatch)
     monkeypatch.setattr(comparison_runs, "matmul_rate", lambda device: 1.0)
     monkeypatch.setattr(compare_architectures, "report", lambda *_: None)
     for expected in (["b_seed1", "a_seed1", "c_seed1", "b_seed0", "a_seed0", "c_seed0"], []):
@@ -152,14 +158,7 @@ def test_seeds_of_an_architecture_are_compiled_once(data, tmp_path):
 
 
 def test_graphs_are_forgotten_between_architectures_only(data, tmp_path, monkeypatch):
-    order: list[str] = []
-
-    def train_nothing(recipe, **_):
-        order.append(Path(recipe.training["output_dir"]).name)
-        return dict.fromkeys(comparison_runs.KEPT, 0) | {"finished": True, "seconds": 0, "heldout": {"a": {"loss": 0}}}
-
-    monkeypatch.setattr(comparison_runs, "train_recipe", train_nothing)
-    monkeypatch.setattr(comparison_runs, "heldout_documents", lambda recipe: {})
+    order = names_of_runs(monkeypatch)
     monkeypatch.setattr(torch.compiler, "reset", lambda: order.append("reset"))
     recipes = {name: recipe(data, tmp_path / name) for name in ("a_seed0", "a_seed1", "b_seed0", "b_seed1")}
     comparison_runs.work(recipes, {}, {"b_seed0"}, None)

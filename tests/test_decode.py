@@ -12,7 +12,7 @@ from modeling_mlra.decode_mlra import decode_calls, latent_attention
 from modeling_mlra.decode_plans_mlra import DecodePlan
 from modeling_mlra.decode_reference_mlra import reference_latent_attention
 from tests import tolerances
-from tests.decode_inputs import DEVICE, FP32_RATIO, inputs, oracle, ratio, run
+from tests.decode_inputs import DEVICE, FP32_RATIO, in_pages, inputs, oracle, ratio, run
 
 pytest.importorskip("triton")
 
@@ -86,17 +86,8 @@ def test_half_precision(dtype, implementation):
 @pytest.mark.parametrize("page_size", [1, 7, 16])
 def test_paged_rows(page_size, implementation, poisoned):
     arguments, kv_end = inputs(2, 2, 4, 1, 3, 16, 16, 42, ends=[42, 9])
-    q_latent, q_rope, latents, k_rope = arguments
-    blocks = -(-42 // page_size)
-    order = torch.randperm(2 * blocks + 3, generator=torch.Generator().manual_seed(2))[: 2 * blocks].view(2, blocks)
-    pool = torch.full(((2 * blocks + 3) * page_size, 4 * 16 + 16), float("nan"))
-    for b in range(2):
-        for j in range(int(kv_end[b])):
-            row = order[b, j // page_size] * page_size + j % page_size
-            pool[row] = torch.cat([latents[b, j].flatten(), k_rope[b, j]])
-    paged = q_latent, q_rope, pool[:, :64].unflatten(-1, (4, 16)), pool[:, 64:]
-    table = order.to(torch.int32)
-    result = run(paged, kv_end, implementation, scaling=0.2, block_table=table, page_size=page_size)
+    paged, options = in_pages(arguments, kv_end, page_size)
+    result = run(paged, kv_end, implementation, scaling=0.2, **options)
     assert ratio(result, oracle(*arguments, kv_end, scaling=0.2)) < FP32_RATIO
 
 

@@ -20,7 +20,7 @@ from modeling_mlra import MLRAConfig, MLRAForCausalLM
 from scripts.cli import UserError
 from tests.paths import GOLDEN, REPOSITORY
 from tests.token_files import expect_error, mkdir, random_tokens, write_tokens
-from tests.tolerances import LOSS_ATOL
+from tests.tolerances import FP8_LOSS_RTOL, LOSS_ATOL
 
 PERPLEXITY_RTOL = 1e-5
 
@@ -140,6 +140,17 @@ def test_two_processes_give_the_same(tmp_path, converted):
     assert two["loss"] == pytest.approx(alone["loss"], rel=1e-9)
 
 
+def test_predicting_from_cached_rows(tmp_path, converted, monkeypatch):
+    """Plain rows give the loss of a full forward, in chunks shorter than a block too; rows of eight bits almost."""
+    monkeypatch.setattr(perplexity, "CHUNK", 20)
+    path, losses = write_tokens(tmp_path / "some.bin", random_tokens(700)), []
+    for flags in ((), ("--cache-rows", "plain"), ("--cache-rows", "fp8")):
+        losses.append(measured(tmp_path, converted("mlra_4"), path, "--block-size", 50, *flags)["some"]["loss"])
+    full, plain, fp8 = losses
+    assert plain == pytest.approx(full, rel=PERPLEXITY_RTOL)
+    assert PERPLEXITY_RTOL * full < abs(fp8 - full) < FP8_LOSS_RTOL * full
+
+
 # ---- results files and tables --------------------------------------------------------------------------------------
 
 
@@ -152,11 +163,11 @@ def test_interrupted_runs_go_on_after_the_last_finished_corpus(tmp_path, convert
     evaluated = []
     total_loss = perplexity.total_loss
 
-    def interrupted(*args):
+    def interrupted(*args, **options):
         if len(evaluated) == 2:
             raise KeyboardInterrupt
         evaluated.append(args[-1])
-        return total_loss(*args)
+        return total_loss(*args, **options)
 
     monkeypatch.setattr(perplexity, "total_loss", interrupted)
     assert perplexity.main(command) == 130

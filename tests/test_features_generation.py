@@ -22,6 +22,7 @@ from modeling_mlra import MLRACache, MLRAConfig, modeling_mlra
 from modeling_mlra.decode_mlra import decode_calls
 from modeling_mlra.library_mlra import CACHE, cache_of
 from modeling_mlra.paged_mlra import exchange_by_table, update_paged
+from tests.compiling import compiled_generate, recording_backend
 from tests.models import VARIANTS, random_ids, tiny_model
 
 NEW_TOKENS = 10
@@ -200,18 +201,8 @@ def test_compiled_decoding_with_a_static_cache():
     model = tiny_model("mlra_2", attn_output_gate=True)
     ids = random_ids(2, 6)
     expected = greedy(model, ids)
-    torch._dynamo.reset()
-    graphs = []
-
-    def backend(graph, inputs, **options):
-        graphs.append(graph)
-        return graph
-
-    compile_config = CompileConfig(fullgraph=True, dynamic=False, backend=backend)
-    compile_config._compile_all_devices = True
-    tokens = model.generate(
-        ids, max_new_tokens=NEW_TOKENS, do_sample=False, cache_implementation="static", compile_config=compile_config
-    )
+    backend, graphs = recording_backend()
+    tokens = compiled_generate(model, ids, backend, max_new_tokens=NEW_TOKENS, do_sample=False)
     assert torch.equal(tokens[:, 6:], expected)
     assert len(graphs) == 1
 
@@ -282,7 +273,7 @@ def test_paged_cache_costs_one_row_per_token():
 def test_rows_by_block_table():
     """Decoding by block table: each newest row lands in its page, and every request reads its own rows in order."""
     heads, head_dim, page_size, width = 2, 2, 2, (5, 2)
-    config = SimpleNamespace(num_key_value_heads=heads, head_dim=head_dim)
+    config = SimpleNamespace(num_key_value_heads=heads, head_dim=head_dim, cache_row_format="plain")
     generator = torch.Generator().manual_seed(0)
     pool = torch.randn(2, 7, page_size, heads, head_dim, generator=generator)
     untouched = pool.clone()

@@ -14,6 +14,7 @@ from modeling_mlra.step_maps_mlra import ScaledWeight, format_of, weight_of
 from modeling_mlra.step_mlra import obstacle
 from scripts import export
 from scripts.fp8 import linear_names
+from scripts.loading import load_model
 from tests.fused_checks import compare
 from tests.models import random_ids, rms_ratio, tiny_model
 from tests.quantized import as_on_a_gpu, exact, fp8_copy, scaled_weight
@@ -66,7 +67,8 @@ def test_exported_folder(plain, folder, on_a_gpu, tmp_path):
 
 
 def test_exported_folder_without_a_gpu(plain, folder):
-    """The library gives the layers the numbers that the weights stand for, in 16 bits."""
+    """The library gives the layers the numbers that the weights stand for, in 16 bits or, where asked, in 32."""
+    assert {parameter.dtype for parameter in load_model(folder, dtype=torch.float32).parameters()} == {torch.float32}
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     for name in linear_names(plain):
         weight = plain.get_submodule(name).weight
@@ -83,20 +85,22 @@ def test_a_quantised_folder_is_not_exported_again(folder, tmp_path, capsys):
     assert json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"] == "fp8"
 
 
-def test_quantised_while_loading(plain, on_a_gpu, tmp_path):
-    """The library keeps weights that its blocks do not divide in 16 bits; the step takes them side by side."""
-    plain.save_pretrained(tmp_path)
-    kept = ["lm_head", "q_b_proj"]
-    settings = FineGrainedFP8Config(modules_to_not_convert=kept)
+def test_quantised_while_loading(on_a_gpu, tmp_path):
+    """By blocks that divide the weights, but for some layers: the step takes both side by side."""
+    tiny_model(dtype=torch.bfloat16, **SIZES | {"intermediate_size": 128}).save_pretrained(tmp_path)
+    settings = FineGrainedFP8Config(modules_to_not_convert=["lm_head", "q_b_proj", "k_rope_proj", "o_proj"])
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings)
     attention, mlp = model.model.layers[1].self_attn, model.model.layers[1].mlp
     assert obstacle(model, 1) is None
     assert is_plain(model)
     assert type(attention.q_b_proj) is nn.Linear
     assert format_of(weight_of(attention.q_a_proj)) == (torch.float8_e4m3fn, (128, 128))
-    for layer in (attention.k_rope_proj, mlp.gate_proj, mlp.down_proj):
-        assert type(layer) is FP8Linear
-        assert format_of(weight_of(layer)) == (torch.bfloat16, (0, 0))
+    assert format_of(weight_of(mlp.down_proj)) == (torch.float8_e4m3fn, (128, 128))
+    # What newer versions make of weights that their blocks do not divide
+    mlp.down_proj.weight = nn.Parameter(torch.zeros(256, 128, dtype=torch.bfloat16))
+    assert format_of(weight_of(mlp.down_proj)) == (torch.bfloat16, (0, 0))
+    assert obstacle(model, 1) is None
+    assert is_plain(model)
 
 
 class RowScaled(torch.Tensor):

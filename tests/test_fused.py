@@ -150,6 +150,7 @@ def test_choice_of_the_next_token(end_tokens, monkeypatch):
     model = tiny_model("mlra_4").to(DEVICE)
     counters = torch.tensor([7, 3, 7, 7, 6, 8, 8, 8, 8], dtype=torch.int32, device=DEVICE)
     cache = MLRACache(model.config, max_cache_len=20)
+    model(torch.ones(4, 7, dtype=torch.long, device=DEVICE), cache=cache)
     step = step_mlra.FusedStep(model, cache, counters.clone())
     logits = torch.randn(4, 40_000, generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
     logits[0, [5, 17_000, 39_999]] = 50.0

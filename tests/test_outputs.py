@@ -111,11 +111,11 @@ def test_a_second_evaluation_is_refused_and_the_first_loses_nothing(monkeypatch,
     flags = ["--model", str(DEMO), "--block-size", "512", "--max-tokens", "512", "--output", str(output), "--data"]
     total_loss, codes = perplexity.total_loss, []
 
-    def and_another(*arguments):
+    def and_another(*arguments, **options):
         if not codes:
             codes.append(None)
             codes.append(perplexity.main([*flags, str(tmp_path / "other.bin")]))
-        return total_loss(*arguments)
+        return total_loss(*arguments, **options)
 
     monkeypatch.setattr(perplexity, "total_loss", and_another)
     assert perplexity.main([*flags, str(HELDOUT)]) == 0

@@ -33,7 +33,8 @@ def test_a_cache_holds_rows_of_the_format(static):
 def test_parts_are_views_that_leave_out_padding():
     rows = torch.arange(2 * 3 * 12.0).view(2, 3, 12)
     row_format = RowFormat(6, 4, torch.float32)
-    latents, k_rope = row_format.views(rows, 2)
+    latents, k_rope, scales = row_format.views(rows, 2)
+    assert scales is None
     assert latents[1, 2].tolist() == [[60, 61, 62], [63, 64, 65]] and k_rope[1, 2].tolist() == [66, 67, 68, 69]
     rows[1, 2, 4] = -1
     assert latents[1, 2, 1, 1] == -1
@@ -43,7 +44,7 @@ def test_parts_are_views_that_leave_out_padding():
 
 def test_one_latent_beside_its_key_is_one_row():
     rows = torch.randn(2, 5, 192)
-    latents, k_rope = RowFormat(128, 64, rows.dtype).views(rows, 1)
+    latents, k_rope, _ = RowFormat(128, 64, rows.dtype).views(rows, 1)
     assert is_one_row(latents, k_rope)
     keys, values = as_one_row(latents, k_rope)
     assert torch.equal(keys[:, :, 0], rows) and torch.equal(values, latents)
@@ -51,4 +52,4 @@ def test_one_latent_beside_its_key_is_one_row():
     assert not is_one_row(latents, k_rope.clone())
     wide = torch.randn(2, 5, 256)
     assert not is_one_row(wide[..., None, :128], wide[..., 192:]), "a gap between them"
-    assert not is_one_row(*RowFormat(128, 64, rows.dtype).views(rows, 2))
+    assert not is_one_row(*RowFormat(128, 64, rows.dtype).views(rows, 2)[:2])

@@ -197,11 +197,14 @@ def test_cache_bytes_per_rank(measured, size, variant, gated):
     width = CACHE_WIDTHS[variant][int(math.log2(size))]
     latents = round((width - 0.5) * 128) * config.kv_lora_rank // 512  # the table without its RoPE half width
     per_token = config.num_hidden_layers * (latents + config.qk_rope_head_dim) * 4
+    in_eight_bits = latents + 4 * config.qk_rope_head_dim + 4 * latents // config.latent_head_dim
     for rank in measured(size)[0]:
         cache = rank[name_of(variant, gated)]["cache"]
         assert cache["dynamic"]["per_token"] == cache["static"]["per_token"] == per_token
         assert cache["static"]["nbytes"] == cache["static"]["storage"] == 2 * 16 * per_token
         assert cache["dynamic"]["nbytes"] == cache["dynamic"]["storage"]
+        assert cache["fp8"]["per_token"] == config.num_hidden_layers * in_eight_bits
+        assert cache["fp8"]["nbytes"] == cache["fp8"]["storage"] == 2 * 16 * cache["fp8"]["per_token"]
 
 
 @every_model

@@ -21,6 +21,15 @@ KERNEL_BF16_RATIO = 5e-3
 QUANTIZED_CACHE_RATIO = 0.2
 """4-bit cache against the exact one, RMS ratio of logits."""
 
+FP8_ROWS_RATIO = 0.1
+"""Latents cached in eight bits against exact ones, RMS ratio of a small random model's logits."""
+
+FP8_LOSS_RTOL = 1e-2
+"""Latents cached in eight bits against exact ones, mean loss of a small random model, relative."""
+
+FP8_FUSED_RATIO = 0.02
+"""float32, latents in eight bits: the fused step against the modules, a few of whose numbers round the other way."""
+
 FUSED_FLOAT32_RATIO = 1e-5
 """float32: the fused decoding step against the modules, RMS ratio."""
 

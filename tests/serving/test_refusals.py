@@ -32,13 +32,14 @@ def refusal(vllm_config) -> str:
 
 
 def test_engine_with_fp8_cache(folder, start):
-    with pytest.raises(ValueError, match="kv_cache_dtype='fp8' is not supported for MLRA: give one of"):
-        start(folder, kv_cache_dtype="fp8")
+    with pytest.raises(ValueError, match="kv_cache_dtype='fp8_e5m2' is not supported for MLRA: give one of"):
+        start(folder, kv_cache_dtype="fp8_e5m2")
 
 
 def test_plain_settings_pass(settings):
     check_supported(settings())
-    check_supported(settings(kv_cache_dtype="bfloat16"))
+    for name in ("bfloat16", "fp8"):
+        check_supported(settings(kv_cache_dtype=name))
     check_supported(settings(hf_overrides={"rope_parameters": {**ROPE, "rope_type": "linear"}}))
 
 
