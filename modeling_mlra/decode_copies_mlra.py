@@ -112,8 +112,8 @@ if gluon is not None:
                 mbarrier.expect(bar, NL * c_desc.block_type.nbytes + k_desc.block_type.nbytes + SCALES)
                 row = page * SHAPE.PAGE + j % SHAPE.PAGE if SHAPE.PAGE else b * place.S + j
                 bulk_load(k_desc, [row, 0], bar, buffers.k.index(stage))
-                if SHAPE.SCALED:
-                    bulk_load(s_desc, [row, place.latent], bar, buffers.scales.index(stage))
+                if SHAPE.SCALED:  # from a multiple of 16 bytes on, as copies have to begin
+                    bulk_load(s_desc, [row, place.latent // 4 * 4], bar, buffers.scales.index(stage))
                 arriving = buffers.c8 if SHAPE.SCALED else buffers.c
                 for k in gl.static_range(NL):
                     column = (place.latent + k) * SHAPE.R

@@ -11,17 +11,21 @@ if gluon is not None:
     from .device_gluon_mlra import barrier, fence_async_shared, mbarrier
 
     @gluon.jit
-    def _widen(buffers, stage, place, SHAPE: gl.constexpr, TILE: gl.constexpr):
-        """A tile from its bytes to where it is multiplied from, some rows at a time, as registers allow."""
+    def _widen(buffers, stage, place, latent, SHAPE: gl.constexpr, TILE: gl.constexpr):
+        """A tile from its bytes to where it is multiplied from, some rows at a time, as registers allow.
+
+        Scales of four latents came; those of the tile's first one are in column latent % 4."""
         LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16], [512 // SHAPE.R, SHAPE.R // 16], [4, 1], [1, 0])
         ROWS: gl.constexpr = 32
+        columns = gl.arange(0, 4, layout=gl.SliceLayout(0, LAYOUT))
+        four = buffers.scales.index(stage)
         for k in gl.static_range(TILE.NL):
-            scales = buffers.scales.index(stage).slice(k, 1, 1)
+            chosen = gl.expand_dims(columns == latent % 4 + k, 0)
             numbers = buffers.c8.index(stage * TILE.NL + k)
             wide = buffers.c.index(place * TILE.NL + k)
             for i in gl.static_range(TILE.BN // ROWS):
-                scale = scales.slice(i * ROWS, ROWS).load(LAYOUT)
-                part = numbers.slice(i * ROWS, ROWS).load(LAYOUT).to(gl.float32) * scale
+                scale = gl.sum(gl.where(chosen, four.slice(i * ROWS, ROWS).load(LAYOUT), 0.0), 1)
+                part = numbers.slice(i * ROWS, ROWS).load(LAYOUT).to(gl.float32) * gl.expand_dims(scale, 1)
                 wide.slice(i * ROWS, ROWS).store(part.to(wide.dtype))
 
     @gluon.jit
@@ -39,7 +43,7 @@ if gluon is not None:
                 if n >= TILE.WIDE:
                     before = n - TILE.WIDE
                     mbarrier.wait(buffers.empty.index(before % TILE.STAGES), (before // TILE.STAGES) & 1)
-                _widen(buffers, n % TILE.STAGES, n % TILE.WIDE, SHAPE, TILE)
+                _widen(buffers, n % TILE.STAGES, n % TILE.WIDE, place.latent, SHAPE, TILE)
                 fence_async_shared()  # what was read before its next copy, what was written before the products
                 barrier()
                 mbarrier.arrive(buffers.widened.index(n % TILE.WIDE), count=1)

@@ -98,6 +98,7 @@ class CopyEngine:
 
     def load(self, descriptor, place, bar, buffer):
         row, column = map(int, place)
+        assert column * descriptor.matrix.element_size() % 16 == 0, "a copy begins between multiples of 16 bytes"
         buffer.tensor.view(torch.uint8).fill_(255)
         with Barrier.changed:
             self.asked.append((descriptor, row, column, bar, buffer.tensor))
