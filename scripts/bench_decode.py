@@ -239,7 +239,8 @@ def paged(inputs: Inputs, page_size: int) -> list[Callable]:
         rows = torch.nn.functional.pad(inputs.rows[i], (0, 0, 0, blocks * page_size - size), value=math.nan)
         pool = torch.empty_like(rows).view(-1, page_size, elements)
         pool[order] = rows.view(-1, page_size, elements)
-        arguments = *inputs.latent(i)[:2], *row_format.views(pool.view(-1, elements), case.latents)
+        latents, k_rope, _ = row_format.views(pool.view(-1, elements), case.latents)
+        arguments = *inputs.latent(i)[:2], latents, k_rope
         pages = {"block_table": table, "page_size": page_size}
         options = {"kv_end": kv_end, "scaling": inputs.scaling, "implementation": "triton", "settled": True} | pages
         return lambda: latent_attention(*arguments, **options)
