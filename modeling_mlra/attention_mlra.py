@@ -207,12 +207,13 @@ def absorbed_attention(
     Returns:
         Head outputs `[B, T, G*H, V]` and, with an additive mask, attention weights `[B, L*H, T, S]`.
     """
-    batch, queries = q_nope.shape[:2]
+    batch, queries, num_heads, _ = q_nope.shape
     num_latents, rank = latents.shape[-2:]
     heads = kv_b_weight.shape[0] // (num_latents * (nope_dim + v_dim))
-    num_groups = q_nope.shape[2] // heads
+    num_groups = num_heads // heads
     branches = num_latents // num_groups
-    w_uk, w_uv = up_projections(kv_b_weight, num_latents, nope_dim, v_dim)
+    weight = kv_b_weight.view(num_latents * heads, nope_dim + v_dim, rank)
+    w_uk, w_uv = weight.split_with_sizes([nope_dim, v_dim], dim=1)  # [L*H, N, R], [L*H, V, R]
     q_nope = q_nope.view(batch, queries, num_groups, heads, -1)
     q_rope = q_rope.view(batch, queries, num_groups, heads, -1)
 
@@ -220,7 +221,7 @@ def absorbed_attention(
     if branches > 1:
         q_nope = q_nope.unsqueeze(3).expand(-1, -1, -1, branches, -1, -1)
     q_nope = q_nope.reshape(batch * queries, num_latents * heads, nope_dim).transpose(0, 1)
-    q_latent = torch.bmm(q_nope, w_uk.flatten(0, 1)).transpose(0, 1)
+    q_latent = torch.bmm(q_nope, w_uk).transpose(0, 1)
     q_latent = q_latent.reshape(batch, queries, num_latents, heads, rank)
 
     weights = None
@@ -251,5 +252,5 @@ def absorbed_attention(
         weights = weights.view(batch, num_latents * heads, queries, -1)
 
     z = z.reshape(batch * queries, num_latents * heads, rank).transpose(0, 1)
-    output = torch.bmm(z, w_uv.flatten(0, 1).transpose(1, 2)).transpose(0, 1)  # [B*T, L*H, V]
+    output = torch.bmm(z, w_uv.transpose(1, 2)).transpose(0, 1)  # [B*T, L*H, V]
     return branch_sum(output.reshape(batch, queries, num_latents, heads, v_dim), num_groups, alpha), weights

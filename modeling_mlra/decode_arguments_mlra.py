@@ -1,5 +1,7 @@
 """How the arguments of the decode kernels are grouped; the legend is in `decode_mlra`."""
 
+import functools
+import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +27,21 @@ class DecodeInputs(NamedTuple):
     def capacity(self) -> int:
         """Allocated rows of a sequence."""
         return self.latents.shape[1] if self.block_table is None else self.block_table.shape[1] * self.page_size
+
+    def layout(self) -> tuple:
+        """What decides how the call runs: calls of one layout differ in contents, scaling and addresses alone."""
+        q_latent, q_rope, latents, k_rope = self[:4]
+        others = [None if x is None else (x.dtype, x.shape, x.stride()) for x in (*self[4:8], self.scales)]
+        return (
+            self.page_size, self.settled, q_latent.device, q_latent.dtype, latents.dtype, k_rope.dtype,
+            q_latent.shape, q_latent.stride(), q_rope.shape, q_rope.stride(),
+            latents.shape, latents.stride(), k_rope.shape, k_rope.stride(), *others,
+        )  # fmt: skip
+
+    def on_16_bytes(self) -> bool:
+        """Whether all addresses are multiples of 16."""
+        addresses = [x.data_ptr() for x in (*self[:8], self.scales) if x is not None]
+        return not functools.reduce(operator.or_, addresses) % 16
 
 
 class Strides(NamedTuple):
@@ -154,7 +171,8 @@ class QueryRows(NamedTuple):
 
 class HopperTile(NamedTuple):
     """NL latents and BM query rows to a program, BN cached rows at a time in STAGES buffers, of which AHEAD are filled
-    before the queries are there; OVERLAP: a warpgroup also multiplies during its own softmax."""
+    before the queries are there; OVERLAP: a warpgroup also multiplies during its own softmax. Of latents in eight bits
+    WIDE tiles at a time are there in 16. HELD: queries are multiplied out of registers."""
 
     NL: Any
     BM: Any
@@ -162,6 +180,8 @@ class HopperTile(NamedTuple):
     STAGES: Any
     AHEAD: Any
     OVERLAP: Any
+    WIDE: Any = 0
+    HELD: Any = False
 
 
 class Place(NamedTuple):
@@ -204,7 +224,8 @@ class Stretch(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """Shared memory of queries, rotary queries, latents and rotary keys; which are full, which free to be filled."""
+    """Shared memory of queries, rotary queries, latents and rotary keys; which are full, which free to be filled. Of
+    latents in eight bits these too, with their scales, and which have been widened to `c`."""
 
     q: Any
     qr: Any
@@ -213,6 +234,16 @@ class Buffers(NamedTuple):
     full: Any
     empty: Any
     q_full: Any
+    c8: Any = None
+    scales: Any = None
+    widened: Any = None
+
+
+class OwnQueries(NamedTuple):
+    """Of a warpgroup: rotary queries and, where they are held in registers, those of the latent."""
+
+    rope: Any
+    latent: Any = None
 
 
 class Merge(NamedTuple):

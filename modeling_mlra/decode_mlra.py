@@ -255,7 +255,8 @@ def latent_attention(
         key_mask = torch.nn.functional.pad(key_mask, (0, num_rows - key_mask.shape[1]))
     given = q_latent.dtype
     computes = latents.dtype if scales is None else k_rope.dtype
-    q_latent, q_rope, k_rope = (x.to(computes) for x in (q_latent, q_rope, k_rope))
+    if not q_latent.dtype == q_rope.dtype == k_rope.dtype == computes:
+        q_latent, q_rope, k_rope = (x.to(computes) for x in (q_latent, q_rope, k_rope))
     name = choose_implementation(implementation, q_latent, q_rope, latents, k_rope, kv_start, key_mask)
     inputs = DecodeInputs(
         q_latent, q_rope, latents, k_rope, kv_end, kv_start, key_mask, block_table, page_size, scaling, settled,
@@ -284,19 +285,22 @@ def _check_scales(latents, scales) -> None:
 
 def _check_shapes(q_latent, q_rope, latents, k_rope, kv_end, block_table, page_size) -> None:
     batch, length, num_latents, heads, width = q_latent.shape
-    if tuple(latents.shape[-2:]) != (num_latents, width):
+    *rows, latents_kept, width_kept = latents.shape
+    *rope_rows, rope_width_kept = k_rope.shape
+    rope_batch, rope_length, groups, rope_heads, rope_width = q_rope.shape
+    if (latents_kept, width_kept) != (num_latents, width):
         raise ValueError(
             f"latents {tuple(latents.shape)} do not end in the [L, R] of q_latent {tuple(q_latent.shape)}"
         )
-    if q_rope.shape[:2] != (batch, length) or q_rope.shape[3] != heads or num_latents % q_rope.shape[2]:
+    if (rope_batch, rope_length, rope_heads) != (batch, length, heads) or num_latents % groups:
         raise ValueError(f"q_rope {tuple(q_rope.shape)} does not fit q_latent {tuple(q_latent.shape)}")
-    if k_rope.shape[-1] != q_rope.shape[-1] or k_rope.shape[:-1] != latents.shape[:-2]:
+    if rope_width_kept != rope_width or rope_rows != rows:
         raise ValueError(f"k_rope {tuple(k_rope.shape)} does not fit latents {tuple(latents.shape)}")
     if kv_end.shape != (batch,):
         raise ValueError(f"kv_end has shape {tuple(kv_end.shape)}, not ({batch},)")
-    if block_table is None and (latents.dim() != 4 or latents.shape[0] != batch):
+    if block_table is None and (len(rows) != 2 or rows[0] != batch):
         raise ValueError(f"latents {tuple(latents.shape)} are not [B={batch}, S, L, R]")
-    if block_table is not None and (latents.dim() != 3 or page_size < 1 or block_table.shape[0] != batch):
+    if block_table is not None and (len(rows) != 1 or page_size < 1 or block_table.shape[0] != batch):
         raise ValueError(
             f"paged rows need latents [rows, L, R], block_table [B, blocks] and page_size >= 1, not "
             f"{tuple(latents.shape)}, {tuple(block_table.shape)} and {page_size}"

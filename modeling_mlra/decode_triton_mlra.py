@@ -4,7 +4,7 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,11 +23,14 @@ from .decode_arguments_mlra import (
 from .decode_hopper_mlra import rows_kernel
 from .decode_plans_mlra import DecodePlan, deal_work, decode_plans, fits_hopper, reduction_plan
 from .device_gluon_mlra import TensorDescriptor, gl
-from .device_mlra import cannot_be_built, constants, device_facts, launch, launch_options, triton
+from .device_mlra import DeviceFacts, cannot_be_built, constants, device_facts, launch, launch_options, triton
 
 if triton is not None:
     from .decode_deal_mlra import combine_kernel
     from .decode_plain_mlra import decode_kernel
+
+
+MAX_LAYOUTS = 4096  # of inputs, whose launches are planned once
 
 
 class PartialResults(NamedTuple):
@@ -39,22 +42,28 @@ class PartialResults(NamedTuple):
         lse: float32 `[programs + B - 1, L, M]`, log2-sum-exp of the weights behind each.
         programs: number of shares at most.
         deal: constants of the division of work, for `parts_of`.
+        alike: equal for calls that differ in addresses, contents and scaling alone.
     """
 
     part: torch.Tensor
     lse: torch.Tensor
     programs: int
     deal: Deal
+    alike: object
 
 
+_OF_TORCH = {
+    torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float8_e4m3fn: "float8e4nv", torch.float32: "float32"
+}  # fmt: skip
 _fitting_plans: dict[tuple, int | Exception] = {}  # which of the plans for a kernel can be built, or why none
+_descriptors: dict[tuple, Any] = {}  # of no rows
 
 
 def triton_latent_attention(inputs: DecodeInputs, plan: DecodePlan | None = None) -> torch.Tensor:
     """Run both kernels, with a plan of one's own or the best that fits; results as of `latent_attention`."""
     inputs = _as_kernels_read_them(inputs)
     batch, length, num_latents, heads, width = inputs.q_latent.shape
-    out = torch.empty(inputs.q_latent.shape, dtype=inputs.q_latent.dtype, device=inputs.q_latent.device)
+    out = inputs.q_latent.new_empty(inputs.q_latent.shape)
     parts = partial_results(inputs, out, plan)
     if parts.programs > 1:
         early = device_facts(out.device).early
@@ -64,15 +73,19 @@ def triton_latent_attention(inputs: DecodeInputs, plan: DecodePlan | None = None
             Results(out, Strides(*out.stride()[:4]), parts.part, parts.lse),
             inputs.kv_end, inputs.kv_start,
             batch, length, parts.programs,
-            TILE=constants(tile), DEAL=constants(parts.deal), PDL=early, num_warps=num_warps, **launch_options(early),
+            alike=parts.alike, TILE=constants(tile), DEAL=constants(parts.deal), PDL=early, num_warps=num_warps,
+            **launch_options(early),
         )  # fmt: skip
     return out
 
 
 def _as_kernels_read_them(inputs: DecodeInputs) -> DecodeInputs:
     """Numbers of a row side by side, lengths in int32."""
-    kv_end = inputs.kv_end.to(torch.int32).contiguous()
-    kv_start = None if inputs.kv_start is None else inputs.kv_start.to(torch.int32).contiguous()
+    kv_end, kv_start = inputs.kv_end, inputs.kv_start
+    if kv_end.dtype != torch.int32 or not kv_end.is_contiguous():
+        kv_end = kv_end.to(torch.int32).contiguous()
+    if kv_start is not None and (kv_start.dtype != torch.int32 or not kv_start.is_contiguous()):
+        kv_start = kv_start.to(torch.int32).contiguous()
     tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in inputs[:4]]
     return DecodeInputs._make((*tensors, kv_end, kv_start, *inputs[6:]))
 
@@ -128,50 +141,92 @@ def partial_results(inputs: DecodeInputs, out: torch.Tensor | None, plan: Decode
     raise index
 
 
-def _launch(plan: DecodePlan, inputs: DecodeInputs, out: torch.Tensor | None) -> PartialResults:
-    q_latent, q_rope = inputs.q_latent, inputs.q_rope
-    batch, length, num_latents, heads, width = q_latent.shape
-    groups, rope_width = q_rope.shape[2:5:2]
-    device, rows, tile = q_latent.device, length * heads, plan.tile
-    facts = device_facts(device)
-    whole, out = int(out is not None), q_latent if out is None else out
+class LaunchPlan(NamedTuple):
+    """What launches of the decode kernel have in common where the layouts of their inputs are equal.
+
+    Attributes:
+        alike: by which `launch` knows them.
+        grid, options: of the launch.
+        results: shapes of `PartialResults`.
+        strides, rope_strides: of the queries.
+    """
+
+    alike: object
+    programs: int
+    deal: Deal
+    grid: tuple
+    options: dict
+    results: tuple[tuple[int, ...], tuple[int, ...]]
+    strides: Strides
+    rope_strides: Strides
+
+
+_launch_plans: dict[tuple, LaunchPlan] = {}
+
+
+def _launch_plan(plan: DecodePlan, inputs: DecodeInputs, gives_results: bool, facts: DeviceFacts) -> LaunchPlan:
+    """Planned once, since that takes longer than a launch: a token runs one for every layer."""
+    key = plan, gives_results, facts, inputs.layout()
+    known = _launch_plans.get(key)
+    if known is not None:
+        return known
+    batch, length, num_latents, heads, width = inputs.q_latent.shape
+    groups, rope_width = inputs.q_rope.shape[2:5:2]
+    rows, tile = length * heads, plan.tile
     lanes = (num_latents // tile.NL) * -(-rows // tile.BM)
     programs, deal = deal_work(
         batch, inputs.capacity, lanes, facts.multiprocessors * plan.programs_per_sm, plan.unit, plan.least_units,
         inputs.kv_start is not None,
     )  # fmt: skip
     slots = programs + batch - 1
-    part = torch.empty((slots, num_latents, rows, width), dtype=torch.float32, device=device)
-    part_lse = torch.empty((slots, num_latents, rows), dtype=torch.float32, device=device)
-    visible = _visible(inputs)
     page = 0 if inputs.block_table is None else inputs.page_size
     shape = DecodeShape(
-        num_latents, groups, heads, width, rope_width, HAS_MASK=visible.key_mask is not None, PAGE=page,
+        num_latents, groups, heads, width, rope_width, HAS_MASK=inputs.key_mask is not None, PAGE=page,
         CAUSAL=length > 1, SCALED=inputs.scales is not None,
     )  # fmt: skip
-    queries = DecodeQueries(q_latent, q_rope, Strides(*q_latent.stride()[:4]), Strides(*q_rope.stride()[:4]))
+    options = {"SHAPE": constants(shape), "TILE": constants(tile), "DEAL": constants(deal), "PDL": facts.early}
+    options |= {"num_warps": plan.num_warps} | launch_options(facts.early)
+    results = (slots, num_latents, rows, width), (slots, num_latents, rows)
+    strides = Strides(*inputs.q_latent.stride()[:4]), Strides(*inputs.q_rope.stride()[:4])
+    if len(_launch_plans) >= MAX_LAYOUTS:
+        _launch_plans.clear()
+    _launch_plans[key] = LaunchPlan(object(), programs, deal, (programs * lanes,), options, results, *strides)
+    return _launch_plans[key]
+
+
+def _launch(plan: DecodePlan, inputs: DecodeInputs, out: torch.Tensor | None) -> PartialResults:
+    q_latent, q_rope, device = inputs.q_latent, inputs.q_rope, inputs.q_latent.device
+    batch, length, num_latents, _, width = q_latent.shape
+    whole, out = int(out is not None), q_latent if out is None else out
+    known = _launch_plan(plan, inputs, bool(whole), device_facts(device))
+    alike = known.alike if inputs.on_16_bytes() else None
+    part, part_lse = (torch.empty(shape, dtype=torch.float32, device=device) for shape in known.results)
+    visible = _visible(inputs)
+    queries = DecodeQueries(q_latent, q_rope, known.strides, known.rope_strides)
     results = Results(out, Strides(*out.stride()[:4]), part, part_lse)
     scale_log2 = inputs.scaling * math.log2(math.e)
-    common = {"SHAPE": constants(shape), "TILE": constants(tile), "DEAL": constants(deal), "PDL": facts.early}
-    common |= {"num_warps": plan.num_warps} | launch_options(facts.early)
-    if isinstance(tile, DecodeTile):
+    if isinstance(plan.tile, DecodeTile):
         launch(
-            device, decode_kernel, (programs * lanes,),
+            device, decode_kernel, known.grid,
             queries, cached_of(inputs.latents, inputs.k_rope, inputs.scales, inputs.block_table), visible, results,
-            batch, length, programs, whole, scale_log2,
-            num_stages=plan.num_stages, **common,
+            batch, length, known.programs, whole, scale_log2,
+            num_stages=plan.num_stages, alike=alike, **known.options,
         )  # fmt: skip
     else:
-        c_desc = _rows_descriptor(inputs.latents, inputs.latents.stride(-3), num_latents * width, tile.BN, width)
-        k_desc = _rows_descriptor(inputs.k_rope, inputs.k_rope.stride(-2), rope_width, tile.BN, rope_width)
+        rows, rope_width = plan.tile.BN, q_rope.shape[-1]
+        c_desc = _rows_descriptor(inputs.latents, inputs.latents.stride(-3), num_latents * width, rows, width)
+        k_desc = _rows_descriptor(inputs.k_rope, inputs.k_rope.stride(-2), rope_width, rows, rope_width)
+        s_desc = None
+        if inputs.scales is not None:  # 16 bytes at a time, the fewest that are copied
+            s_desc = _rows_descriptor(inputs.scales, inputs.scales.stride(-2), num_latents, rows, 4)
         pages = Pages() if inputs.block_table is None else Pages(inputs.block_table, inputs.block_table.stride(0))
         launch(
-            device, rows_kernel, (programs * lanes,),
-            c_desc, k_desc, queries, visible, results, pages,
-            batch, length, programs, inputs.capacity, whole, scale_log2,
-            SETTLED=inputs.settled, **common,
+            device, rows_kernel, known.grid,
+            c_desc, k_desc, s_desc, queries, visible, results, pages,
+            batch, length, known.programs, inputs.capacity, whole, scale_log2,
+            SETTLED=inputs.settled, alike=alike, **known.options,
         )  # fmt: skip
-    return PartialResults(part, part_lse, programs, deal)
+    return PartialResults(part, part_lse, known.programs, known.deal, alike)
 
 
 def _visible(inputs: DecodeInputs) -> Visible:
@@ -198,12 +253,23 @@ def cached_of(
 
 
 def _rows_descriptor(tensor: torch.Tensor, stride: int, columns: int, block_rows: int, block_columns: int):
-    """A bulk-copy descriptor of cached rows, of all sequences or of a pool, as one matrix."""
-    block, layout = _tile_in_shared_memory(block_rows, block_columns, tensor.dtype)
-    return TensorDescriptor(tensor, [tensor.numel() // columns, columns], [stride, 1], block, layout)
+    """A bulk-copy descriptor of cached rows, of all sequences or of a pool, as one matrix. Those of one layout are
+    copies of the first, which triton checks for longer than a launch takes."""
+    rows = tensor.numel() // columns
+    key = tensor.dtype, rows, stride, columns, block_rows, block_columns
+    known = _descriptors.get(key)
+    if known is None:
+        block, layout = _tile_in_shared_memory(block_rows, block_columns, tensor.dtype)
+        known = TensorDescriptor(tensor, [rows, columns], [stride, 1], block, layout)
+        known.base = None
+        if len(_descriptors) >= MAX_LAYOUTS:
+            _descriptors.clear()
+        _descriptors[key] = known
+    descriptor = object.__new__(TensorDescriptor)  # `copy.copy` takes as long as making one
+    descriptor.__dict__.update(known.__dict__, base=tensor)
+    return descriptor
 
 
 @functools.lru_cache(maxsize=64)
 def _tile_in_shared_memory(rows: int, columns: int, dtype: torch.dtype):
-    of = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
-    return [rows, columns], gl.NVMMASharedLayout.get_default_for([rows, columns], of)
+    return [rows, columns], gl.NVMMASharedLayout.get_default_for([rows, columns], getattr(gl, _OF_TORCH[dtype]))

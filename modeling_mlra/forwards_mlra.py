@@ -1,7 +1,7 @@
 """Captured forwards for the library's own loops: beam search, prompt lookup, assisted generation, and an assistant.
 
 Within `captured_forwards`, a forward of a few new tokens over the loop's growing latent cache replays the fused step.
-Several tokens of a sequence are verified together, padded to a power of two: what stands behind them is of no
+Several tokens of a sequence are verified together, padded to one of a few numbers: what stands behind them is of no
 consequence, since nothing attends to it and the next tokens overwrite its rows.
 """
 
@@ -20,6 +20,9 @@ from .masks_mlra import MaskBuffers
 from .peer_memory_mlra import naming_lost_ranks
 from .step_mlra import MAX_SEQUENCES, FusedStep, obstacle
 
+# Tokens of a sequence that graphs are made for: each number compiles kernels of its own, for seconds, while up to 16
+# tokens wait for the same weights. Candidates come in every number, the fewer the nearer a call is to its end.
+TOKEN_CLASSES = 1, 4, 16, 32
 _active = threading.local()
 
 
@@ -99,8 +102,8 @@ class CapturedForwards:
 
 
 def size_class_of_tokens(tokens: int) -> int:
-    """The power of two that `tokens` of a sequence are padded to."""
-    return 1 << (tokens - 1).bit_length()
+    """How many `tokens` of a sequence are padded to; more than the largest class are left as they are."""
+    return next((size for size in TOKEN_CLASSES if size >= tokens), tokens)
 
 
 def suits(model: nn.Module, cache: Any, generation_config) -> bool:

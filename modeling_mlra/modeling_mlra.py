@@ -4,8 +4,6 @@ Prefill and training run the expanded form through the library's attention inter
 on the latent cache (`attention_mlra`). Both use the same parameters.
 """
 
-from contextlib import nullcontext
-
 import torch
 import transformers
 from torch import nn
@@ -91,7 +89,8 @@ class MLRALatentRMSNorm(nn.Module):
 
 def rms_norm(hidden_states: torch.Tensor, eps: float, weight: torch.Tensor | None = None) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) over the last dimension, times weight: in float32 or wider, returned in x's dtype."""
-    width, device_type = hidden_states.shape[-1:], hidden_states.device.type
+    device_type = hidden_states.device.type
+    width = hidden_states.shape[-1:] if weight is None else weight.shape
     if torch.is_autocast_enabled(device_type):  # would return float32
         with torch.autocast(device_type, enabled=False):
             return torch.rms_norm(hidden_states, width, weight, eps)
@@ -228,20 +227,23 @@ class MLRAAttention(nn.Module):
         k_rope: torch.Tensor,
         attention_mask: "torch.Tensor | CacheRows | None",
         absorbed: bool,
+        paged: bool,
         kwargs: dict,
     ) -> tuple[torch.Tensor, torch.Tensor, "torch.Tensor | CacheRows | None"]:
         """Store the new rows; all rows to read, `[B, S, L*R]` (as they are kept) and `[B, S, E]`, and what may be
         attended to of them."""
-        if is_paged(cache):  # continuous batching
+        if paged:  # continuous batching
             latents, k_rope, rows = update_paged(cache, latents, k_rope, self.layer_idx, self.config, kwargs)
             if rows is not None and rows.row_table is not None:
                 latents, k_rope = latents[0], k_rope[0]
             return latents, k_rope, attention_mask if rows is None else rows
         has_prefix = absorbed or not isinstance(past := cache.get_seq_length(self.layer_idx), int) or past > 0
-        # Kernels of other packages, as those of a quantized cache, are launched on the current device
-        starts_others = not (isinstance(cache, MLRACache) or torch.compiler.is_compiling())
-        with on_device(latents.device) if starts_others else nullcontext():
-            cached = cache.update(latents.unsqueeze(1), k_rope.unsqueeze(1), self.layer_idx)
+        new = latents.unsqueeze(1), k_rope.unsqueeze(1), self.layer_idx
+        if isinstance(cache, MLRACache) or torch.compiler.is_compiling():
+            cached = cache.update(*new)
+        else:  # kernels of other packages, as those of a quantized cache, are launched on the current device
+            with on_device(latents.device):
+                cached = cache.update(*new)
         if not has_prefix:
             return latents, k_rope, attention_mask
         latents, k_rope = cached[0].squeeze(1), cached[1].squeeze(1)
@@ -293,7 +295,7 @@ class MLRAAttention(nn.Module):
         q_latent, query, latents, k_rope = self.project(hidden_states, cos, sin, makes_query=not recomputes)
         mask, num_latents = attention_mask, latents.shape[-1] // self.latent_head_dim
         if cache is not None:
-            latents, k_rope, mask = self.read_cache(cache, latents, k_rope, mask, absorbed, kwargs)
+            latents, k_rope, mask = self.read_cache(cache, latents, k_rope, mask, absorbed, paged, kwargs)
         if paged and isinstance(mask, CacheRows):  # every request has one new token: [1, T, ...] becomes [T, 1, ...]
             assert query is not None
             absorbed, query = True, (query[0].transpose(0, 1), query[1].transpose(0, 1))

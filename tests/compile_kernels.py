@@ -31,6 +31,7 @@ from triton.compiler.compiler import make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.errors import OutOfResources
 
+from mlra_vllm.step import PagedStep, PagedTokens
 from modeling_mlra import (
     MLRAConfig,
     MLRAForCausalLM,
@@ -277,6 +278,19 @@ def step(num_sequences: int, dtype=torch.bfloat16, fp8=False, **settings) -> Non
     run.choose(*choice, scores_of=torch.Tensor.float)
 
 
+def step_over_pages(num_sequences: int, dtype=torch.bfloat16, **settings) -> None:
+    """The same of a layer whose rows lie in pages of 64."""
+    config = MLRAConfig(num_hidden_layers=1, **settings)
+    with torch.device("meta"):
+        model = MLRAForCausalLM(config).to(dtype)
+    row_format = RowFormat.of_config(config, dtype=dtype)
+    run = PagedStep(model, row_format, num_sequences)
+    numbers, table = empty(num_sequences, dtype=torch.long), empty(num_sequences, 2048, dtype=torch.int32)
+    tokens = PagedTokens(numbers, numbers, table[:, 0].contiguous(), table, 64)
+    pool = empty(2**20, row_format.width, dtype=row_format.element)
+    run(empty(num_sequences, config.hidden_size, dtype=dtype), [pool], tokens)
+
+
 def exchange(ranks: int, dtype=torch.bfloat16) -> None:
     """The sum over so many ranks of two vectors of a released width, and the logits of one."""
     inbox = empty(*step_exchange_mlra.inbox_shape(32 * 3072, ranks), dtype=torch.int64)
@@ -331,6 +345,14 @@ def step_released(compiler: Compiler, shape: str, sequences: int, dtype: str = "
     step(sequences, DTYPES[dtype], fp8, **STEPS[shape])
 
 
+def pages_released(compiler: Compiler, shape: str, sequences: int) -> None:
+    """Of a step over pages, the kernels that differ."""
+    compiler.what = f"{shape}, {sequences} sequences in pages"
+    for compiler.only in ("absorb_kernel", "rows_kernel", "decode_kernel"):
+        step_over_pages(sequences, **STEPS[shape])
+    compiler.only = None
+
+
 def exchange_released(compiler: Compiler, ranks: int, dtype: str = "bf16") -> None:
     compiler.what = f"{ranks} ranks, {dtype}"
     exchange(ranks, DTYPES[dtype])
@@ -348,6 +370,7 @@ def compile_all(name: str) -> list[str]:
         for sequences in (1, 2, 16):
             for shape in STEPS:
                 step_released(compiler, shape, sequences)
+                pages_released(compiler, shape, sequences)
             if compiler.facts.float8:
                 step_released(compiler, "mlra_4", sequences, fp8=True)
         for ranks in (2, 3, 4, 8) if compiler.facts.nvidia else ():
@@ -371,9 +394,15 @@ def compile_sample(name: str) -> list[str]:
             attend(batch=1, length=1, latents=4, heads=24, page_size=64, cached=2**20)
             attend(batch=3, length=4, latents=4, heads=24, page_size=64, masked=True)
             attend(batch=3, length=4, latents=4, heads=24, page_size=128)
+            compiler.what = "sample, eight bits"
             attend(batch=1, length=1, latents=1, heads=64, eight_bits=True)
+            attend(batch=1, length=1, latents=4, heads=24, cached=2**20, eight_bits=True)
+            attend(batch=3, length=4, latents=4, heads=24, page_size=64, masked=True, eight_bits=True)
+            attend(batch=3, length=1, latents=4, heads=24, page_size=32, eight_bits=True)
             for sequences in (1, 2, 16):
                 step_released(compiler, "mlra_4, gated", sequences)
+            for shape, sequences in (("mlra_4", 1), ("gla_2", 2), ("mla", 32), ("mlra_4, FP8 rows", 16)):
+                pages_released(compiler, shape, sequences)
             compiler.only = "register_linear_kernel"
             step_released(compiler, "mlra_4", 1, fp8=True)
             compiler.only = "absorb_kernel"

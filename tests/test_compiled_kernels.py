@@ -54,3 +54,9 @@ def test_kernels_compile_for_gpus_that_are_not_here(tmp_path):
     assert sum(" 8 bulk copies" in line for line in on_hopper) == 6, "gate and up, down, vocabulary; 1 and 2 sequences"
     assert sum("rows_kernel" in line and " 5 bulk copies" in line for line in on_hopper) == 3, "two latents"
     assert sum("rows_kernel" in line and "sample, pages" in line for line in on_hopper) == 4
+    in_pages = [line.split()[1:3] for line in on_hopper if "sequences in pages" in line]
+    assert sum(kernel == "absorb_kernel" for kernel, _ in in_pages) == 4 and ["rows_kernel", "mlra_4,"] in in_pages
+    eight_bits = [line for line in on_hopper if "sample, eight bits" in line]
+    copies = [line.count(f" {n} bulk copies") for line in eight_bits if "rows_kernel" in line for n in (3, 4)]
+    assert copies == [1, 0, 0, 1, 1, 0], "scales come too, and latents at a time where those of 16 bits take two"
+    assert sum("decode_kernel" in line for line in eight_bits) == 1

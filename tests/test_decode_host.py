@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from modeling_mlra import device_mlra
-from modeling_mlra.decode_arguments_mlra import Deal, Reduction
+from modeling_mlra import decode_triton_mlra, device_mlra
+from modeling_mlra.decode_arguments_mlra import Deal, DecodeInputs, Reduction
 from modeling_mlra.decode_mlra import latent_attention
 from modeling_mlra.decode_plans_mlra import deal_work, reduction_plan
 from modeling_mlra.device_mlra import constants
@@ -81,3 +81,93 @@ def test_constants_are_made_once_for_each_kind(monkeypatch):
     first, again, other = constants(Sizes(1, 2)), constants(Sizes(1, 2)), constants(OtherSizes(1, 2))
     assert first is again and [x.value for x in first] == [1, 2]
     assert (type(first), type(other)) == (Sizes, OtherSizes)
+
+
+class CompiledKernel:
+    """Stands for a kernel: a launch compiles it, and gives what starts it at once."""
+
+    arg_names = ("x", "y", "TILE", "EARLY")
+
+    def __init__(self):
+        self.compiled, self.started = [], []
+
+    def __getitem__(self, grid):
+        def compile(*arguments, **constants):
+            self.compiled.append((grid, arguments, constants))
+            start = {(*grid, 1, 1)[:3]: lambda *arguments: self.started.append(arguments)}
+            return type("Compiled", (), {"launch_metadata": None, "__getitem__": lambda _, whole: start[whole]})()
+
+        return compile
+
+
+def test_alike_launches_look_for_the_kernel_once(monkeypatch):
+    monkeypatch.setattr(device_mlra, "_starts", {})
+    kernel, other, first, second = CompiledKernel(), CompiledKernel(), object(), object()
+    for number, alike in enumerate([first, first, None, second, first]):
+        device_mlra.launch(
+            torch.device("cpu"), kernel, (2, 3), number, "y", alike=alike, EARLY=True, TILE=4, num_warps=8
+        )
+    constants = {"EARLY": True, "TILE": 4, "num_warps": 8}
+    assert kernel.compiled == [((2, 3), (number, "y"), constants) for number in (0, 2, 3)]
+    assert kernel.started == [(number, "y", 4, True) for number in (1, 4)], "constants in the kernel's order"
+    device_mlra.launch(torch.device("cpu"), other, (1,), 7, "y", alike=first, EARLY=True, TILE=4)
+    assert len(other.compiled) == 1 and not other.started, "another kernel"
+
+
+def flat(x):
+    """What triton sees of an argument beside its address, and a number that no kernel is compiled for."""
+    if isinstance(x, tuple):
+        return tuple(map(flat, x))
+    if isinstance(x, torch.Tensor):
+        return x.dtype, x.shape, x.stride()
+    if hasattr(x, "block_shape"):
+        return flat(x.base), x.shape, x.strides, x.block_shape
+    return None if isinstance(x, float) else x
+
+
+def call(
+    batch=2, length=1, latents=4, heads=24, capacity=512, held=640, page_size=0, starts=False, mask=0, offset=0,
+    spread=False, settled=False, dtype=torch.bfloat16,
+) -> DecodeInputs:  # fmt: skip
+    """A call over `capacity` of `held` cached rows, `offset` numbers from where they could begin."""
+    pages = (batch * held,) if page_size else (batch, held)
+    rows = torch.zeros(*pages, latents * 128 + 64 + 8, dtype=dtype)[..., offset : offset + latents * 128 + 64]
+    rows = rows if page_size else rows[:, :capacity]
+    query = torch.zeros(batch, length, latents, heads, 256 if spread else 128, dtype=dtype)[..., :128]
+    return DecodeInputs(
+        query, torch.zeros(batch, length, 1, heads, 64, dtype=dtype),
+        rows[..., :-64].unflatten(-1, (latents, 128)), rows[..., -64:], torch.ones(batch, dtype=torch.int32),
+        kv_start=torch.zeros(batch, dtype=torch.int32) if starts else None,
+        key_mask=torch.ones(batch, mask, dtype=torch.bool) if mask else None,
+        block_table=torch.zeros(batch, capacity // page_size, dtype=torch.int32) if page_size else None,
+        page_size=page_size, scaling=0.1, settled=settled,
+    )  # fmt: skip
+
+
+CALLS: list[dict] = [
+    {}, {"batch": 3}, {"length": 4}, {"latents": 2}, {"heads": 8}, {"capacity": 513}, {"held": 641}, {"starts": True},
+    {"mask": 512}, {"mask": 520}, {"spread": True}, {"settled": True}, {"dtype": torch.float32},
+    {"page_size": 16}, {"page_size": 64}, {"page_size": 64, "capacity": 576}, {"page_size": 64, "held": 1280},
+]  # fmt: skip
+
+
+def test_alike_are_calls_that_differ_in_addresses_alone(monkeypatch):
+    hopper = device_mlra.DeviceFacts(multiprocessors=132, early=True, hopper=True, nvidia=True)
+    monkeypatch.setitem(device_mlra.known_devices, torch.device("cpu"), hopper)
+    launched: list = []
+    monkeypatch.setattr(decode_triton_mlra, "launch", lambda *x, **options: launched.append((x, options)))
+    seen: dict = {}
+    for settings in CALLS:
+        for _ in range(2):
+            launched.clear()
+            decode_triton_mlra.triton_latent_attention(call(**settings))
+            (attends, options), (reduces, others) = launched
+            alike = options.pop("alike")
+            assert alike is not None and others.pop("alike") is alike
+            what = flat(attends[2:]), flat(reduces[2:]), options, others
+            assert seen.setdefault(alike, what) == what
+    assert len(seen) == len(CALLS)
+    launched.clear()
+    for offset in (1, 4, 8):
+        decode_triton_mlra.triton_latent_attention(call(offset=offset, dtype=torch.bfloat16))
+    assert [options["alike"] is None for _, options in launched[::2]] == [True, True, False], "not on 16 bytes"

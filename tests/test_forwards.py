@@ -64,7 +64,7 @@ def test_loops_of_the_library(way, replays):
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_logits_of_several_tokens(padded, replays):
-    """One, three (padded to four) and two tokens at a time, against a forward of all of them."""
+    """One, three and two tokens at a time (padded to four), against a forward of all of them."""
     model = small_model()
     ids = random_ids(2, 12).to(DEVICE)
     ids[0, :3] = 0 if padded else ids[0, :3]
@@ -75,10 +75,45 @@ def test_logits_of_several_tokens(padded, replays):
             part = mask if mask is None else mask[:, :end]
             logits.append(model(ids[:, start:end], attention_mask=part, cache=cache).logits)
             start = end
-    assert replays == [(2, 1), (2, 4), (2, 2)] and cache.get_seq_length() == 12
+    assert replays == [(2, 1), (2, 4), (2, 4)] and cache.get_seq_length() == 12
     with torch.no_grad():
         whole = model(ids, attention_mask=mask, use_cache=False).logits
     assert rms_ratio(whole[:, 6:], torch.cat(logits, dim=1)[:, 6:]) < FUSED_FLOAT32_RATIO
+
+
+class StepOfModules:
+    """Stands for the fused step: takes as many tokens, which the modules compute."""
+
+    made: list[tuple[int, int]]
+    lengths: set[int]
+
+    def __init__(self, model, cache, num_sequences, tokens_each, masked, siblings):
+        self.model, self.cache, self.tokens_each = model, cache, tokens_each
+        self.made.append((num_sequences, tokens_each))
+
+    def __call__(self, token_ids, rows, position_ids, attention_mask):
+        self.lengths.add(token_ids.shape[1])
+        assert token_ids.shape[1] <= self.tokens_each and self.cache.get_seq_length() == rows
+        active, forwards_mlra._active.forwards = forwards_mlra._active.forwards, ()
+        try:
+            return self.model(token_ids, attention_mask, position_ids, cache=self.cache).logits
+        finally:
+            forwards_mlra._active.forwards = active
+
+
+def test_few_shapes_for_any_number_of_candidates(replays, monkeypatch):
+    """Each shape compiles kernels of its own, for seconds; candidates come in every number."""
+    made, lengths = [], set()
+    monkeypatch.setattr(StepOfModules, "made", made, raising=False)
+    monkeypatch.setattr(StepOfModules, "lengths", lengths, raising=False)
+    monkeypatch.setattr(forwards_mlra, "VerifyingStep", StepOfModules)
+    model = small_model()
+    ids = random_ids(1, 9).repeat(1, 3).to(DEVICE)
+    settings = {"max_new_tokens": 40, "do_sample": False}
+    expected = model.generate(ids, disable_compile=True, **settings)
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=20, **settings), expected)
+    assert len(lengths) > 5 and max(lengths) > 16, lengths
+    assert len(made) == len(set(made)) <= 4 and {tokens for _, tokens in made} <= {1, 4, 16, 32}
 
 
 def test_a_narrow_mask_is_left_to_the_modules(replays):
