@@ -181,7 +181,7 @@ def measure_projection_forms(config: MLRAConfig, mesh, dtype: torch.dtype, repla
 
     Whole: q = c_q W_qb, y = all-reduce(o W_o). Sharded: q = all-gather(c_q W_qb[rank]),
     y = all-reduce(reduce-scatter(o) W_o[rank]). Microseconds per layer, over different weights for every layer; both
-    through peer memory too where it can be had (a sum, of which a rank takes its part, in place of the reduce-scatter).
+    through peer memory where it can be had (a sum, of which a rank takes its part, in place of the reduce-scatter).
     """
     size, layers = mesh.size(), config.num_hidden_layers
     rows, values = config.num_attention_heads * config.qk_head_dim, config.num_attention_heads * config.v_head_dim
