@@ -164,7 +164,8 @@ def allocate(group, numbers: int, device: torch.device) -> Exchange:
         inbox = symmetric_memory.empty(shape, dtype=torch.int64, device=device)
         handle = symmetric_memory.rendezvous(inbox, group)
         inbox.zero_()  # before the others, who wait for this rank's agreement, send anything
-        inboxes = [inbox if r == rank else handle.get_buffer(r, shape, torch.int64) for r in range(ranks)]
+        first = (inbox.data_ptr() - handle.buffer_ptrs[rank]) // inbox.element_size()  # alike on all ranks
+        inboxes = [inbox if r == rank else handle.get_buffer(r, shape, torch.int64, first) for r in range(ranks)]
         missing = torch.zeros(ranks, dtype=torch.int32, pin_memory=True)
     return Exchange(rank, inboxes, missing, int(PATIENCE * 1e9), held=handle)
 

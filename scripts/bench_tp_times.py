@@ -12,9 +12,10 @@ from torch import distributed, nn
 from modeling_mlra import MLRACache, MLRAConfig, MLRAForCausalLM
 from modeling_mlra.capture_step_mlra import DecodingStep
 from modeling_mlra.decode_mlra import latent_attention
-from modeling_mlra.peer_memory_mlra import ENVIRONMENT_VARIABLE
+from modeling_mlra.peer_memory_mlra import ENVIRONMENT_VARIABLE, exchange_of
+from modeling_mlra.step_device_mlra import machine_of
 from modeling_mlra.step_exchange_mlra import Exchange
-from modeling_mlra.tensor_parallel_mlra import local_sizes, tensor_parallel_mesh
+from modeling_mlra.tensor_parallel_mlra import gather_output, local_sizes, tensor_parallel_mesh
 from scripts.bench_decode import Case
 from scripts.bench_decode import measure as measure_kernels
 from scripts.bench_tp_models import random_cache
@@ -179,15 +180,19 @@ def measure_projection_forms(config: MLRAConfig, mesh, dtype: torch.dtype, repla
     """Query and output projections of ranks that keep branches: whole on every rank, or sharded and gathered.
 
     Whole: q = c_q W_qb, y = all-reduce(o W_o). Sharded: q = all-gather(c_q W_qb[rank]),
-    y = all-reduce(reduce-scatter(o) W_o[rank]). Microseconds per layer, over different weights for every layer.
+    y = all-reduce(reduce-scatter(o) W_o[rank]). Microseconds per layer, over different weights for every layer; both
+    through peer memory where it can be had (a sum, of which a rank takes its part, in place of the reduce-scatter).
     """
-    size, group, layers = mesh.size(), mesh.get_group(), config.num_hidden_layers
+    size, layers = mesh.size(), config.num_hidden_layers
     rows, values = config.num_attention_heads * config.qk_head_dim, config.num_attention_heads * config.v_head_dim
+    batches = (1, 16, 128)
+    exchange = exchange_of(mesh, max(batches) * max(rows // size, values, config.hidden_size), device)
+    ways = {"": NcclSums(mesh)} | ({} if exchange is None else {"_peer": PeerSums(mesh, exchange, device)})
 
     def weights(*shape):
         return [torch.randn(shape, dtype=dtype, device=device).mul_(0.02) for _ in range(layers)]
 
-    def run_form(whole: bool, batch: int) -> float:
+    def run_form(whole: bool, batch: int, sums: "NcclSums | PeerSums") -> float:
         share = 1 if whole else size
         query_weights = weights(rows // share, config.q_lora_rank)
         output_weights = weights(config.hidden_size, values // share)
@@ -199,16 +204,59 @@ def measure_projection_forms(config: MLRAConfig, mesh, dtype: torch.dtype, repla
                 query = nn.functional.linear(latent, query_weight)
                 heads = partial
                 if not whole:
-                    gathered = query.new_empty(size * batch, query.shape[1])
-                    distributed.all_gather_into_tensor(gathered, query, group=group)
-                    query = gathered.view(size, batch, -1).transpose(0, 1).reshape(batch, -1)
-                    heads = partial.new_empty(batch, values // size)
-                    parts = partial.view(batch, size, -1).transpose(0, 1).contiguous()
-                    distributed.reduce_scatter_tensor(heads, parts.flatten(0, 1), group=group)
-                distributed.all_reduce(nn.functional.linear(heads, output_weight), group=group)
+                    sums.join(query)
+                    heads = sums.share(partial)
+                sums.sum(nn.functional.linear(heads, output_weight))
 
         return median_time(call, device, replays) / layers
 
     return {
-        str(batch): {"whole_us": run_form(True, batch), "sharded_us": run_form(False, batch)} for batch in (1, 16, 128)
+        str(batch): {
+            f"{form}{name}_us": run_form(form == "whole", batch, sums)
+            for name, sums in ways.items()
+            for form in ("whole", "sharded")
+        }
+        for batch in batches
     }
+
+
+class NcclSums:
+    """Sums of the ranks' `[M, width]` by NCCL, and what is left of one for this rank."""
+
+    def __init__(self, mesh):
+        self.group, self.size = mesh.get_group(), mesh.size()
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        distributed.all_reduce(x, group=self.group)
+        return x
+
+    def share(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's `[M, width / ranks]` of the sum."""
+        parts = x.view(len(x), self.size, -1).transpose(0, 1).contiguous()
+        own = x.new_empty(len(x), x.shape[1] // self.size)
+        distributed.reduce_scatter_tensor(own, parts.flatten(0, 1), group=self.group)
+        return own
+
+    def join(self, x: torch.Tensor) -> torch.Tensor:
+        """`[M, ranks * width]`."""
+        return gather_output(x, self.group)
+
+
+class PeerSums:
+    """The same through peer memory."""
+
+    def __init__(self, mesh, exchange: Exchange, device: torch.device):
+        self.rank, self.size = mesh.get_local_rank(), mesh.size()
+        self.exchange, self.machine = exchange, machine_of(device)
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        self.exchange.sum(x, x, self.machine)
+        return x
+
+    def share(self, x: torch.Tensor) -> torch.Tensor:
+        return self.sum(x.clone()).chunk(self.size, dim=1)[self.rank]
+
+    def join(self, x: torch.Tensor) -> torch.Tensor:
+        joined = x.new_empty(len(x), self.size * x.shape[1])
+        self.exchange.join(x, joined, self.machine)
+        return joined

@@ -31,7 +31,7 @@ if DEVICE != "cpu":
     pytest.skip("interpreted; tests/test_gpu_exchange.py has the ranks of several GPUs", allow_module_level=True)
 
 SIZES = (2, 4)
-BATCHES = {2: (2, 3), 4: (2,)}  # tokens one by one, and their products taken together
+BATCHES = (2, 3)  # tokens one by one, and their products taken together
 EXCHANGES, WIDTH = 12, 300
 MACHINE = SimpleNamespace(early=False)
 REFUSALS = ("told", "nodes", "access", "allocation", "device")
@@ -108,7 +108,7 @@ def fused_logits(rank: int, size: int, folder: Path, monkeypatch) -> dict:
     count("join", exchange.join)
 
     seen = {}
-    for batch in BATCHES[size]:
+    for batch in BATCHES:
         logits = decode_two_tokens(model, fused=True, batch=batch)["logits"]
         seen[str(batch)] = rms_ratio(torch.load(folder / f"{batch}.pt"), logits)
     return {"ratios": seen, "summed": calls.count("sum"), "joined": calls.count("join")}
@@ -123,7 +123,7 @@ def meet(rank: int, size: int, folder: Path, out: Path) -> None:
         seen = {
             "sums": exchange_often(rank, size),
             "refused": [why for why in REFUSALS if size > 2 or refuse(why, rank, monkeypatch)],
-            "fused": fused_logits(rank, size, folder, monkeypatch),
+            "fused": fused_logits(rank, size, folder, monkeypatch) if size == 2 else None,
         }
     (out / f"{rank}.json").write_text(json.dumps(seen))
     distributed.destroy_process_group()
@@ -135,7 +135,7 @@ def met(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     model = tiny_model("mlra_4", **SPLITTABLE)
     model.save_pretrained(folder)
-    for batch in BATCHES[2]:
+    for batch in BATCHES:
         torch.save(decode_two_tokens(model, fused=False, batch=batch)["logits"], folder / f"{batch}.pt")
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
@@ -165,11 +165,10 @@ def test_one_rank_keeps_all_from_peer_memory(met):
     assert all(rank["refused"] == list(REFUSALS) for rank in met[2])
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_the_fused_step_through_exchanges(met, size):
-    for rank in met[size]:
+def test_the_fused_step_through_exchanges(met):
+    for rank in met[2]:
         fused = rank["fused"]
         assert max(fused["ratios"].values()) < FUSED_FLOAT32_RATIO
         # of each batch two steps: the embedding, two attentions and two MLPs
-        steps = 2 * len(BATCHES[size])
+        steps = 2 * len(BATCHES)
         assert (fused["summed"], fused["joined"]) == (5 * steps, steps)
