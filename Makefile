@@ -30,8 +30,8 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp
 	@touch $@
 
 demo: $(VENV)/run.stamp
-	$(BIN)/python -m scripts.generate --model checkpoints/mlra_4_demo --prompt "To install the package, you need" \
-		--max-new-tokens 64 --temperature 0.7 --top-p 0.9 --seed 2
+	$(BIN)/python -m scripts.generate --model checkpoints/mlra_4_demo --prompt "It was late in the evening when" \
+		--max-new-tokens 120 --temperature 0.8 --top-p 0.9 --seed 3
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -2,6 +2,8 @@
 
 register      this file: the entry point of the group `vllm.general_plugins`
 model.py      the model with vLLM's layers, and how its weights are split
+fused.py      steps that only decode, by the package's fused kernels
+step.py       the package's fused step over pages
 attention.py  the attention layer: its cache rows, its operator, decode and prefill
 metadata.py   what one step tells the attention layers, built once per step
 checks.py     what cannot be served, refused in one line

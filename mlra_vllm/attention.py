@@ -74,6 +74,15 @@ class MLRACacheAttention(nn.Module, AttentionLayerBase):
             cache_dtype_str=self.cache_dtype_name,
         )
 
+    @property
+    def pool(self) -> torch.Tensor:
+        """`[pages * page_size, width]`, the rows of all pages."""
+        return self.kv_cache.view(-1, self.row_format.width)
+
+    @property
+    def page_size(self) -> int:
+        return self.kv_cache.shape[-2]
+
     def forward(self, query: torch.Tensor, rows: torch.Tensor, kv_b_weight: torch.Tensor) -> torch.Tensor:
         """Head outputs `[T, G*H, V]`.
 
@@ -99,7 +108,7 @@ class MLRACacheAttention(nn.Module, AttentionLayerBase):
             self._claim_workspace(query)
             output.zero_()
             return
-        pool = self.kv_cache.view(-1, self.row_format.width)
+        pool = self.pool
         slots = metadata.slot_mapping
         # Padding goes to row 0, in the block that vLLM gives to no request
         pool.index_copy_(0, slots.clamp(min=0), rows[: len(slots)].to(pool.dtype))
@@ -112,8 +121,7 @@ class MLRACacheAttention(nn.Module, AttentionLayerBase):
         """Absorbed, straight from the pages: one new token `[M, G*H, N+E]` of each request."""
         q_nope, q_rope = query.unsqueeze(1).split([self.sizes["nope_dim"], self.row_format.rope], dim=-1)
         latents, k_rope, scales = self.row_format.views(pool, self.num_latents)
-        page_size = self.kv_cache.shape[-2]
-        rows = CacheRows(metadata.seq_lens, row_table=metadata.block_table, page_size=page_size)
+        rows = CacheRows(metadata.seq_lens, row_table=metadata.block_table, page_size=self.page_size)
         output, _ = absorbed_attention(
             self,
             q_nope,

@@ -41,6 +41,7 @@ from modeling_mlra.tensor_parallel_mlra import SPLIT_DIMENSIONS, TensorParallelL
 
 from .attention import MLRACacheAttention
 from .checks import check_supported
+from .fused import FusedDecode
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 
@@ -104,11 +105,11 @@ class MLRALatentRMSNorm(nn.Module):
     def __init__(self, num_latents: int, latent_dim: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(num_latents, latent_dim))
-        self.eps = eps
+        self.variance_epsilon = eps
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         split = latents.unflatten(-1, self.weight.shape)
-        return (self.weight * nn.functional.rms_norm(split, split.shape[-1:], None, self.eps)).flatten(-2)
+        return (self.weight * nn.functional.rms_norm(split, split.shape[-1:], None, self.variance_epsilon)).flatten(-2)
 
 
 class MLRALatentUpProjection(nn.Module):
@@ -269,6 +270,7 @@ class MLRAForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
                 self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+        self.fused = FusedDecode(self.model, vllm_config)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.embed_input_ids(input_ids)
@@ -280,6 +282,10 @@ class MLRAForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor | IntermediateTensors:
+        if not torch.compiler.is_compiling():
+            hidden_states = self.fused(input_ids, positions, inputs_embeds)
+            if hidden_states is not None:
+                return hidden_states
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:

@@ -154,7 +154,8 @@ def fingerprint(model: nn.Module) -> tuple:
     device_type = model.device.type
     autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
     config = model.config
-    parts: list = [os.environ.get("MLRA_DECODE"), config.decode_implementation, config.hidden_act, autocast]
+    environment = [os.environ.get(name) for name in ("MLRA_DECODE", "MLRA_EXCHANGE")]
+    parts: list = [*environment, config.decode_implementation, config.hidden_act, autocast]
     parts.append(config.cache_row_format)  # of the caches that wait
     for module in modules_of(model):
         parts.append(type(module))

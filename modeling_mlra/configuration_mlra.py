@@ -182,7 +182,8 @@ class MLRAConfig(PreTrainedConfig):
         """A head's share of half a cache row, rounded up to the even number that the library's check of RoPE wants."""
         numbers = self.cache_row_dim
         if self.cache_row_format == "fp8":
-            numbers = 2 * -(-self.kv_lora_rank // 4) + 2 * self.num_latent_heads + self.qk_rope_head_dim
+            numbers = 8 * -(-(2 * -(-self.kv_lora_rank // 4) + self.qk_rope_head_dim) // 8)
+            numbers += 8 * -(-self.num_latent_heads // 4)
         return 2 * -(-numbers // (4 * self.num_key_value_heads))
 
     def validate_rope(self):

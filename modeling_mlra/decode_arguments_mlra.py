@@ -171,7 +171,8 @@ class QueryRows(NamedTuple):
 
 class HopperTile(NamedTuple):
     """NL latents and BM query rows to a program, BN cached rows at a time in STAGES buffers, of which AHEAD are filled
-    before the queries are there; OVERLAP: a warpgroup also multiplies during its own softmax."""
+    before the queries are there; OVERLAP: a warpgroup also multiplies during its own softmax. Of latents in eight bits
+    WIDE tiles at a time are there in 16. HELD: queries are multiplied out of registers."""
 
     NL: Any
     BM: Any
@@ -179,6 +180,8 @@ class HopperTile(NamedTuple):
     STAGES: Any
     AHEAD: Any
     OVERLAP: Any
+    WIDE: Any = 0
+    HELD: Any = False
 
 
 class Place(NamedTuple):
@@ -221,7 +224,8 @@ class Stretch(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """Shared memory of queries, rotary queries, latents and rotary keys; which are full, which free to be filled."""
+    """Shared memory of queries, rotary queries, latents and rotary keys; which are full, which free to be filled. Of
+    latents in eight bits these too, with their scales, and which have been widened to `c`."""
 
     q: Any
     qr: Any
@@ -230,6 +234,16 @@ class Buffers(NamedTuple):
     full: Any
     empty: Any
     q_full: Any
+    c8: Any = None
+    scales: Any = None
+    widened: Any = None
+
+
+class OwnQueries(NamedTuple):
+    """Of a warpgroup: rotary queries and, where they are held in registers, those of the latent."""
+
+    rope: Any
+    latent: Any = None
 
 
 class Merge(NamedTuple):

@@ -76,7 +76,7 @@ if gluon is not None:
 
     @gluon.jit
     def copy_tiles(
-        c_desc, k_desc, buffers, visible, pages, place,
+        c_desc, k_desc, s_desc, buffers, visible, pages, place,
         SHAPE: gl.constexpr, TILE: gl.constexpr, DEAL: gl.constexpr, EARLY: gl.constexpr,
     ):  # fmt: skip
         """The copying warp: every tile of the share in turn, as soon as its buffer is free; EARLY: only those with
@@ -88,6 +88,7 @@ if gluon is not None:
         NL: gl.constexpr = TILE.NL
         BN: gl.constexpr = TILE.BN
         STAGES: gl.constexpr = TILE.STAGES
+        SCALES: gl.constexpr = s_desc.block_type.nbytes if SHAPE.SCALED else 0
         share = share_of(visible, place.B, place.P, place.p, DEAL, 1)
         b = share.b
         pos = share.first
@@ -108,12 +109,15 @@ if gluon is not None:
                 stage = g % STAGES
                 bar = buffers.full.index(stage)
                 mbarrier.wait(buffers.empty.index(stage), ((g // STAGES) & 1) ^ 1)
-                mbarrier.expect(bar, NL * c_desc.block_type.nbytes + k_desc.block_type.nbytes)
+                mbarrier.expect(bar, NL * c_desc.block_type.nbytes + k_desc.block_type.nbytes + SCALES)
                 row = page * SHAPE.PAGE + j % SHAPE.PAGE if SHAPE.PAGE else b * place.S + j
                 bulk_load(k_desc, [row, 0], bar, buffers.k.index(stage))
+                if SHAPE.SCALED:  # from a multiple of 16 bytes on, as copies have to begin
+                    bulk_load(s_desc, [row, place.latent // 4 * 4], bar, buffers.scales.index(stage))
+                arriving = buffers.c8 if SHAPE.SCALED else buffers.c
                 for k in gl.static_range(NL):
                     column = (place.latent + k) * SHAPE.R
-                    bulk_load(c_desc, [row, column], bar, buffers.c.index(stage * NL + k))
+                    bulk_load(c_desc, [row, column], bar, arriving.index(stage * NL + k))
                 g += 1
             pos = stretch.stop
             b += 1

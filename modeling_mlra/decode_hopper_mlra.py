@@ -6,13 +6,14 @@ and reduction of partial results; everything they do not cover runs there.
 
 from typing import Any
 
-from .decode_arguments_mlra import Buffers, Merge, Place, SegmentTiles, Sums
+from .decode_arguments_mlra import Buffers, Merge, OwnQueries, Place, SegmentTiles, Sums
 from .device_gluon_mlra import gl, gluon
 
 rows_kernel: Any = None
 
 if gluon is not None:
     from .decode_copies_mlra import copy_tiles, share_of, stretch_of
+    from .decode_widening_mlra import widen_tiles
     from .device_gluon_mlra import (
         barrier,
         fence_async_shared,
@@ -40,7 +41,7 @@ if gluon is not None:
 
     @gluon.jit
     def _clean_tile(
-        c_buf, stage, j, end, mask_row,
+        c_buf, first, j, end, mask_row,
         HAS_MASK: gl.constexpr, NL: gl.constexpr, BN: gl.constexpr, S_LAYOUT: gl.constexpr,
     ):  # fmt: skip
         """Overwrites a tile's rows that no query sees: they may hold NaN, which a weight of 0 would spread."""
@@ -51,19 +52,27 @@ if gluon is not None:
         if dirty:
             kept = _kept(mask_row, j, end, HAS_MASK, BN, gl.SliceLayout(1, LAYOUT))
             for k in gl.static_range(NL):
-                _zero_rows(c_buf.index(stage * NL + k), kept, LAYOUT)
+                _zero_rows(c_buf.index(first + k), kept, LAYOUT)
             fence_async_shared()
             barrier()
 
     @gluon.jit
-    def _scores(buffers, qr_buf, n, zeros, FIRST: gl.constexpr, TILE: gl.constexpr):
+    def _latents_of(n, TILE: gl.constexpr):
+        """Which place in `buffers.c` holds the latents of tile n."""
+        return n % (TILE.WIDE if TILE.WIDE else TILE.STAGES) * TILE.NL
+
+    @gluon.jit
+    def _scores(buffers, own, n, zeros, FIRST: gl.constexpr, TILE: gl.constexpr):
         """Starts the products of the queries, those from buffer FIRST on, with tile n, once it is there."""
         stage = n % TILE.STAGES
         mbarrier.wait(buffers.full.index(stage), (n // TILE.STAGES) & 1)
-        s = warpgroup_mma(qr_buf, buffers.k.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        if TILE.WIDE:
+            mbarrier.wait(buffers.widened.index(n % TILE.WIDE), (n // TILE.WIDE) & 1)
+        s = warpgroup_mma(own.rope, buffers.k.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
         for k in gl.static_range(TILE.NL):
-            keys = buffers.c.index(stage * TILE.NL + k).permute((1, 0))
-            s = warpgroup_mma(buffers.q.index(FIRST + k), keys, s, is_async=True)
+            keys = buffers.c.index(_latents_of(n, TILE) + k).permute((1, 0))
+            queries = own.latent if TILE.HELD else buffers.q.index(FIRST + k)
+            s = warpgroup_mma(queries, keys, s, is_async=True)
         return s
 
     @gluon.jit
@@ -86,23 +95,31 @@ if gluon is not None:
         return w, alpha, m_new, norm * alpha + gl.sum(w, 1)
 
     @gluon.jit
+    def _free(buffers, n, TILE: gl.constexpr):
+        """Gives the buffer of tile n back: its products are done."""
+        barrier()
+        mbarrier.arrive(buffers.empty.index(n % TILE.STAGES), count=1)
+
+    @gluon.jit
     def _add_values(
-        wd, buffers, stage, acc0, acc1, j, tiles, SHAPE: gl.constexpr, TILE: gl.constexpr, S_LAYOUT: gl.constexpr
+        wd, buffers, it, acc0, acc1, tiles, SHAPE: gl.constexpr, TILE: gl.constexpr, S_LAYOUT: gl.constexpr
     ):
-        """Adds the weighted rows of a tile, rows j.. of a sequence, and frees its buffer.
+        """Adds the weighted rows of tile `it` of a segment, and frees its buffer.
 
         Those of two latents are added for all query rows: of each sum, the query rows of the other latent are left out
         in the end."""
         NL: gl.constexpr = TILE.NL
-        _clean_tile(buffers.c, stage, j, tiles.of.end, tiles.mask_row, SHAPE.HAS_MASK, NL, TILE.BN, S_LAYOUT)
-        acc0 = warpgroup_mma(wd, buffers.c.index(stage * NL), acc0, is_async=True)
+        n = tiles.g + it
+        first = _latents_of(n, TILE)
+        j = tiles.of.lo + it * TILE.BN
+        _clean_tile(buffers.c, first, j, tiles.of.end, tiles.mask_row, SHAPE.HAS_MASK, NL, TILE.BN, S_LAYOUT)
+        acc0 = warpgroup_mma(wd, buffers.c.index(first), acc0, is_async=True)
         if NL == 2:
-            acc1 = warpgroup_mma(wd, buffers.c.index(stage * NL + 1), acc1, is_async=True)
+            acc1 = warpgroup_mma(wd, buffers.c.index(first + 1), acc1, is_async=True)
             acc0, acc1 = warpgroup_mma_wait(0, deps=(acc0, acc1))
         else:
             acc0 = warpgroup_mma_wait(0, deps=(acc0,))
-        barrier()
-        mbarrier.arrive(buffers.empty.index(stage), count=1)
+        _free(buffers, n, TILE)
         return acc0, acc1
 
     @gluon.jit
@@ -137,14 +154,13 @@ if gluon is not None:
 
     @gluon.jit
     def _attend_overlapped(
-        buffers, qr_buf, tiles, sums, WG: gl.constexpr,
+        buffers, own, tiles, sums, WG: gl.constexpr,
         SHAPE: gl.constexpr, TILE: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr,
     ):  # fmt: skip
         """The scores of a tile and the values of the one before are multiplied together, and the values also while the
-        scores are in the softmax."""
+        scores are in the softmax; where tiles are widened, the values come first, since their place is waited for."""
         P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
         BN: gl.constexpr = TILE.BN
-        STAGES: gl.constexpr = TILE.STAGES
         STEP: gl.constexpr = 128 // TILE.BM
         OFFSET: gl.constexpr = WG % STEP
         FIRST: gl.constexpr = WG // STEP
@@ -152,34 +168,39 @@ if gluon is not None:
         acc0, acc1, m, norm = sums
         zeros = gl.zeros([64, BN], gl.float32, layout=S_LAYOUT)
         if tiles.count > OFFSET:
-            s = _scores(buffers, qr_buf, tiles.g + OFFSET, zeros, FIRST, TILE)
+            s = _scores(buffers, own, tiles.g + OFFSET, zeros, FIRST, TILE)
             s = warpgroup_mma_wait(0, deps=(s,))
             w, alpha, m, norm = _softmax_step(s, m, norm, tiles.of.lo + OFFSET * BN, tiles, SHAPE, TILE, S_LAYOUT)
             wd = gl.convert_layout(w.to(dtype), P_LAYOUT)
             for it in range(OFFSET + STEP, tiles.count, STEP):
-                before = (tiles.g + it - STEP) % STAGES
+                before = tiles.g + it - STEP
+                values = _latents_of(before, TILE)
                 if SHAPE.HAS_MASK:
                     j_before = tiles.of.lo + (it - STEP) * BN
-                    _clean_tile(buffers.c, before, j_before, tiles.of.end, tiles.mask_row, True, 1, BN, S_LAYOUT)
-                s = _scores(buffers, qr_buf, tiles.g + it, zeros, FIRST, TILE)
-                acc0 = warpgroup_mma(wd, buffers.c.index(before), acc0, is_async=True)
-                s = warpgroup_mma_wait(1, deps=(s,))
+                    _clean_tile(buffers.c, values, j_before, tiles.of.end, tiles.mask_row, True, 1, BN, S_LAYOUT)
+                if TILE.WIDE:
+                    acc0 = warpgroup_mma(wd, buffers.c.index(values), acc0, is_async=True)
+                    s = _scores(buffers, own, tiles.g + it, zeros, FIRST, TILE)
+                    acc0 = warpgroup_mma_wait(2, deps=(acc0,))  # the scores are two products
+                    _free(buffers, before, TILE)
+                    s = warpgroup_mma_wait(0, deps=(s,))
+                else:
+                    s = _scores(buffers, own, tiles.g + it, zeros, FIRST, TILE)
+                    acc0 = warpgroup_mma(wd, buffers.c.index(values), acc0, is_async=True)
+                    s = warpgroup_mma_wait(1, deps=(s,))
                 w, alpha, m, norm = _softmax_step(s, m, norm, tiles.of.lo + it * BN, tiles, SHAPE, TILE, S_LAYOUT)
-                acc0 = warpgroup_mma_wait(0, deps=(acc0,))
-                barrier()
-                mbarrier.arrive(buffers.empty.index(before), count=1)
+                if not TILE.WIDE:
+                    acc0 = warpgroup_mma_wait(0, deps=(acc0,))
+                    _free(buffers, before, TILE)
                 acc0 = acc0 * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT)), 1)
                 wd = gl.convert_layout(w.to(dtype), P_LAYOUT)
             last = OFFSET + (tiles.count - 1 - OFFSET) // STEP * STEP
-            stage = (tiles.g + last) % STAGES
-            acc0, acc1 = _add_values(
-                wd, buffers, stage, acc0, acc1, tiles.of.lo + last * BN, tiles, SHAPE, TILE, S_LAYOUT
-            )
+            acc0, acc1 = _add_values(wd, buffers, last, acc0, acc1, tiles, SHAPE, TILE, S_LAYOUT)
         return Sums(acc0, acc1, m, norm)
 
     @gluon.jit
     def _attend_in_turn(
-        buffers, qr_buf, tiles, sums, WG: gl.constexpr,
+        buffers, own, tiles, sums, WG: gl.constexpr,
         SHAPE: gl.constexpr, TILE: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr,
     ):  # fmt: skip
         """Scores, softmax and values of one tile after the other."""
@@ -191,8 +212,7 @@ if gluon is not None:
         zeros = gl.zeros([64, TILE.BN], gl.float32, layout=S_LAYOUT)
         for it in range(OFFSET, tiles.count, STEP):
             j = tiles.of.lo + it * TILE.BN
-            stage = (tiles.g + it) % TILE.STAGES
-            s = _scores(buffers, qr_buf, tiles.g + it, zeros, FIRST, TILE)
+            s = _scores(buffers, own, tiles.g + it, zeros, FIRST, TILE)
             s = warpgroup_mma_wait(0, deps=(s,))
             w, alpha, m, norm = _softmax_step(s, m, norm, j, tiles, SHAPE, TILE, S_LAYOUT)
             factor = gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT)), 1)
@@ -200,7 +220,7 @@ if gluon is not None:
             if TILE.NL == 2:
                 acc1 = acc1 * factor
             wd = gl.convert_layout(w.to(buffers.q.dtype), P_LAYOUT)
-            acc0, acc1 = _add_values(wd, buffers, stage, acc0, acc1, j, tiles, SHAPE, TILE, S_LAYOUT)
+            acc0, acc1 = _add_values(wd, buffers, it, acc0, acc1, tiles, SHAPE, TILE, S_LAYOUT)
         return Sums(acc0, acc1, m, norm)
 
     @gluon.jit
@@ -291,15 +311,19 @@ if gluon is not None:
                 mbarrier.wait(buffers.q_full, segments & 1)
             else:
                 _load_queries(queries, buffers, qr_buf, b64, place.latent, first_row, M, FIRST, SHAPE, TILE)
+            own = OwnQueries(qr_buf)
+            if TILE.HELD:
+                Q_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, S_LAYOUT, 2)
+                own = OwnQueries(qr_buf.load(Q_LAYOUT), buffers.q.index(FIRST).load(Q_LAYOUT))
             limit = stretch.end - (T - 1) + (first_row + gl.arange(0, 64, layout=S_ROWS) % ROWS) // SHAPE.H
             tiles = SegmentTiles(g, count, stretch, gl.expand_dims(limit, 1), mask_row, T, scale_log2)
             acc = gl.zeros([64, SHAPE.R], gl.float32, layout=O_LAYOUT)
             m = gl.full([64], float("-inf"), gl.float32, layout=S_ROWS)
             sums = Sums(acc, acc, m, gl.zeros([64], gl.float32, layout=S_ROWS))
             if TILE.OVERLAP:
-                sums = _attend_overlapped(buffers, qr_buf, tiles, sums, WG, SHAPE, TILE, S_LAYOUT, O_LAYOUT)
+                sums = _attend_overlapped(buffers, own, tiles, sums, WG, SHAPE, TILE, S_LAYOUT, O_LAYOUT)
             else:
-                sums = _attend_in_turn(buffers, qr_buf, tiles, sums, WG, SHAPE, TILE, S_LAYOUT, O_LAYOUT)
+                sums = _attend_in_turn(buffers, own, tiles, sums, WG, SHAPE, TILE, S_LAYOUT, O_LAYOUT)
             acc, acc1, m, norm = sums
             offs_o = gl.arange(0, 64, layout=O_ROWS)
             if TILE.NL == 2:  # of the products with a latent, those with its own query rows
@@ -335,13 +359,64 @@ if gluon is not None:
         barrier()
         return full, empty, q_full, merge_full, merge_empty
 
+    @gluon.jit
+    def _eight_bits(c_desc, s_desc, SHAPE: gl.constexpr, TILE: gl.constexpr):
+        """Buffers of latents in eight bits and of their scales, and of each tile in 16 whether it is there."""
+        c8 = gl.allocate_shared_memory(c_desc.dtype, [TILE.STAGES * TILE.NL, TILE.BN, SHAPE.R], c_desc.layout)
+        scales = gl.allocate_shared_memory(gl.float32, [TILE.STAGES, TILE.BN, 4], s_desc.layout)
+        widened = gl.allocate_shared_memory(gl.int64, [TILE.WIDE, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(TILE.WIDE):
+            mbarrier.init(widened.index(i), count=1)
+        return c8, scales, widened
+
+    @gluon.jit
+    def _run(
+        c_desc, k_desc, s_desc, buffers, merge, queries, visible, results, pages, place, scale_log2,
+        SHAPE: gl.constexpr, TILE: gl.constexpr, DEAL: gl.constexpr, EARLY: gl.constexpr,
+    ):  # fmt: skip
+        """The warps of a program, each group with its work and the registers that it needs."""
+        if SHAPE.SCALED:
+            gl.warp_specialize(
+                [
+                    (
+                        _attend,
+                        (buffers, merge, queries, visible, results, place, scale_log2, 0, SHAPE, TILE, DEAL, EARLY),
+                    ),
+                    (
+                        _attend,
+                        (buffers, merge, queries, visible, results, place, scale_log2, 1, SHAPE, TILE, DEAL, EARLY),
+                    ),
+                    (copy_tiles, (c_desc, k_desc, s_desc, buffers, visible, pages, place, SHAPE, TILE, DEAL, EARLY)),
+                    (widen_tiles, (buffers, visible, place, SHAPE, TILE, DEAL)),
+                ],
+                [4, 1, 4],
+                [208, 24, 72],
+            )  # fmt: skip
+        else:
+            gl.warp_specialize(
+                [
+                    (
+                        _attend,
+                        (buffers, merge, queries, visible, results, place, scale_log2, 0, SHAPE, TILE, DEAL, EARLY),
+                    ),
+                    (
+                        _attend,
+                        (buffers, merge, queries, visible, results, place, scale_log2, 1, SHAPE, TILE, DEAL, EARLY),
+                    ),
+                    (copy_tiles, (c_desc, k_desc, s_desc, buffers, visible, pages, place, SHAPE, TILE, DEAL, EARLY)),
+                ],
+                [4, 1],
+                [240, 24],
+            )  # fmt: skip
+
     @gluon.jit(do_not_specialize=["B", "P", "S", "whole"])
     def rows_kernel(
-        c_desc, k_desc, queries, visible, results, pages, B, T, P, S, whole, scale_log2,
+        c_desc, k_desc, s_desc, queries, visible, results, pages, B, T, P, S, whole, scale_log2,
         SHAPE, TILE, DEAL, PDL: gl.constexpr, SETTLED: gl.constexpr, num_warps: gl.constexpr,
     ):  # fmt: skip
-        """NL latents and BM = 64 or 128 query rows: one copying warp and two computing warpgroups. SETTLED: lengths
-        and rows older than the T query positions' are read before the kernel in front has ended."""
+        """NL latents and BM = 64 or 128 query rows: one copying warp and two computing warpgroups, and of latents in
+        eight bits a widening one between them. SETTLED: lengths and rows older than the T query positions' are read
+        before the kernel in front has ended."""
         NL: gl.constexpr = TILE.NL
         STAGES: gl.constexpr = TILE.STAGES
         R: gl.constexpr = SHAPE.R
@@ -349,15 +424,19 @@ if gluon is not None:
         EARLY: gl.constexpr = PDL and SETTLED
         gl.static_assert(SHAPE.PAGE % TILE.BN == 0 and not (SHAPE.PAGE and DEAL.HAS_START))  # one page holds a tile
         # A buffer stays with one warpgroup: one that skips tiles would take an older phase for the one it waits for
-        gl.static_assert(not SHARE_ROWS or STAGES % 2 == 0)
-        gl.static_assert(NL == 1 or (SHARE_ROWS and not TILE.OVERLAP))
+        gl.static_assert(not SHARE_ROWS or (STAGES % 2 == 0 and TILE.WIDE % 2 == 0))
+        gl.static_assert((TILE.WIDE > 0) == SHAPE.SCALED and TILE.WIDE <= STAGES)
+        # The tile before still has its place when the scores are waited for
+        gl.static_assert(not (TILE.WIDE and TILE.OVERLAP) or TILE.WIDE > 128 // TILE.BM)
+        gl.static_assert(NL == 1 or (SHARE_ROWS and not TILE.OVERLAP and not TILE.HELD))
         dtype: gl.constexpr = queries.latent.dtype.element_ty
         Q_COPIES: gl.constexpr = 1 if SHARE_ROWS else 2
         Q_SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, R], dtype)
         QR_SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, SHAPE.E], dtype)
         q_buf = gl.allocate_shared_memory(dtype, [NL * Q_COPIES, 64, R], Q_SHARED)
         qr_buf = gl.allocate_shared_memory(dtype, [Q_COPIES, 64, SHAPE.E], QR_SHARED)
-        c_buf = gl.allocate_shared_memory(dtype, [STAGES * NL, TILE.BN, R], c_desc.layout)
+        C_SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE.BN, R], dtype)
+        c_buf = gl.allocate_shared_memory(dtype, [(TILE.WIDE if TILE.WIDE else STAGES) * NL, TILE.BN, R], C_SHARED)
         k_buf = gl.allocate_shared_memory(dtype, [STAGES, TILE.BN, SHAPE.E], k_desc.layout)
         FLAT_SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
         MERGE_ROWS: gl.constexpr = 64 if SHARE_ROWS else 16
@@ -367,6 +446,11 @@ if gluon is not None:
         else:
             merge_buf = gl.allocate_shared_memory(gl.float32, [1, MERGE_ROWS, R], MERGE_LAYOUT)
         merge_stats = gl.allocate_shared_memory(gl.float32, [2, 64], FLAT_SHARED)
+        c8_buf = None
+        s_buf = None
+        widened = None
+        if SHAPE.SCALED:
+            c8_buf, s_buf, widened = _eight_bits(c_desc, s_desc, SHAPE, TILE)
         full, empty, q_full, merge_full, merge_empty = _barriers(STAGES, 1 if SHARE_ROWS else 2)
         LANES: gl.constexpr = SHAPE.L // NL
         lanes = LANES * ((T * SHAPE.H * NL + TILE.BM - 1) // TILE.BM)
@@ -375,23 +459,12 @@ if gluon is not None:
         latent = (lane % LANES) * NL
         row0 = (lane // LANES) * TILE.BM
         place = Place(B, T, P, S, whole, p, latent, row0)
-        buffers = Buffers(q_buf, qr_buf, c_buf, k_buf, full, empty, q_full)
+        buffers = Buffers(q_buf, qr_buf, c_buf, k_buf, full, empty, q_full, c8_buf, s_buf, widened)
         merge = Merge(merge_buf.index(0), merge_stats, merge_full, merge_empty)
         if not SETTLED:
             program_wait(PDL)
         program_release(PDL)
-        gl.warp_specialize(
-            [
-                (
-                    _attend,
-                    (buffers, merge, queries, visible, results, place, scale_log2, 0, SHAPE, TILE, DEAL, EARLY),
-                ),
-                (
-                    _attend,
-                    (buffers, merge, queries, visible, results, place, scale_log2, 1, SHAPE, TILE, DEAL, EARLY),
-                ),
-                (copy_tiles, (c_desc, k_desc, buffers, visible, pages, place, SHAPE, TILE, DEAL, EARLY)),
-            ],
-            [4, 1],
-            [240, 24],
+        _run(
+            c_desc, k_desc, s_desc, buffers, merge, queries, visible, results, pages, place, scale_log2,
+            SHAPE, TILE, DEAL, EARLY,
         )  # fmt: skip

@@ -36,23 +36,27 @@ def fits_hopper(inputs: DecodeInputs) -> bool:
 
     Pages have to hold whole tiles, and sequences to start with their first one.
     """
-    latents, k_rope = inputs.latents, inputs.k_rope
+    latents, k_rope, scales = inputs.latents, inputs.k_rope, inputs.scales
     num_latents, width = latents.shape[-2:]
+    parts = [(latents, latents.stride(-3)), (k_rope, k_rope.stride(-2))]  # with the stride of rows
+    if scales is not None:
+        parts.append((scales, scales.stride(-2)))
     if inputs.block_table is None:
         batch, capacity = latents.shape[:2]
         rows = batch * capacity
-        one_block = batch == 1 or all(x.stride(0) == capacity * x.stride(1) for x in (latents, k_rope))
+        one_block = batch == 1 or all(x.stride(0) == capacity * stride for x, stride in parts)
     else:
         rows = latents.shape[0]
         one_block = inputs.page_size % TILE_ROWS == 0 and inputs.kv_start is None
     return (
         one_block
-        and latents.dtype in (torch.bfloat16, torch.float16)
+        and k_rope.dtype in (torch.bfloat16, torch.float16)
+        and (scales is not None or latents.dtype == k_rope.dtype)
         and width in (64, 128)
         and k_rope.shape[-1] in (32, 64, 128)
         and (num_latents == 1 or latents.stride(-2) == width)
         and rows < 2**31
-        and latents.data_ptr() % 16 == k_rope.data_ptr() % 16 == latents.stride(-3) % 8 == k_rope.stride(-2) % 8 == 0
+        and all(x.data_ptr() % 16 == stride * x.element_size() % 16 == 0 for x, stride in parts)
     )
 
 
@@ -86,6 +90,10 @@ def _decode_plans(rows, num_latents, groups, width, rope_width, itemsize, paired
     plain = _plain_plans(rows, branches, padded, rope_padded, itemsize, facts, scaled)
     if not hopper:
         return plain
+    if scaled:
+        return DecodePlan(
+            _eight_bit_tile(rows, num_latents, branches, rope_width, paired), unit=TILE_ROWS, least_units=2
+        ), *plain
     if rows > 64:
         tile = HopperTile(NL=1, BM=128, BN=2 * TILE_ROWS, STAGES=3, AHEAD=2, OVERLAP=True)
         if not double:
@@ -95,9 +103,24 @@ def _decode_plans(rows, num_latents, groups, width, rope_width, itemsize, paired
     least_units = 2 if num_latents == 1 else 3
     # One latent alone waits for memory, and better holds no buffer for longer
     tile = HopperTile(NL=1, BM=64, BN=TILE_ROWS, STAGES=6, AHEAD=4, OVERLAP=num_latents > 1)
-    if rows <= 32 and num_latents >= 4 and branches % 2 == 0 and rope_width <= 64 and paired:
+    if _in_pairs(rows, num_latents, branches, rope_width, paired):
         tile = tile._replace(NL=2, STAGES=4, AHEAD=3, OVERLAP=False)
     return DecodePlan(tile, unit=TILE_ROWS, least_units=least_units), *plain
+
+
+def _in_pairs(rows: int, num_latents: int, branches: int, rope_width: int, paired: bool) -> bool:
+    return rows <= 32 and num_latents >= 4 and branches % 2 == 0 and rope_width <= 64 and paired
+
+
+def _eight_bit_tile(rows: int, num_latents: int, branches: int, rope_width: int, paired: bool) -> HopperTile:
+    """Two tiles in 16 bits for each warpgroup: one is widened while it has the other; with two latents there is room
+    for one."""
+    tile = HopperTile(
+        NL=1, BM=128 if rows > 64 else 64, BN=TILE_ROWS, STAGES=6, AHEAD=4, OVERLAP=True, WIDE=4, HELD=True
+    )
+    if _in_pairs(rows, num_latents, branches, rope_width, paired):
+        tile = tile._replace(NL=2, STAGES=4, AHEAD=3, OVERLAP=False, WIDE=2, HELD=False)
+    return tile
 
 
 def _plain_plans(

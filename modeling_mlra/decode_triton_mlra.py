@@ -52,6 +52,9 @@ class PartialResults(NamedTuple):
     alike: object
 
 
+_OF_TORCH = {
+    torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float8_e4m3fn: "float8e4nv", torch.float32: "float32"
+}  # fmt: skip
 _fitting_plans: dict[tuple, int | Exception] = {}  # which of the plans for a kernel can be built, or why none
 _descriptors: dict[tuple, Any] = {}  # of no rows
 
@@ -214,10 +217,13 @@ def _launch(plan: DecodePlan, inputs: DecodeInputs, out: torch.Tensor | None) ->
         rows, rope_width = plan.tile.BN, q_rope.shape[-1]
         c_desc = _rows_descriptor(inputs.latents, inputs.latents.stride(-3), num_latents * width, rows, width)
         k_desc = _rows_descriptor(inputs.k_rope, inputs.k_rope.stride(-2), rope_width, rows, rope_width)
+        s_desc = None
+        if inputs.scales is not None:  # 16 bytes at a time, the fewest that are copied
+            s_desc = _rows_descriptor(inputs.scales, inputs.scales.stride(-2), num_latents, rows, 4)
         pages = Pages() if inputs.block_table is None else Pages(inputs.block_table, inputs.block_table.stride(0))
         launch(
             device, rows_kernel, known.grid,
-            c_desc, k_desc, queries, visible, results, pages,
+            c_desc, k_desc, s_desc, queries, visible, results, pages,
             batch, length, known.programs, inputs.capacity, whole, scale_log2,
             SETTLED=inputs.settled, alike=alike, **known.options,
         )  # fmt: skip
@@ -267,5 +273,4 @@ def _rows_descriptor(tensor: torch.Tensor, stride: int, columns: int, block_rows
 
 @functools.lru_cache(maxsize=64)
 def _tile_in_shared_memory(rows: int, columns: int, dtype: torch.dtype):
-    of = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
-    return [rows, columns], gl.NVMMASharedLayout.get_default_for([rows, columns], of)
+    return [rows, columns], gl.NVMMASharedLayout.get_default_for([rows, columns], getattr(gl, _OF_TORCH[dtype]))

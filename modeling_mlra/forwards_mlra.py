@@ -17,6 +17,7 @@ from .cache_mlra import MLRACache, ordinary_tensors
 from .capture_mlra import FIRST_CAPACITY, GROWTH, Replay, fingerprint, held_with, is_plain, may_capture, size_class
 from .device_mlra import on_device
 from .masks_mlra import MaskBuffers
+from .peer_memory_mlra import naming_lost_ranks
 from .step_mlra import MAX_SEQUENCES, FusedStep, obstacle
 
 # Tokens of a sequence that graphs are made for: each number compiles kernels of its own, for seconds, while up to 16
@@ -120,7 +121,8 @@ def captured_forwards(model: nn.Module, cache: Any, generation_config) -> Iterat
     outer = getattr(_active, "forwards", ())
     _active.forwards = (*outer, CapturedForwards(model, cache))
     try:
-        yield
+        with naming_lost_ranks():
+            yield
     finally:
         _active.forwards = outer
 

@@ -34,6 +34,7 @@ from .capture_mlra import (
 from .capture_step_mlra import Buffers, CapturedPrefill, DecodingStep
 from .device_mlra import on_device
 from .library_mlra import CACHE
+from .peer_memory_mlra import naming_lost_ranks
 
 FIRST_PREFILL = 16  # tokens of the smallest captured prompt
 MAX_PREFILL = 2048  # and of the largest: longer ones keep the GPU busy anyway
@@ -77,6 +78,7 @@ def can_capture(model: nn.Module, input_ids, generation_config, model_kwargs: di
 
 
 @torch.no_grad()
+@naming_lost_ranks()
 def captured_decode(
     model: nn.Module,
     input_ids: torch.LongTensor,

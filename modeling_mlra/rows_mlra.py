@@ -3,7 +3,8 @@
 A row is `[c_0 … c_{L-1} | k_rope]`: the normed and scaled latents of this device, then the rotated RoPE key that all
 heads and latents share. In "plain" rows both are of the model's dtype. In "fp8" rows each latent is of e4m3 numbers
 beside a float32 scale, and a row is bytes: `[c_0 … c_{L-1} | k_rope | scale_0 … scale_{L-1}]`, with room in front of
-a part that the sizes would leave unaligned. Whoever writes, reads or counts cached rows asks here.
+a part that the sizes would leave unaligned; scales and rows begin on the 16 bytes that bulk copies ask for. Whoever
+writes, reads or counts cached rows asks here.
 
 A scale is the latent's largest number over 448, the largest of e4m3: that one is kept as it is, and latents that were
 read and are kept again stay what they are. The least power of two that is no smaller would cost half as much again
@@ -20,6 +21,7 @@ ONE_ROW_WIDTHS = 128, 64  # latent and rotary key that FlashAttention-3 takes as
 ROW_FORMATS = "plain", "fp8"
 EIGHT_BITS = torch.float8_e4m3fn
 LARGEST = 448  # of its numbers
+COPIED = 16  # bytes that bulk copies begin on
 LEAST_SCALE = 2.0**-126  # the smallest whose inverse is finite, of latents of nothing
 
 
@@ -80,7 +82,7 @@ class RowFormat:
         """Elements of a row."""
         if not self.scales:
             return self.numbers
-        return _aligned(self._rope_at + self.rope * self.dtype.itemsize + 4 * self.scales, self.dtype)
+        return _aligned(self._rope_at + self.rope * self.dtype.itemsize, COPIED) + _bytes_of_scales(self.scales)
 
     @property
     def nbytes(self) -> int:
@@ -89,8 +91,8 @@ class RowFormat:
 
     @property
     def _rope_at(self) -> int:
-        """Byte of an "fp8" row at which the rotary key begins; the scales end with the row."""
-        return _aligned(self.latents, self.dtype)
+        """Byte of an "fp8" row at which the rotary key begins; the row ends with the scales and what follows them."""
+        return _aligned(self.latents, max(4, self.dtype.itemsize))
 
     def join(self, latents: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor:
         """Rows `[..., width]` of latents `[..., L*R]` and rotary keys `[..., E]`; "fp8" rows have no gradient."""
@@ -101,7 +103,9 @@ class RowFormat:
             part.contiguous().view(torch.uint8) for part in (numbers.flatten(-2), k_rope.detach(), scales)
         )
         numbers = torch.nn.functional.pad(numbers, (0, self._rope_at - self.latents))
-        rope = torch.nn.functional.pad(rope, (0, self.width - self._rope_at - rope.shape[-1] - scales.shape[-1]))
+        end = _bytes_of_scales(self.scales)
+        rope = torch.nn.functional.pad(rope, (0, self.width - self._rope_at - rope.shape[-1] - end))
+        scales = torch.nn.functional.pad(scales, (0, end - scales.shape[-1]))
         return torch.cat([numbers, rope, scales], dim=-1)
 
     def split(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,10 +146,14 @@ def scaled_width(config, row_format: str | None = None) -> int | None:
     return config.latent_head_dim if name == "fp8" else None
 
 
-def _aligned(size: int, dtype: torch.dtype) -> int:
-    """Bytes up to where a float32, and an element of `dtype`, may begin."""
-    step = max(4, dtype.itemsize)
+def _aligned(size: int, step: int) -> int:
+    """`size` rounded up to whole steps."""
     return -(-size // step) * step
+
+
+def _bytes_of_scales(number: int) -> int:
+    """What a row has at its end for them."""
+    return _aligned(4 * number, COPIED)
 
 
 def separate(kept: torch.Tensor, num_latents: int, width: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -153,7 +161,8 @@ def separate(kept: torch.Tensor, num_latents: int, width: int) -> tuple[torch.Te
     if kept.dtype != torch.uint8:
         return kept.view(*kept.shape[:-1], num_latents, width), None
     numbers = kept[..., : num_latents * width].view(EIGHT_BITS).unflatten(-1, (num_latents, width))
-    return numbers, kept[..., -4 * num_latents :].view(torch.float32)
+    scales = kept[..., kept.shape[-1] - _bytes_of_scales(num_latents) :][..., : 4 * num_latents]
+    return numbers, scales.view(torch.float32)
 
 
 def quantized(latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -94,7 +94,7 @@ if triton is not None:
 
     @triton.jit
     def absorb_kernel(
-        queries, down, kv_first, kv_b, norm, rope, counters, cache,
+        queries, down, kv_first, kv_b, norm, rope, counters, slots, cache,
         SHAPE, TILE, PDL: tl.constexpr,
     ):  # fmt: skip
         """q_latent[m, l, h] = W_uk[l, h]^T q_nope[m], RB columns to a program. The last M programs of each latent and
@@ -103,7 +103,8 @@ if triton is not None:
 
         `counters` holds [row of each sequence's first token, position of each token, ...], and is read before the
         wait: no kernel of the step writes it but the last. `down` holds what that step gave, the latents of the cache
-        from column `kv_first` on.
+        from column `kv_first` on. With `slots`, where in a pool of rows each token's goes (below 0: to row 0),
+        `counters` holds the tokens' positions alone.
         """
         latent, index = tl.program_id(0) // SHAPE.H, tl.program_id(0) % SHAPE.H
         head = Head(latent, index, (latent // SHAPE.C) * SHAPE.H + index)
@@ -111,7 +112,8 @@ if triton is not None:
         if token < 0:
             _absorb(queries, kv_b, head, block, SHAPE, TILE, PDL)
         else:
-            _rotate_and_append(queries, down, kv_first, norm, rope, counters, cache, head, token, SHAPE, TILE, PDL)
+            places = counters, slots
+            _rotate_and_append(queries, down, kv_first, norm, rope, places, cache, head, token, SHAPE, TILE, PDL)
 
     @triton.jit
     def _absorb(queries, kv_b, head, block, SHAPE: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):
@@ -142,7 +144,7 @@ if triton is not None:
 
     @triton.jit
     def _rotate_and_append(
-        queries, down, kv_first, norm, rope, counters, cache, head, token,
+        queries, down, kv_first, norm, rope, places, cache, head, token,
         SHAPE: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """A token's rotary query of one head; the first head also appends its latent, the first of all its key."""
@@ -153,11 +155,16 @@ if triton is not None:
         index, half = tl.arange(0, TILE.RP), tl.arange(0, TILE.EP)
         gamma = tl.load(norm.gamma + head.latent * R + index, mask=index < R, other=0.0).to(tl.float32)
         frequency = tl.load(rope.inv_freq + half, mask=half < E // 2, other=0.0)
-        place = (tl.load(counters) + token % SHAPE.T).to(tl.int64)
+        counters, slots = places
+        POSITIONS: tl.constexpr = 1 if slots is None else 0  # the first of them among the counters
+        if slots is None:
+            place = (tl.load(counters) + token % SHAPE.T).to(tl.int64)
+        else:
+            place = tl.maximum(tl.load(slots + token), 0)
         sequence = (token // SHAPE.T).to(tl.int64)
         row = cache.latents + sequence * cache.c_b + place * cache.c_s + head.latent * cache.c_l
         k_row = cache.k_rope + sequence * cache.k_b + place * cache.k_s
-        angle = tl.load(counters + 1 + token).to(tl.float32) * frequency
+        angle = tl.load(counters + POSITIONS + token).to(tl.float32) * frequency
         cos, sin = tl.cos(angle) * rope.scale, tl.sin(angle) * rope.scale
         rotates_query = half < tl.where(head.latent % SHAPE.C == 0, E // 2, 0)
         keeps_latent = index < tl.where(head.index == 0, R, 0)

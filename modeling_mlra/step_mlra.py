@@ -18,7 +18,9 @@ kernels (`step_linear_mlra`), by their number of vectors, their size and the GPU
 `attend` leaves partial results. For a few sequences `value` merges them; otherwise a kernel of its own does.
 
 Under tensor parallelism each rank runs these kernels on its share of latents, heads, MLP and vocabulary. `out` and
-`down_proj` then add its part of the product to an equal part of the residual, and an all-reduce behind each gives x.
+`down_proj` then add its part of the product to an equal part of the residual, and a sum over the ranks behind each
+gives x: through the other ranks' memory (`step_exchange_mlra`) where they see it, in float32 and rounded once, else by
+NCCL's all-reduce.
 
 Legend of all `step_*` files: M tokens of all sequences, T of each; K inputs of a linear map, n rows of one of its
 weights; G groups, C branches, L = G * C latents, H heads per latent; R latent, D / E / V positionless key, RoPE and
@@ -26,6 +28,7 @@ value widths; a name with P behind is padded to a power of two. "Rows" without m
 """
 
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -34,6 +37,8 @@ from .decode_arguments_mlra import DecodeInputs
 from .decode_mlra import asked_implementation
 from .decode_triton_mlra import PartialResults, cached_of, partial_results, triton_latent_attention
 from .device_mlra import constants, device_facts, launch, launch_options, triton, triton_missing
+from .peer_memory_mlra import exchange_of
+from .rows_mlra import RowFormat
 from .step_attention_mlra import (
     AttentionShape,
     Parts,
@@ -130,36 +135,51 @@ class FusedStep:
         tokens_each: T.
     """
 
+    slots: torch.Tensor | None = None  # over pages of a server's: the row that each token goes to, and where all lie
+    block_table: torch.Tensor | None = None
+    page_size = 0
+    exchange = None  # what sums over the ranks through peer memory, and where this rank's summands go then
+    summands: torch.Tensor | None = None
+
     def __init__(self, model: nn.Module, cache, counters: torch.Tensor, kv_start=None, key_mask=None, tokens_each=1):
-        config = model.config
-        self._model, self._cache, self.counters = weakref.ref(model), weakref.ref(cache), counters
+        self._cache, self.counters = weakref.ref(cache), counters
         self.kv_start, self.key_mask = kv_start, key_mask
-        self.tokens_each = tokens_each
-        self.num_tokens = (counters.numel() - 1) * tokens_each // (tokens_each + 1)
         self.mesh = tensor_parallel_mesh(model)
         self.residual_share = 1.0 if self.mesh is None else 1 / self.mesh.size()
+        num_tokens = (counters.numel() - 1) * tokens_each // (tokens_each + 1)
+        self.bind(model, cache.layers[0].format, counters.device, num_tokens, tokens_each)
+        self.hidden = self._buffer(model.config.hidden_size)
+        self.logits = self._buffer(local_tensor(model.lm_head.weight).shape[0])
+        if self.mesh is not None and num_tokens <= MAX_SEQUENCES:
+            self.exchange = exchange_of(self.mesh, MAX_SEQUENCES * model.config.hidden_size, counters.device)
+        if self.exchange is not None:
+            self.summands = torch.empty_like(self.hidden, dtype=torch.float32)
+
+    def bind(
+        self, model: nn.Module, row_format: RowFormat, device: torch.device, num_tokens: int, tokens_each: int = 1
+    ) -> None:
+        """Take this rank's sizes of the layers, and make room for what their kernels leave for one another."""
+        self._model, self.num_tokens, self.tokens_each = weakref.ref(model), num_tokens, tokens_each
+        config, self.dtype, self.device, self.row_format = model.config, model.dtype, device, row_format
         latents, heads_per_latent, groups = local_sizes(model.model.layers[0].self_attn)
         self.latents, self.heads_per_latent, self.groups = latents, heads_per_latent, groups
         heads = groups * heads_per_latent
-        self.row_format = cache.layers[0].format
         self.q_width = config.q_lora_rank
         self.gate_at = config.q_lora_rank + self.row_format.numbers
         gate_width = heads * config.v_head_dim if config.attn_output_gate else 0
 
-        def buffer(width):
-            return torch.empty(self.num_tokens, width, dtype=model.dtype, device=counters.device)
-
-        self.hidden, self.downs = buffer(config.hidden_size), buffer(self.gate_at + gate_width)
+        self.downs = self._buffer(self.gate_at + gate_width)
         self.queries = Queries(
-            buffer(heads * config.qk_head_dim),
-            buffer(latents * heads_per_latent * config.latent_head_dim),
-            buffer(heads * config.qk_rope_head_dim),
+            self._buffer(heads * config.qk_head_dim),
+            self._buffer(latents * heads_per_latent * config.latent_head_dim),
+            self._buffer(heads * config.qk_rope_head_dim),
         )
-        self.heads = buffer(heads * config.v_head_dim)
-        self.mlp = buffer(local_tensor(model.model.layers[0].mlp.up_proj.weight).shape[0])
-        self.logits = buffer(local_tensor(model.lm_head.weight).shape[0])
-        self.device = counters.device
-        self.machine = machine_of(self.device)
+        self.heads = self._buffer(heads * config.v_head_dim)
+        self.mlp = self._buffer(local_tensor(model.model.layers[0].mlp.up_proj.weight).shape[0])
+        self.machine = machine_of(device)
+
+    def _buffer(self, width: int) -> torch.Tensor:
+        return torch.empty(self.num_tokens, width, dtype=self.dtype, device=self.device)
 
     @property
     def model(self) -> nn.Module:
@@ -168,6 +188,11 @@ class FusedStep:
     @property
     def cache(self):
         return self._cache()
+
+    @property
+    def part(self) -> torch.Tensor:
+        """Where this rank's part of a sum over the ranks goes."""
+        return self.hidden if self.summands is None else self.summands
 
     @property
     def few(self) -> bool:
@@ -209,30 +234,35 @@ class FusedStep:
 
     def logits_after(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Logits `[M, vocab_size]` after `token_ids` `[M]`, whose rows are appended but not yet counted."""
-        base = self.model.model
         self.embed(token_ids)
-        for layer, cache_layer in zip(base.layers, self.cache.layers, strict=True):
-            self.attention(layer, cache_layer.rows)
+        self.run_layers([layer.rows for layer in self.cache.layers])
+        self._run(LinearMap(weights_of(self.model.lm_head), self.model.model.norm), self.hidden, self.logits)
+        if self.mesh is None:
+            return self.logits
+        if self.exchange is None or not self.exchange.holds(self.logits):
+            return gather_output(self.logits, self.mesh.get_group())
+        joined = self.logits.new_empty(self.num_tokens, self.mesh.size() * self.logits.shape[1])
+        self.exchange.join(self.logits, joined, self.machine)
+        return joined
+
+    def run_layers(self, rows: Sequence[torch.Tensor]) -> None:
+        """All layers, with the cached rows of each."""
+        for layer, of_layer in zip(self.model.model.layers, rows, strict=True):
+            self.attention(layer, of_layer)
             self.out(layer)
             self.gate_up(layer)
             self.down_proj(layer)
-        self._run(LinearMap(weights_of(self.model.lm_head), base.norm), self.hidden, self.logits)
-        return self.logits if self.mesh is None else gather_output(self.logits, self.mesh.get_group())
 
     def embed(self, token_ids: torch.Tensor) -> None:
         """The embedding of each token, from the rank that keeps its row."""
         weight = local_tensor(self.model.model.embed_tokens.weight)
-        if self.mesh is None:
-            width, block = weight.shape[1], 256
-            self._launch(
-                embed_kernel, (self.num_tokens, triton.cdiv(width, block)),
-                token_ids, token_ids.stride(0), weight, self.hidden, WIDTH=width, BLOCK=block, num_warps=1,
-            )  # fmt: skip
-            return
-        rows = token_ids - self.mesh.get_local_rank() * weight.shape[0]
-        kept = (rows >= 0) & (rows < weight.shape[0])
-        torch.index_select(weight, 0, rows.clamp(0, weight.shape[0] - 1), out=self.hidden)
-        sum_output(self.hidden.mul_(kept[:, None]), self.mesh.get_group())
+        (rows, width), block = weight.shape, 256
+        first = 0 if self.mesh is None else self.mesh.get_local_rank() * rows
+        self._launch(
+            embed_kernel, (self.num_tokens, triton.cdiv(width, block)),
+            token_ids, token_ids.stride(0), weight, first, rows, self.part, WIDTH=width, BLOCK=block, num_warps=1,
+        )  # fmt: skip
+        self.sum_hidden()
 
     def attention(self, layer: nn.Module, rows: torch.Tensor) -> None:
         """`down` to `value` of a layer and its cached rows `[B, 1, S, width]`."""
@@ -261,7 +291,8 @@ class FusedStep:
             absorb_kernel, (shape.L * shape.H, triton.cdiv(shape.R, tile.RB) + self.num_tokens),
             self.queries, Vectors(self.downs, self.downs.stride(0)), self.q_width, *weights_of(attention.kv_b_proj),
             norm_of(attention.kv_a_layernorm, attention.alpha_kv), Rope(rotary.inv_freq, rotary.attention_scaling),
-            self.counters, cached_of(*self.row_format.views(rows.squeeze(1), self.latents)), SHAPE=shape, TILE=tile,
+            self.counters, self.slots,
+            cached_of(*self.row_format.views(rows.squeeze(1), self.latents), self.block_table), SHAPE=shape, TILE=tile,
             num_warps=4,
         )  # fmt: skip
 
@@ -279,7 +310,8 @@ class FusedStep:
             q_latent=self.queries.latent.view(*shape, self.latents, self.heads_per_latent, config.latent_head_dim),
             q_rope=self.queries.rope.view(*shape, self.groups, self.heads_per_latent, config.qk_rope_head_dim),
             latents=latents, k_rope=k_rope, kv_end=self.kv_end, kv_start=self.kv_start, key_mask=self.key_mask,
-            block_table=None, page_size=0, scaling=attention.scaling, settled=True, scales=scales,
+            block_table=self.block_table, page_size=self.page_size, scaling=attention.scaling, settled=True,
+            scales=scales,
         )  # fmt: skip
         if self.few and self.tokens_each == 1:
             return partial_results(inputs, out=None)
@@ -332,8 +364,14 @@ class FusedStep:
     def _add_to_hidden(self, layer: nn.Module, x: torch.Tensor) -> None:
         """hidden += layer(x), the input features of `layer` split over the ranks."""
         linear_map = LinearMap(weights_of(layer), residual_share=self.residual_share)
-        self._run(linear_map, x, self.hidden, residual=self.hidden)
-        if self.mesh is not None:
+        self._run(linear_map, x, self.part, residual=self.hidden)
+        self.sum_hidden()
+
+    def sum_hidden(self) -> None:
+        """hidden = the sum over the ranks of their parts."""
+        if self.exchange is not None:
+            self.exchange.sum(self.summands, self.hidden, self.machine)
+        elif self.mesh is not None:
             sum_output(self.hidden, self.mesh.get_group())
 
     def _run(self, linear_map: LinearMap, x: torch.Tensor, out: torch.Tensor, residual=None) -> None:

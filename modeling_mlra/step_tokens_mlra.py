@@ -39,14 +39,20 @@ if triton is not None:
     from .step_device_mlra import wait_for_front
 
     @triton.jit
-    def embed_kernel(token_ids, stride, weight, hidden, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-        """The embeddings of the tokens, BLOCK numbers to a program; the kernel behind loads its weights meanwhile."""
+    def embed_kernel(
+        token_ids, stride, weight, first, rows, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+    ):
+        """The embeddings of the tokens, BLOCK numbers to a program; the kernel behind loads its weights meanwhile.
+
+        `weight` holds `rows` rows from token `first` on; other tokens give zeros.
+        """
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
         columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        token = tl.load(token_ids + tl.program_id(0) * stride).to(tl.int64)
-        row = tl.load(weight + token * WIDTH + columns, mask=columns < WIDTH, other=0.0)
-        tl.store(hidden + tl.program_id(0) * WIDTH + columns, row, mask=columns < WIDTH)
+        token = tl.load(token_ids + tl.program_id(0) * stride).to(tl.int64) - first
+        kept = tl.where((token >= 0) & (token < rows), WIDTH, 0)  # of this token: all or nothing
+        row = tl.load(weight + token * WIDTH + columns, mask=columns < kept, other=0.0)
+        tl.store(out + tl.program_id(0) * WIDTH + columns, row.to(out.dtype.element_ty), mask=columns < WIDTH)
 
     @triton.jit
     def _first_of_the_largest(logits, noise, least, vocab_size, TILE: tl.constexpr):

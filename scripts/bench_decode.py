@@ -10,7 +10,8 @@ the step must read (the cache once) per second, over the read rate measured in t
 FlashAttention-3 is taken from `flash_attn_interface` and FlashMLA from `flash_mla`; --libraries (or the environment
 variable MLRA_BENCH_LIBRARIES, separated by ":") names operator libraries `_vllm_fa3_C*.so` and `_flashmla_C*.so`.
 
-The part "pages" times the same rows in one piece and in shuffled pages of 64, 128 and 16 rows, as in serving.
+The part "pages" times the same rows in one piece and in shuffled pages of 64, 128 and 16 rows, as in serving; "fp8"
+times rows of latents in eight bits behind those in 16, and with the kernel that other GPUs run.
 """
 
 import argparse
@@ -48,8 +49,12 @@ if __name__ == "__main__":
 
 import torch
 
+from modeling_mlra.decode_arguments_mlra import DecodeInputs
 from modeling_mlra.decode_mlra import latent_attention
+from modeling_mlra.decode_plans_mlra import decode_plans
 from modeling_mlra.decode_reference_mlra import reference_latent_attention
+from modeling_mlra.decode_triton_mlra import triton_latent_attention
+from modeling_mlra.device_mlra import device_facts
 from modeling_mlra.rows_mlra import RowFormat
 
 try:
@@ -226,6 +231,23 @@ def ours(inputs: Inputs, **options) -> list[Callable]:
     return [call(i) for i in range(len(inputs.rows))]
 
 
+def portable(inputs: Inputs) -> list[Callable]:
+    """`ours` by the kernel that other GPUs run."""
+    case, (batch, size, _) = inputs.case, inputs.rows[0].shape
+    facts = device_facts(inputs.kv_end.device)
+    rows, itemsize = case.queries * case.heads, case.row_format.dtype.itemsize
+    scaled = case.row_format.scales > 0
+    sizes = rows, case.latents, 1, case.width, case.rope, itemsize, batch * size
+    plan = decode_plans(*sizes, hopper=False, facts=facts, scaled=scaled)[0]
+
+    def call(i):
+        *arguments, scales = inputs.latent(i)
+        given = DecodeInputs(*arguments, inputs.kv_end, None, None, None, 0, inputs.scaling, True, scales)
+        return lambda: triton_latent_attention(given, plan)
+
+    return [call(i) for i in range(len(inputs.rows))]
+
+
 def paged(inputs: Inputs, page_size: int) -> list[Callable]:
     """`ours` on the same rows in shuffled pages of one pool."""
     case, kv_end = inputs.case, inputs.kv_end
@@ -311,7 +333,7 @@ def flash_mla_decode(inputs: Inputs) -> list[Callable]:
 KERNELS: dict[str, dict[str, Callable]] = {
     "latent": {"ours": ours, "flash_attention_3": flash_attention_3},
     "pages": {"ours": ours} | {f"ours, pages of {n}": functools.partial(paged, page_size=n) for n in (64, 128, 16)},
-    "fp8": {"ours": ours},
+    "fp8": {"ours": ours, "portable": portable},
     "mla": {"flash_mla": flash_mla_decode},
     "gqa": {"flash_attention_3": flash_attention_3},
 }

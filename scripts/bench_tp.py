@@ -9,9 +9,9 @@ Weights are random and the same for every size; each rank creates its own share,
 N the model runs N / T times side by side (data parallelism), so that no GPU idles, each with its part of --sequences,
 or with one. A decode step is the one that `generate()` takes for a static cache, greedy choice included, as one CUDA
 graph; times are medians over replays, of the slowest rank. The share of all-reduce is what the step gains when its
-all-reduces are left out. For MLA the attention of a rank is also timed with FlashMLA where that is here (as in
-`bench_decode`, variable MLRA_BENCH_LIBRARIES). An existing file is added to: what is measured again replaces what it
-holds.
+sums over ranks are left out; where they go through peer memory, the same is timed through NCCL beside it. For MLA the
+attention of a rank is also timed with FlashMLA where that is here (as in `bench_decode`, variable
+MLRA_BENCH_LIBRARIES). An existing file is added to: what is measured again replaces what it holds.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from pathlib import Path
 from scripts import cli
 from scripts.cli import UserError, positive_int, read_json
 
+WAYS = ("auto", "nccl")
 PARTS = ("tokens", "projections", "decode", "compiled")
 
 
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--token-layers", type=positive_int, help="decoder layers of those (default: all)")
     parser.add_argument("--new-tokens", type=positive_int, default=32, help="tokens to compare")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:3], help="default: all but compiled")
+    parser.add_argument("--exchange", choices=WAYS, help="of sums over ranks (default: as MLRA_EXCHANGE says)")
     args = parser.parse_args(argv)
     return cli.run("scripts.bench_tp:measure", args, check, outputs=[args.output])
 
@@ -94,6 +96,8 @@ def measure(args: argparse.Namespace) -> None:
         distributed.init_process_group("nccl", device_id=device, timeout=TIMEOUT)
     else:
         distributed.init_process_group("gloo", timeout=TIMEOUT)
+    if args.exchange is not None:
+        os.environ["MLRA_EXCHANGE"] = args.exchange
     try:
         measure_all(args, configs, token_configs, sizes, device)
     finally:

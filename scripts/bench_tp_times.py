@@ -1,5 +1,6 @@
 """Times of a tensor-parallel decode step and of its parts, the slowest rank's, in microseconds."""
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ from torch import distributed, nn
 from modeling_mlra import MLRACache, MLRAConfig, MLRAForCausalLM
 from modeling_mlra.capture_step_mlra import DecodingStep
 from modeling_mlra.decode_mlra import latent_attention
+from modeling_mlra.peer_memory_mlra import ENVIRONMENT_VARIABLE
+from modeling_mlra.step_exchange_mlra import Exchange
 from modeling_mlra.tensor_parallel_mlra import local_sizes, tensor_parallel_mesh
 from scripts.bench_decode import Case
 from scripts.bench_decode import measure as measure_kernels
@@ -21,13 +24,26 @@ HEAD_WIDTH = 128  # d_h of the released models, the unit of the paper's table of
 
 @contextmanager
 def no_all_reduce() -> Iterator[None]:
-    """All-reduces do nothing: results are wrong, and the time that is gained is what they cost."""
-    real = distributed.all_reduce
-    distributed.all_reduce = lambda *args, **kwargs: None
+    """Sums over ranks are left out: results are wrong, and the time that is gained is what they cost."""
+    real = distributed.all_reduce, Exchange.sum
+    distributed.all_reduce = Exchange.sum = lambda *args, **kwargs: None
     try:
         yield
     finally:
-        distributed.all_reduce = real
+        distributed.all_reduce, Exchange.sum = real
+
+
+@contextmanager
+def through_nccl() -> Iterator[None]:
+    """Steps that are made inside sum over ranks by NCCL."""
+    before = os.environ.get(ENVIRONMENT_VARIABLE)
+    os.environ[ENVIRONMENT_VARIABLE] = "nccl"
+    try:
+        yield
+    finally:
+        del os.environ[ENVIRONMENT_VARIABLE]
+        if before is not None:
+            os.environ[ENVIRONMENT_VARIABLE] = before
 
 
 def median_time(function: Callable[[], object], device: torch.device, replays: int) -> float:
@@ -66,9 +82,34 @@ def slowest(value: float, device: torch.device) -> float:
 
 
 def measure_decode(model: MLRAForCausalLM, batch: int, context: int, replays: int, device: torch.device) -> dict:
-    """Time of a step from `context` on, what all-reduce takes of it, the attention's part, and the cache's bytes."""
+    """Time of a step from `context` on, what sums over ranks take of it, the attention's part, and the cache's bytes.
+
+    A step whose sums go through peer memory is timed through NCCL as well.
+    """
     mesh = tensor_parallel_mesh(model)
     cache, taken = random_cache(model, batch, context, context + 2 * (replays + 8), device)
+    rows = batch * cache.get_max_length()
+    step, timed = time_step(model, cache, batch, context, replays, device)
+    result = {
+        "sequences": batch,
+        "cache_bytes_allocated": taken,
+        "cache_bytes_expected": cache.bytes_per_token() * rows,
+        "cache_head_widths": taken / (rows * len(cache.layers) * HEAD_WIDTH * cache.layers[0].rows.element_size()),
+        "step": "fused" if step.is_fused else "modules",
+        **timed,
+    }
+    groups_of_ranks = distributed.get_world_size() // (1 if mesh is None else mesh.size())
+    result["tokens_per_s"] = 1e6 * groups_of_ranks * batch / result["token_us"]
+    if result.get("exchange") == "peer memory":
+        with through_nccl():
+            result["through_nccl"] = time_step(model, cache, batch, context, replays, device)[1]
+    return result | measure_attention(model, cache, step, batch, context, replays, device)
+
+
+def time_step(
+    model: MLRAForCausalLM, cache: MLRACache, batch: int, context: int, replays: int, device: torch.device
+) -> tuple[DecodingStep, dict]:
+    """A new step from `context` on, its time, and, under tensor parallelism, how it sums and what that takes."""
     token = torch.zeros(batch, dtype=torch.long, device=device)
     step = DecodingStep(model, cache, batch, masked=False)
     step.start(context, torch.full((batch,), context, device=device), None)
@@ -76,23 +117,14 @@ def measure_decode(model: MLRAForCausalLM, batch: int, context: int, replays: in
     def decode():
         token.copy_(step(token).argmax(-1))
 
-    rows = batch * cache.get_max_length()
-    result = {
-        "sequences": batch,
-        "cache_bytes_allocated": taken,
-        "cache_bytes_expected": cache.bytes_per_token() * rows,
-        "cache_head_widths": taken / (rows * len(cache.layers) * HEAD_WIDTH * cache.layers[0].rows.element_size()),
-        "step": "fused" if step.is_fused else "modules",
-        "token_us": median_time(decode, device, replays),
-    }
-    groups_of_ranks = distributed.get_world_size() // (1 if mesh is None else mesh.size())
-    result["tokens_per_s"] = 1e6 * groups_of_ranks * batch / result["token_us"]
-    if mesh is not None:
+    timed: dict = {"token_us": median_time(decode, device, replays)}
+    if tensor_parallel_mesh(model) is not None:
+        timed["exchange"] = "peer memory" if getattr(step.run, "exchange", None) is not None else "nccl"
         with no_all_reduce():
             # `slowest` needs the real one, so the time is this rank's
-            result["token_us_without_all_reduce"] = median_time(decode, device, replays)
-        result["all_reduce_share"] = 1 - result["token_us_without_all_reduce"] / result["token_us"]
-    return result | measure_attention(model, cache, step, batch, context, replays, device)
+            timed["token_us_without_all_reduce"] = median_time(decode, device, replays)
+        timed["all_reduce_share"] = 1 - timed["token_us_without_all_reduce"] / timed["token_us"]
+    return step, timed
 
 
 def measure_attention(

@@ -31,11 +31,13 @@ from triton.compiler.compiler import make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.errors import OutOfResources
 
+from mlra_vllm.step import PagedStep, PagedTokens
 from modeling_mlra import (
     MLRAConfig,
     MLRAForCausalLM,
     decode_triton_mlra,
     device_mlra,
+    step_exchange_mlra,
     step_linear_products_mlra,
     step_linear_registers_mlra,
     step_linear_stream_mlra,
@@ -44,15 +46,18 @@ from modeling_mlra import (
 from modeling_mlra.decode_arguments_mlra import DecodeInputs
 from modeling_mlra.device_mlra import DeviceFacts
 from modeling_mlra.rows_mlra import RowFormat
+from modeling_mlra.step_device_mlra import machine_of
 
 META = torch.device("meta")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TYPES = {dtype: name for name, dtype in DTYPES.items()}
 TYPES |= {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8", torch.float8_e4m3fn: "fp8e4nv"}
 PARTS = {"wgmma.mma_async": "matrix products", "cp.async.bulk.tensor": "bulk copies", "griddepcontrol.wait": "waits"}
+PARTS |= {"st.relaxed.sys.global.b64": "words sent", "ld.volatile.global.b64": "words read"}
 KERNELS = (
     (decode_triton_mlra, ("decode_kernel", "rows_kernel", "combine_kernel")),
     (step_mlra, ("embed_kernel", "absorb_kernel", "value_kernel", "product_value_kernel", "choose_kernel")),
+    (step_exchange_mlra, ("sum_kernel", "join_kernel")),
     (step_linear_registers_mlra, ("register_linear_kernel",)),
     (step_linear_products_mlra, ("product_linear_kernel",)),
     (step_linear_stream_mlra, ("stream_linear_kernel",)),
@@ -274,6 +279,27 @@ def step(num_sequences: int, dtype=torch.bfloat16, fp8=False, **settings) -> Non
     run.choose(*choice, scores_of=lambda logits: (logits, logits[:, :50].contiguous()), draws=True)
 
 
+def step_over_pages(num_sequences: int, dtype=torch.bfloat16, **settings) -> None:
+    """The same of a layer whose rows lie in pages of 64."""
+    config = MLRAConfig(num_hidden_layers=1, **settings)
+    with torch.device("meta"):
+        model = MLRAForCausalLM(config).to(dtype)
+    row_format = RowFormat.of_config(config, dtype=dtype)
+    run = PagedStep(model, row_format, num_sequences)
+    numbers, table = empty(num_sequences, dtype=torch.long), empty(num_sequences, 2048, dtype=torch.int32)
+    tokens = PagedTokens(numbers, numbers, table[:, 0].contiguous(), table, 64)
+    pool = empty(2**20, row_format.width, dtype=row_format.element)
+    run(empty(num_sequences, config.hidden_size, dtype=dtype), [pool], tokens)
+
+
+def exchange(ranks: int, dtype=torch.bfloat16) -> None:
+    """The sum over so many ranks of two vectors of a released width, and the logits of one."""
+    inbox = empty(*step_exchange_mlra.inbox_shape(32 * 3072, ranks), dtype=torch.int64)
+    exchanged = step_exchange_mlra.Exchange(ranks - 1, [inbox] * ranks, empty(ranks, dtype=torch.int32), 10**11)
+    exchanged.sum(empty(2, 3072, dtype=torch.float32), empty(2, 3072, dtype=dtype), machine_of(META))
+    exchanged.join(empty(1, 50304 // ranks, dtype=dtype), empty(1, 50304, dtype=dtype), machine_of(META))
+
+
 SHAPES = {
     "mla": (1, 1, 24, 512),
     "mla, double heads": (1, 1, 48, 512),
@@ -320,6 +346,19 @@ def step_released(compiler: Compiler, shape: str, sequences: int, dtype: str = "
     step(sequences, DTYPES[dtype], fp8, **STEPS[shape])
 
 
+def pages_released(compiler: Compiler, shape: str, sequences: int) -> None:
+    """Of a step over pages, the kernels that differ."""
+    compiler.what = f"{shape}, {sequences} sequences in pages"
+    for compiler.only in ("absorb_kernel", "rows_kernel", "decode_kernel"):
+        step_over_pages(sequences, **STEPS[shape])
+    compiler.only = None
+
+
+def exchange_released(compiler: Compiler, ranks: int, dtype: str = "bf16") -> None:
+    compiler.what = f"{ranks} ranks, {dtype}"
+    exchange(ranks, DTYPES[dtype])
+
+
 def compile_all(name: str) -> list[str]:
     """Every kernel for one target; prints them, and returns what is wrong."""
     with Compiler(name).in_place_of_launches() as compiler:
@@ -332,8 +371,12 @@ def compile_all(name: str) -> list[str]:
         for sequences in (1, 2, 16):
             for shape in STEPS:
                 step_released(compiler, shape, sequences)
+                pages_released(compiler, shape, sequences)
             if compiler.facts.float8:
                 step_released(compiler, "mlra_4", sequences, fp8=True)
+        for ranks in (2, 3, 4, 8) if compiler.facts.nvidia else ():
+            for dtype in DTYPES:
+                exchange_released(compiler, ranks, dtype)
     return compiler.faults()
 
 
@@ -352,14 +395,21 @@ def compile_sample(name: str) -> list[str]:
             attend(batch=1, length=1, latents=4, heads=24, page_size=64, cached=2**20)
             attend(batch=3, length=4, latents=4, heads=24, page_size=64, masked=True)
             attend(batch=3, length=4, latents=4, heads=24, page_size=128)
+            compiler.what = "sample, eight bits"
             attend(batch=1, length=1, latents=1, heads=64, eight_bits=True)
+            attend(batch=1, length=1, latents=4, heads=24, cached=2**20, eight_bits=True)
+            attend(batch=3, length=4, latents=4, heads=24, page_size=64, masked=True, eight_bits=True)
+            attend(batch=3, length=1, latents=4, heads=24, page_size=32, eight_bits=True)
             for sequences in (1, 2, 16):
                 step_released(compiler, "mlra_4, gated", sequences)
+            for shape, sequences in (("mlra_4", 1), ("gla_2", 2), ("mla", 32), ("mlra_4, FP8 rows", 16)):
+                pages_released(compiler, shape, sequences)
             compiler.only = "register_linear_kernel"
             step_released(compiler, "mlra_4", 1, fp8=True)
             compiler.only = "absorb_kernel"
             step_released(compiler, "mlra_4, FP8 rows", 1)
             compiler.only = None
+            exchange_released(compiler, 4)
         for shape, call, dtype in SAMPLE.get(name, ()):
             attend_released(compiler, shape, call, dtype)
         if name in ("sm_80", "gfx942"):
@@ -369,6 +419,8 @@ def compile_sample(name: str) -> list[str]:
         if name == "sm_80":
             compiler.only = "value_kernel"
             step_released(compiler, "gla_4", 2)
+            compiler.only = None
+            exchange_released(compiler, 2, "fp32")
     return compiler.faults()
 
 

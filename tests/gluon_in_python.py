@@ -26,6 +26,7 @@ def load(pointer: Pointer, mask=None, other=0):
     """What lies at `pointer`; as on the device, an element outside of the tensor must be masked."""
     offset = torch.as_tensor(pointer.offset)
     wanted = torch.ones_like(offset, dtype=torch.bool) if mask is None else torch.as_tensor(mask)
+    offset, wanted = torch.broadcast_tensors(offset, wanted)
     assert ((offset >= 0) & (offset < len(pointer.data)))[wanted].all(), "reads outside of a tensor"
     return torch.where(wanted, pointer.data[torch.where(wanted, offset, 0)], other)
 
@@ -60,6 +61,7 @@ class Copies:
         rings = dict.fromkeys(("full", "empty"), ring)
         self.buffers = SimpleNamespace(
             c=SimpleNamespace(index=lambda place: "latents"), k=SimpleNamespace(index=lambda place: "k_rope"),
+            c8=SimpleNamespace(index=lambda place: "latents"), scales=SimpleNamespace(index=lambda place: "scales"),
             q_full=None, **rings,
         )  # fmt: skip
         self.descriptor = SimpleNamespace(block_type=SimpleNamespace(nbytes=NUMBER_OF_BYTES))
@@ -85,8 +87,6 @@ def copy_tiles(visible, pages, place, shape, tile, deal, early=False) -> list[tu
     scope = {**vars(decode_copies_mlra), **stand_ins}
     for name in ("_share_start", "share_of", "stretch_of", "_page", "copy_tiles"):
         scope[name] = types.FunctionType(getattr(decode_copies_mlra, name).fn.__code__, scope, name)
-    scope["copy_tiles"](
-        copies.descriptor, copies.descriptor, copies.buffers, visible, pages, place, shape, tile, deal, early
-    )
+    scope["copy_tiles"](*[copies.descriptor] * 3, copies.buffers, visible, pages, place, shape, tile, deal, early)
     assert copies.announced == 0, "a barrier waits for other bytes than come"
     return copies.asked

@@ -41,14 +41,22 @@ def test_kernels_compile_for_gpus_that_are_not_here(tmp_path):
     assert {line.split()[0] for line in lines} == COMPILED_TARGETS
     on_hopper = [line for line in lines if line.startswith("sm_90")]
     fused = {"embed_kernel", "absorb_kernel", "value_kernel", "product_value_kernel", "choose_kernel"}
-    fused |= {"register_linear_kernel", "product_linear_kernel", "stream_linear_kernel"}
+    fused |= {"register_linear_kernel", "product_linear_kernel", "stream_linear_kernel", "sum_kernel", "join_kernel"}
     assert {line.split()[1] for line in on_hopper} == fused | {"rows_kernel", "decode_kernel", "combine_kernel"}
     for line in on_hopper:
         if "rows_kernel" in line:
             assert "matrix products" in line and "bulk copies" in line, line
+        if "sum_kernel" in line or "join_kernel" in line:  # to three ranks; from three, at first and in a loop
+            assert "3 words sent" in line and "6 words read" in line, line
         if "product_linear_kernel" in line:  # its weights come through buffers, in whole vectors
             shared = int(line.partition(" bytes")[0].split()[-1])
             assert "matrix products" in line and shared > 50_000, line
     assert sum(" 8 bulk copies" in line for line in on_hopper) == 6, "gate and up, down, vocabulary; 1 and 2 sequences"
     assert sum("rows_kernel" in line and " 5 bulk copies" in line for line in on_hopper) == 3, "two latents"
     assert sum("rows_kernel" in line and "sample, pages" in line for line in on_hopper) == 4
+    in_pages = [line.split()[1:3] for line in on_hopper if "sequences in pages" in line]
+    assert sum(kernel == "absorb_kernel" for kernel, _ in in_pages) == 4 and ["rows_kernel", "mlra_4,"] in in_pages
+    eight_bits = [line for line in on_hopper if "sample, eight bits" in line]
+    copies = [line.count(f" {n} bulk copies") for line in eight_bits if "rows_kernel" in line for n in (3, 4)]
+    assert copies == [1, 0, 0, 1, 1, 0], "scales come too, and latents at a time where those of 16 bits take two"
+    assert sum("decode_kernel" in line for line in eight_bits) == 1

@@ -53,6 +53,22 @@ def test_latents_share_programs_where_the_rotary_keys_are_read_often():
 
 
 @pytest.mark.parametrize(
+    ("rows", "latents", "cached", "expected"),
+    [
+        (64, 1, 2**21, {"NL": 1, "BM": 64, "OVERLAP": True, "HELD": True, "STAGES": 6, "WIDE": 4}),
+        (24, 4, 2**17, {"NL": 1, "BM": 64, "OVERLAP": True, "HELD": True, "STAGES": 6, "WIDE": 4}),
+        (24, 4, 2**20, {"NL": 2, "BM": 64, "OVERLAP": False, "HELD": False, "STAGES": 4, "WIDE": 2}),
+        (96, 4, 2**20, {"NL": 1, "BM": 128, "OVERLAP": True, "HELD": True, "STAGES": 6, "WIDE": 4}),
+    ],
+)
+def test_latents_of_eight_bits_are_widened_where_copies_are_in_bulk(rows, latents, cached, expected):
+    sizes = (rows, latents, 1, 128, 64, 2, cached)
+    plan, portable, *_ = decode_plans_mlra.decode_plans(*sizes, True, CARDS["H100"], 64, True)
+    assert expected.items() <= plan.tile._asdict().items() and plan.tile.BN == plan.unit == 64
+    assert portable == decode_plans_mlra.decode_plans(*sizes, False, CARDS["H100"], 64, True)[0]
+
+
+@pytest.mark.parametrize(
     ("programs", "batch", "expected"),
     [(132, 1, 132), (33, 16, 32), (33, 5, 33), (132, 64, 128), (132, 128, 128), (33, 66, 33), (33, 40, 33)],
 )

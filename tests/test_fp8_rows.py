@@ -50,12 +50,12 @@ def test_bytes_of_a_row(number, width, rope, dtype):
     row_format = RowFormat(number * width, rope, dtype, number)
     rows = row_format.join(latents, k_rope)
     begin = -(-number * width // 4) * 4
-    size = begin + rope * dtype.itemsize + 4 * number
-    assert rows.dtype == torch.uint8 and rows.shape == (5, row_format.nbytes) == (5, -(-size // 4) * 4)
+    scales = -(-(begin + rope * dtype.itemsize) // 16) * 16
+    assert rows.dtype == torch.uint8 and rows.shape == (5, row_format.nbytes) == (5, scales + 16)
     for row, c, k in zip(rows, latents, k_rope, strict=True):
         expected = [oracle(part.double()) for part in c.split(width)]
         assert row[: number * width].tolist() == [code for codes, _ in expected for code in codes]
-        assert row[-4 * number :].view(torch.float32).tolist() == [scale for _, scale in expected]
+        assert row[scales:].view(torch.float32).tolist() == [scale for _, scale in expected] + [0] * (4 - number)
         assert torch.equal(row[begin : begin + rope * dtype.itemsize].view(dtype), k)
     kept, key = row_format.split(rows)
     assert torch.equal(key, k_rope)
@@ -76,9 +76,9 @@ def test_latents_that_are_not_finite_are_nan_and_no_others():
 
 
 def test_released_rows_by_hand():
-    """656 bytes a token for 1152, 260 on a rank of four; in the library's pages 768, of heads of an even width."""
+    """656 bytes a token for 1152, on a rank of four 272; in the library's pages 768, of heads of an even width."""
     config = MLRAConfig(dtype="bfloat16", cache_row_format="fp8")
-    assert RowFormat.of_config(config).nbytes == 656 and RowFormat.of_config(config, num_latents=1).nbytes == 260
+    assert RowFormat.of_config(config).nbytes == 656 and RowFormat.of_config(config, num_latents=1).nbytes == 272
     assert MLRACache(config).bytes_per_token() == 24 * 656
     assert MLRACache(config, row_format="plain").bytes_per_token() == 24 * 1152
     assert 2 * config.num_key_value_heads * config.head_dim * 2 == 768
@@ -223,7 +223,12 @@ def test_fused_step_appends_the_bytes_of_update(variant, dtype):
         written[name] = cache.layers[0]
     plain, layer = written["plain"], written["fp8"]
     expected = layer.format.join(*plain.format.split(plain.rows))
-    assert torch.equal(layer.rows[:, :, :9], expected[:, :, :9]) and layer.rows[:, :, 9:].eq(255).all()
+    number = layer.format.scales
+    for part, of_update in zip(
+        *(layer.format.views(rows[:, 0, :9], number) for rows in (layer.rows, expected)), strict=True
+    ):
+        assert torch.equal(part.contiguous().view(torch.uint8), of_update.contiguous().view(torch.uint8))
+    assert layer.rows[:, :, 9:].eq(255).all()
     cache = MLRACache(model.config, row_format="fp8")
     with torch.no_grad():
         model(ids[:, :7], cache=cache)
@@ -259,7 +264,7 @@ def test_logits_are_those_over_rounded_latents(variant, implementation):
 @pytest.mark.parametrize(("num_latents", "heads"), [(1, 64), (4, 24), (1, 128), (4, 3)])
 @pytest.mark.parametrize("length", [1, 5])
 def test_gpu_shapes(num_latents, heads, length):
-    """The released widths, in rows of 656 and 260 bytes, with and without a mask."""
+    """The released widths, in rows of 656 and 272 bytes, with and without a mask."""
     arguments, scales, kv_end, plain = decode_inputs(
         num_latents, 1, torch.bfloat16, length=length, heads=heads, width=128, rope=64, rows=700
     )
