@@ -31,18 +31,22 @@ OF_LAST_TOKEN_ALONE = (EosTokenCriteria, MaxLengthCriteria)
 TOP_PARTS = 64  # that a row is split into to look for its largest numbers
 
 
-def keep_largest(scores: torch.Tensor, number: int, filler: float) -> torch.Tensor:
-    """The library's top-k of `[M, vocab_size]`: all below the `number`-th largest of a row become `filler`.
+def largest(scores: torch.Tensor, number: int) -> torch.Tensor:
+    """The `number` largest of each row of `[M, vocab_size]`, in any order.
 
-    It is found among the largest of each part of the row, in a few kernels: torch's topk of one long row takes many.
+    They are found among those of each part of the row, in a few kernels: torch's topk of one long row takes many.
     """
     number, candidates = min(number, scores.shape[-1]), scores
     if scores.shape[-1] >= 2 * TOP_PARTS * number:
         if missing := -scores.shape[-1] % TOP_PARTS:
             candidates = nn.functional.pad(scores, (0, missing), value=-torch.inf)
         candidates = candidates.unflatten(-1, (TOP_PARTS, -1)).topk(number, sorted=False).values.flatten(1)
-    lowest = candidates.topk(number, sorted=False).values.amin(dim=-1, keepdim=True)
-    return scores.masked_fill(scores < lowest, filler)
+    return candidates.topk(number, sorted=False).values
+
+
+def keep_largest(scores: torch.Tensor, number: int, filler: float) -> torch.Tensor:
+    """The library's top-k of `[M, vocab_size]`: all below the `number`-th largest of a row become `filler`."""
+    return scores.masked_fill(scores < largest(scores, number).amin(dim=-1, keepdim=True), filler)
 
 
 class Choice(NamedTuple):
@@ -52,11 +56,13 @@ class Choice(NamedTuple):
         processors: functions of scores `[B, vocab_size]`.
         ends: int64 `[N]`, the tokens that end a sequence, filled up with -1.
         key: what a graph of it depends on.
+        last_top_k: k, where the last of the processors keeps the k largest scores; else 0.
     """
 
     processors: list[Callable]
     ends: torch.Tensor
     key: str
+    last_top_k: int = 0
 
 
 def choice_of_logits_alone(
@@ -82,7 +88,11 @@ def choice_of_logits_alone(
     ends = [c.eos_token_id.to(device).flatten() for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
     ends = torch.cat([torch.empty(0, dtype=torch.long, device=device), *ends])
     ends = nn.functional.pad(ends, (0, size_class(ends.numel(), 8) - ends.numel()), value=-1)
-    return Choice(processors, ends, repr(keys))
+    last_top_k = 0
+    for processor in logits_processor[-1:]:
+        if isinstance(processor, TopKLogitsWarper) and processor.filter_value == -torch.inf:
+            last_top_k = processor.top_k
+    return Choice(processors, ends, repr(keys), last_top_k)
 
 
 class Selection:
@@ -113,9 +123,14 @@ class Selection:
         probabilities = nn.functional.softmax(scores, dim=-1)
         return probabilities / torch.empty_like(probabilities).exponential_(1)
 
-    def scores_of(self, logits: torch.Tensor) -> torch.Tensor:
-        """What the fused step takes the largest of."""
-        return self.weigh(self.process(logits.to(copy=True, dtype=torch.float32)))
+    def scores_of(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the fused step chooses by, and the largest, of which alone it draws (None: of all): the last top-k."""
+        assert self.choice is not None
+        top_k = self.choice.last_top_k if self.config.do_sample else 0
+        processors = self.choice.processors[:-1] if top_k else self.choice.processors
+        if processors:
+            logits = reduce(lambda x, processor: processor(x), processors, logits.to(copy=True, dtype=torch.float32))
+        return logits, largest(logits, top_k) if top_k else None
 
     def select(self, logits: torch.Tensor, buffers: Buffers, length: int = 0) -> None:
         """Choose tokens from logits `[M, vocab_size]` behind sequences of `length` tokens."""
@@ -150,9 +165,9 @@ class Selection:
             forward = Replay(lambda: step(buffers.token_ids), device, siblings)
             return lambda length: self.select(forward(), buffers, length)
         if step.is_fused:
-            scores_of = self.scores_of if self.choice.processors or self.config.do_sample else None
+            scores_of = self.scores_of if self.choice.processors else None
             arguments = buffers.token_ids, buffers.unfinished, self.pad, ends, buffers.sequences, buffers.column
-            replay = Replay(lambda: step.run.choose(*arguments, scores_of), device, siblings)
+            replay = Replay(lambda: step.run.choose(*arguments, scores_of, self.config.do_sample), device, siblings)
         else:
             replay = Replay(lambda: self.select(step(buffers.token_ids), buffers), device, siblings)
         return lambda length: replay()

@@ -190,8 +190,9 @@ def _launch_plan(plan: DecodePlan, inputs: DecodeInputs, gives_results: bool, fa
     strides = Strides(*inputs.q_latent.stride()[:4]), Strides(*inputs.q_rope.stride()[:4])
     if len(_launch_plans) >= MAX_LAYOUTS:
         _launch_plans.clear()
-    _launch_plans[key] = LaunchPlan(object(), programs, deal, (programs * lanes,), options, results, *strides)
-    return _launch_plans[key]
+    known = LaunchPlan(object(), programs, deal, (programs * lanes,), options, results, *strides)
+    _launch_plans[key] = known
+    return known
 
 
 def _launch(plan: DecodePlan, inputs: DecodeInputs, out: torch.Tensor | None) -> PartialResults:

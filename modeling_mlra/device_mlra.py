@@ -167,7 +167,7 @@ def on_device(device: torch.device) -> torch.accelerator.device_index:
     return torch.accelerator.device_index(device.index if device.type in ("cuda", "xpu") else None)
 
 
-MAX_STARTS = 4096
+MAX_STARTS = 4096  # kept, all dropped beyond
 
 
 class Start(NamedTuple):

@@ -55,7 +55,7 @@ from .step_device_mlra import Vectors, machine_of, norm_of
 from .step_linear_mlra import FEW_VECTORS, run
 from .step_linear_products_mlra import PRODUCT_SHARED_BYTES
 from .step_maps_mlra import LinearMap, format_of, has_blocks, is_scaled, weight_obstacle, weights_of
-from .step_tokens_mlra import Ends, choice_plan, choose_kernel, embed_kernel
+from .step_tokens_mlra import Draw, Ends, choice_plan, choose_kernel, embed_kernel
 from .tensor_parallel_mlra import (
     gather_output,
     is_parallel,
@@ -205,24 +205,31 @@ class FusedStep:
         self.counters.add_(self.tokens_each)
         return logits
 
-    def choose(self, token_ids, unfinished, pad: int, end_tokens, sequences, column, scores_of=None) -> None:
-        """The same, and the most likely next token of each sequence, all on the device.
+    def choose(
+        self, token_ids, unfinished, pad: int, end_tokens, sequences, column, scores_of=None, draws=False
+    ) -> None:
+        """The same, and the most likely next token of each sequence or one drawn, all on the device.
 
         Args:
             token_ids: int64 `[M]`, replaced by the next ones.
             unfinished: int64 `[M]`, 0 for a sequence that has ended, to which `pad` is appended; updated.
             end_tokens: int64 `[N]`, tokens that end a sequence.
             sequences: int64 `[M, S]`; the tokens go to column `column[m]`, int64 `[M]`, which moves on.
-            scores_of: a function of the logits whose largest value is taken instead of the logits' own, for sampling.
+            scores_of: a function of the logits that gives what is chosen by instead, `[M, vocab_size]`; and the
+                largest of these `[M, k]`, of which alone tokens are drawn, or None for all.
+            draws: whether to draw, with the random numbers that `torch.multinomial` takes.
         """
         logits = self.logits_after(token_ids)
+        largest = None
         if scores_of is not None:
-            logits = scores_of(logits)
+            logits, largest = scores_of(logits)
+        noise = torch.empty_like(logits, dtype=torch.float32).exponential_(1) if draws else None
+        draw = Draw(noise, largest, 0 if largest is None else largest.shape[1])
         vocab_size, ends = logits.shape[1], Ends(end_tokens, end_tokens.numel())
         self._launch(
-            choose_kernel, (self.num_tokens,), logits, vocab_size, unfinished, pad, ends, token_ids,
+            choose_kernel, (self.num_tokens,), logits, draw, vocab_size, unfinished, pad, ends, token_ids,
             Vectors(sequences, sequences.stride(0)), column, self.counters,
-            TILE=choice_plan(vocab_size, self.counters.numel(), ends.number), num_warps=16,
+            TILE=choice_plan(vocab_size, self.counters.numel(), ends.number, draw), num_warps=16,
         )  # fmt: skip
 
     def logits_after(self, token_ids: torch.Tensor) -> torch.Tensor:

@@ -275,7 +275,8 @@ def step(num_sequences: int, dtype=torch.bfloat16, fp8=False, **settings) -> Non
     tokens = empty(num_sequences, dtype=torch.long)
     choice = tokens, tokens, 0, empty(2, dtype=torch.long), empty(num_sequences, 9, dtype=torch.long), tokens
     run.choose(*choice)
-    run.choose(*choice, scores_of=torch.Tensor.float)
+    run.choose(*choice, scores_of=lambda logits: (logits.float(), None), draws=True)
+    run.choose(*choice, scores_of=lambda logits: (logits, logits[:, :50].contiguous()), draws=True)
 
 
 def step_over_pages(num_sequences: int, dtype=torch.bfloat16, **settings) -> None:

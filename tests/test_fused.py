@@ -168,6 +168,37 @@ def test_choice_of_the_next_token(end_tokens, monkeypatch):
     assert torch.equal(step.counters, counters + 1)
 
 
+@pytest.mark.parametrize("kept", [None, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_token_is_drawn_as_multinomial_draws_it(kept, dtype, monkeypatch):
+    """With its random numbers, and of the largest scores alone, the equal ones included."""
+    model = tiny_model("mlra_4").to(DEVICE)
+    cache = MLRACache(model.config, max_cache_len=20)
+    model(torch.ones(4, 7, dtype=torch.long, device=DEVICE), cache=cache)
+    step = step_mlra.FusedStep(model, cache, torch.zeros(9, dtype=torch.int32, device=DEVICE))
+    logits = 2 * torch.randn(4, 9_000, generator=torch.Generator().manual_seed(0))
+    logits[0, ::2] = -torch.inf
+    logits[1, [7, 8_500, 40, 41]] = torch.tensor([30.0, 29.0, 28.0, 28.0])
+    logits = logits.to(DEVICE, dtype)
+    monkeypatch.setattr(step, "logits_after", lambda token_ids: logits)
+    tokens, unfinished = torch.zeros(4, dtype=torch.long, device=DEVICE), torch.ones(4, device=DEVICE).long()
+    column, sequences = torch.zeros(4, 1, device=DEVICE).long(), torch.zeros(4, 40, device=DEVICE).long()
+    no_ends = torch.zeros(0, device=DEVICE).long()
+    scores = logits.float()
+    if kept is not None:
+        scores = scores.masked_fill(scores < scores.topk(kept).values[:, -1:], -torch.inf)
+    drawn = set()
+    for seed in range(12):
+        torch.manual_seed(seed)
+        expected, state = torch.multinomial(scores.softmax(-1), 1)[:, 0], torch.rand(1, device=DEVICE)
+        torch.manual_seed(seed)
+        scores_of = (lambda logits: (logits, logits.topk(kept).values)) if kept else None
+        step.choose(tokens, unfinished, 9, no_ends, sequences, column, scores_of, draws=True)
+        assert torch.equal(tokens, expected) and torch.equal(torch.rand(1, device=DEVICE), state)
+        drawn.add(tokens[1].item())
+    assert len(drawn) > 1 and (not kept or drawn <= {7, 8_500, 40, 41})
+
+
 def test_which_kernel_runs_a_linear_map(monkeypatch):
     """Through rings go large weights whose rows bulk copies can take; the vectors must fit beside the rings."""
     monkeypatch.setattr(step_linear_stream_mlra, "RING_BYTES", 2**20)
