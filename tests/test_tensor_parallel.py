@@ -197,7 +197,8 @@ def test_cache_bytes_per_rank(measured, size, variant, gated):
     width = CACHE_WIDTHS[variant][int(math.log2(size))]
     latents = round((width - 0.5) * 128) * config.kv_lora_rank // 512  # the table without its RoPE half width
     per_token = config.num_hidden_layers * (latents + config.qk_rope_head_dim) * 4
-    in_eight_bits = latents + 4 * config.qk_rope_head_dim + 4 * latents // config.latent_head_dim
+    numbers, scales = latents + 4 * config.qk_rope_head_dim, 4 * latents // config.latent_head_dim  # in bytes
+    in_eight_bits = math.ceil(numbers / 16) * 16 + math.ceil(scales / 16) * 16  # bulk copies take 16 at a time
     for rank in measured(size)[0]:
         cache = rank[name_of(variant, gated)]["cache"]
         assert cache["dynamic"]["per_token"] == cache["static"]["per_token"] == per_token
