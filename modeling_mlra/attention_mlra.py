@@ -53,10 +53,10 @@ def fastest_sdpa(query: torch.Tensor, attention_mask: torch.Tensor | None) -> Ab
     return sdpa_kernel(order, set_priority=True)
 
 
-def up_projections(kv_b_weight: torch.Tensor, num_latents: int, nope_dim: int, v_dim: int):
-    """Split the latent up-projection `[L*H*(N+V), R]` into `W_uk [L, H, N, R]` and `W_uv [L, H, V, R]` (views)."""
-    weight = kv_b_weight.view(num_latents, -1, nope_dim + v_dim, kv_b_weight.shape[-1])  # [L, H, N + V, R]
-    return weight.split_with_sizes([nope_dim, v_dim], dim=2)
+def up_projections(kv_b_weight: torch.Tensor, nope_dim: int, v_dim: int):
+    """Split the latent up-projection `[L*H*(N+V), R]` into `W_uk [L*H, N, R]` and `W_uv [L*H, V, R]` (views)."""
+    weight = kv_b_weight.view(-1, nope_dim + v_dim, kv_b_weight.shape[-1])  # [L*H, N + V, R]
+    return weight.split_with_sizes([nope_dim, v_dim], dim=1)
 
 
 def branch_sum(head_outputs: torch.Tensor, num_groups: int, alpha: float) -> torch.Tensor:
@@ -151,7 +151,7 @@ def expanded_attention(
         step = min(max(MAX_EXPANDED_BYTES // bytes_per_head, 1), heads) if is_inference else heads
         # Unbound and split rather than indexed: the gradients of the parts then come together without sums of zeros
         grouped = query.view(batch, queries, num_groups, heads, -1).unbind(2)
-        w_uk, w_uv = (part.unbind(0) for part in up_projections(kv_b_weight, num_latents, nope_dim, v_dim))
+        w_uk, w_uv = (part.chunk(num_latents) for part in up_projections(kv_b_weight, nope_dim, v_dim))
         outputs, weights = [], []
         for latent, c in enumerate(latents.unbind(2)):
             of_group = grouped[latent // branches].split(step, dim=2)
@@ -212,8 +212,7 @@ def absorbed_attention(
     heads = kv_b_weight.shape[0] // (num_latents * (nope_dim + v_dim))
     num_groups = num_heads // heads
     branches = num_latents // num_groups
-    weight = kv_b_weight.view(num_latents * heads, nope_dim + v_dim, rank)
-    w_uk, w_uv = weight.split_with_sizes([nope_dim, v_dim], dim=1)  # [L*H, N, R], [L*H, V, R]
+    w_uk, w_uv = up_projections(kv_b_weight, nope_dim, v_dim)
     q_nope = q_nope.view(batch, queries, num_groups, heads, -1)
     q_rope = q_rope.view(batch, queries, num_groups, heads, -1)
 

@@ -18,7 +18,9 @@ import torch
 from torch import nn
 
 from .cache_mlra import MLRACache
+from .decode_mlra import ENVIRONMENT_VARIABLE as DECODE_VARIABLE
 from .device_mlra import on_device
+from .peer_memory_mlra import ENVIRONMENT_VARIABLE as EXCHANGE_VARIABLE
 from .step_maps_mlra import has_scales, stored_tensors
 from .tensor_parallel_mlra import is_parallel
 
@@ -154,7 +156,7 @@ def fingerprint(model: nn.Module) -> tuple:
     device_type = model.device.type
     autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
     config = model.config
-    environment = [os.environ.get(name) for name in ("MLRA_DECODE", "MLRA_EXCHANGE")]
+    environment = [os.environ.get(name) for name in (DECODE_VARIABLE, EXCHANGE_VARIABLE)]
     parts: list = [*environment, config.decode_implementation, config.hidden_act, autocast]
     parts.append(config.cache_row_format)  # of the caches that wait
     for module in modules_of(model):

@@ -61,6 +61,7 @@ from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from evals.figures import CAN_DRAW, save_figure, subplots
+from modeling_mlra.peer_memory_mlra import ENVIRONMENT_VARIABLE
 from modeling_mlra.tensor_parallel_mlra import check_tensor_parallel_size, tensor_parallel_layout
 from scripts.bench_decode import load_libraries
 from scripts.bench_tp_models import allocated, build, read_config
@@ -97,7 +98,7 @@ def measure(args: argparse.Namespace) -> None:
     else:
         distributed.init_process_group("gloo", timeout=TIMEOUT)
     if args.exchange is not None:
-        os.environ["MLRA_EXCHANGE"] = args.exchange
+        os.environ[ENVIRONMENT_VARIABLE] = args.exchange
     try:
         measure_all(args, configs, token_configs, sizes, device)
     finally:

@@ -208,7 +208,8 @@ def test_gradients_reach_the_attention_weights(variant):
     given = torch.autograd.grad(outputs.logits.square().sum(), [weights, seen["heads"]], allow_unused=True)
     assert given[0] is not None
     latents = seen["latents"].unflatten(-1, (config.num_latent_heads, -1)) * attention.alpha_kv
-    _, up = up_projections(attention.kv_b_proj(), config.num_latent_heads, config.qk_nope_head_dim, config.v_head_dim)
+    _, up = up_projections(attention.kv_b_proj(), config.qk_nope_head_dim, config.v_head_dim)
+    up = up.unflatten(0, (config.num_latent_heads, -1))  # [L, H, V, R]
     values = torch.einsum("bslr,lhvr->blhsv", latents, up)
     of_group = given[1].view(2, 9, -1, up.shape[1], config.v_head_dim)  # [B, T, G, H, V]
     of_latent = of_group.repeat_interleave(config.num_branches, dim=2)
