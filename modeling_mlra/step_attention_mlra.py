@@ -266,7 +266,7 @@ if triton is not None:
             if SHAPE.GATE:
                 g = tl.load(gate.data + m * gate.stride + column, mask=values < V, other=0.0).to(tl.float32)
                 total *= tl.sigmoid(g)
-            tl.store(out + m * (SHAPE.L // SHAPE.C) * H * V + column, total.to(weight.dtype), mask=values < V)
+            tl.store(out + m * (SHAPE.L // SHAPE.C) * H * V + column, total.to(out.dtype.element_ty), mask=values < V)
 
     @triton.jit
     def product_value_kernel(z, kv_b, gate, out, alpha, SHAPE, TILE, PDL: tl.constexpr):

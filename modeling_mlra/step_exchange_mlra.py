@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .device_mlra import INTERPRETED, constants, launch, launch_options, tl, triton
-from .step_device_mlra import Machine
+from .step_device_mlra import Machine, Vectors
 
 BLOCK = 128  # numbers to a program: a word to a thread
 MOST_RANKS = 8
@@ -62,7 +62,7 @@ if triton is not None:
     _INTERPRETED = tl.constexpr(INTERPRETED)
 
     @triton.jit
-    def _store_words(places, words):
+    def store_words(places, words):
         """Whole words, for other devices to see."""
         if _INTERPRETED:
             tl.store(places, words)
@@ -100,7 +100,7 @@ if triton is not None:
         words = (count.to(tl.int64) << 32) | bits
         place = _place(block, SHAPE.RANK, count, SHAPE)
         for step in tl.static_range(1, SHAPE.RANKS):  # not all to the same one at a time
-            _store_words(inboxes[(SHAPE.RANK + step) % SHAPE.RANKS] + place, words)
+            store_words(inboxes[(SHAPE.RANK + step) % SHAPE.RANKS] + place, words)
         return words
 
     @triton.jit
@@ -113,11 +113,11 @@ if triton is not None:
             if sender != SHAPE.RANK:
                 here = tl.load(inbox + _place(block, sender, count, SHAPE), volatile=True)
             words = words + (here,)  # type: ignore[assignment]
-            late += _not_of(here, count)
+            late += not_of(here, count)
         return words, tl.sum(late, 0)
 
     @triton.jit
-    def _not_of(words, count):
+    def not_of(words, count):
         """1 for each word that does not belong to this exchange."""
         return ((words >> 32).to(tl.int32) != count).to(tl.int32)
 
@@ -133,7 +133,7 @@ if triton is not None:
             polls += 1
             if (late > 0) & (_nanoseconds(polls) - start > SHAPE.LIMIT):
                 for sender in tl.static_range(SHAPE.RANKS):
-                    tl.store(channels.missing + sender, 1, mask=tl.sum(_not_of(words[sender], count), 0) > 0)
+                    tl.store(channels.missing + sender, 1, mask=tl.sum(not_of(words[sender], count), 0) > 0)
                 _end_of_work()
                 late = 0
         return words
@@ -143,12 +143,12 @@ if triton is not None:
         return words.to(tl.int32).to(tl.float32, bitcast=True)
 
     @triton.jit
-    def _exchanged(parts, index, number, inboxes, channels, SHAPE: tl.constexpr, PDL: tl.constexpr):
-        """The words of all ranks for a block of `parts`, whose own are sent."""
+    def exchanged(places, known, inboxes, channels, SHAPE: tl.constexpr, PDL: tl.constexpr):
+        """The words of all ranks for a block of numbers, of which this rank's own, at `places`, are sent."""
         block = tl.program_id(0)
         wait_for_front(PDL)
         count = tl.load(channels.counts + block, cache_modifier=".cg") + 1
-        part = tl.load(parts + index, mask=index < number, other=0.0).to(tl.float32)
+        part = tl.load(places, mask=known, other=0.0).to(tl.float32)
         words = await_all(publish(part, block, count, inboxes, SHAPE), block, count, channels, SHAPE)
         tl.store(channels.counts + block, count)
         return words
@@ -157,7 +157,7 @@ if triton is not None:
     def sum_kernel(parts, out, number, inboxes, channels, SHAPE, PDL: tl.constexpr):
         """out = the sum over ranks 0, 1, ..., in this order and in float32, BLOCK numbers to a program."""
         index = tl.program_id(0) * SHAPE.BLOCK + tl.arange(0, SHAPE.BLOCK)
-        words = _exchanged(parts, index, number, inboxes, channels, SHAPE, PDL)
+        words = exchanged(parts + index, index < number, inboxes, channels, SHAPE, PDL)
         total = tl.zeros([SHAPE.BLOCK], tl.float32)
         for sender in tl.static_range(SHAPE.RANKS):
             total += numbers_of(words[sender])
@@ -167,8 +167,9 @@ if triton is not None:
     def join_kernel(parts, out, number, width, inboxes, channels, SHAPE, PDL: tl.constexpr):
         """out[m] = [part[m] of rank 0, part[m] of rank 1, ...], parts of `width` numbers."""
         index = tl.program_id(0) * SHAPE.BLOCK + tl.arange(0, SHAPE.BLOCK)
-        words = _exchanged(parts, index, number, inboxes, channels, SHAPE, PDL)
-        place = (index // width) * (SHAPE.RANKS * width) + index % width
+        row, column = index // width, index % width
+        words = exchanged(parts.data + row * parts.stride + column, index < number, inboxes, channels, SHAPE, PDL)
+        place = row * (SHAPE.RANKS * width) + column
         for sender in tl.static_range(SHAPE.RANKS):
             here = numbers_of(words[sender]).to(out.dtype.element_ty)
             tl.store(out + place + sender * width, here, mask=index < number)
@@ -203,17 +204,17 @@ class Exchange:
         self._launch(sum_kernel, machine, parts, out, parts.numel())
 
     def join(self, parts: torch.Tensor, out: torch.Tensor, machine: Machine) -> None:
-        """out `[M, ranks * width]` = the `parts` `[M, width]` of all ranks side by side."""
-        self._launch(join_kernel, machine, parts, out, parts.numel(), parts.shape[1])
+        """out `[M, ranks * width]` = the `parts` `[M, width]` of all ranks side by side; own ones may lie in `out`."""
+        self._launch(join_kernel, machine, Vectors(parts, parts.stride(0)), out, parts.numel(), parts.shape[1])
 
     def holds(self, parts: torch.Tensor) -> bool:
         """Whether there is room for so many numbers."""
         return parts.numel() <= self.shape.BLOCKS * self.shape.BLOCK
 
-    def _launch(self, kernel, machine: Machine, parts: torch.Tensor, *arguments) -> None:
+    def _launch(self, kernel, machine: Machine, parts, out: torch.Tensor, number: int, *arguments) -> None:
         launch(
-            parts.device, kernel, (triton.cdiv(parts.numel(), self.shape.BLOCK),),
-            parts, *arguments, self.inboxes, self.channels,
+            out.device, kernel, (triton.cdiv(number, self.shape.BLOCK),),
+            parts, out, number, *arguments, self.inboxes, self.channels,
             SHAPE=constants(self.shape), PDL=machine.early, num_warps=4, **launch_options(machine.early),
         )  # fmt: skip
 

@@ -177,6 +177,14 @@ def weights_of(*layers: nn.Module) -> tuple[Weight, ...]:
     return tuple(weight_of(layer) for layer in layers)
 
 
+def share_of(weight: Weight, part: int, parts: int) -> Weight:
+    """The rows of a weight that are the share `part` of `parts` equal ones, a view; of scales it has one at most."""
+    if isinstance(weight, ScaledWeight):
+        assert weight.block == (WHOLE, WHOLE)
+        return weight._replace(values=weight.values.chunk(parts)[part])
+    return weight.chunk(parts)[part]
+
+
 class Stack(NamedTuple):
     """Up to four weights [n, K] one below the other, and their scales or None; the two of a SwiGLU side by side."""
 

@@ -20,7 +20,7 @@ kernels (`step_linear_mlra`), by their number of vectors, their size and the GPU
 Under tensor parallelism each rank runs these kernels on its share of latents, heads, MLP and vocabulary. `out` and
 `down_proj` then add its part of the product to an equal part of the residual, and a sum over the ranks behind each
 gives x: through the other ranks' memory (`step_exchange_mlra`) where they see it, in float32 and rounded once, else by
-NCCL's all-reduce.
+NCCL's all-reduce. `query` and `out` may be split over ranks that hold all of their weights (`step_split_mlra`).
 
 Legend of all `step_*` files: M tokens of all sequences, T of each; K inputs of a linear map, n rows of one of its
 weights; G groups, C branches, L = G * C latents, H heads per latent; R latent, D / E / V positionless key, RoPE and
@@ -29,6 +29,7 @@ value widths; a name with P behind is padded to a power of two. "Rows" without m
 
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,7 +55,8 @@ from .step_attention_mlra import (
 from .step_device_mlra import Vectors, machine_of, norm_of
 from .step_linear_mlra import FEW_VECTORS, run
 from .step_linear_products_mlra import PRODUCT_SHARED_BYTES
-from .step_maps_mlra import LinearMap, format_of, has_blocks, is_scaled, weight_obstacle, weights_of
+from .step_maps_mlra import LinearMap, Weight, format_of, has_blocks, is_scaled, share_of, weight_obstacle, weights_of
+from .step_split_mlra import Split, split_of
 from .step_tokens_mlra import Draw, Ends, choice_plan, choose_kernel, embed_kernel
 from .tensor_parallel_mlra import (
     gather_output,
@@ -138,8 +140,11 @@ class FusedStep:
     slots: torch.Tensor | None = None  # over pages of a server's: the row that each token goes to, and where all lie
     block_table: torch.Tensor | None = None
     page_size = 0
-    exchange = None  # what sums over the ranks through peer memory, and where this rank's summands go then
+    exchange: Any = None  # what sums over the ranks through peer memory, and where this rank's summands go then
     summands: torch.Tensor | None = None
+    split = Split()  # maps of which each rank runs a part, and where those parts go, of the heads in float32
+    query_part: torch.Tensor | None = None
+    head_parts: torch.Tensor | None = None
 
     def __init__(self, model: nn.Module, cache, counters: torch.Tensor, kv_start=None, key_mask=None, tokens_each=1):
         self._cache, self.counters = weakref.ref(cache), counters
@@ -154,6 +159,18 @@ class FusedStep:
             self.exchange = exchange_of(self.mesh, MAX_SEQUENCES * model.config.hidden_size, counters.device)
         if self.exchange is not None:
             self.summands = torch.empty_like(self.hidden, dtype=torch.float32)
+            self._split_maps(model.config)
+
+    def _split_maps(self, config) -> None:
+        """Make room for this rank's part of the maps that are split."""
+        ranks = self.mesh.size()
+        self.split = split_of(config, ranks)
+        if not self.exchange.holds(self.heads):
+            self.split = self.split._replace(out=False)
+        if self.split.query:
+            self.query_part = self._buffer(self.queries.q.shape[1] // ranks)
+        if self.split.out:
+            self.head_parts = torch.empty_like(self.heads, dtype=torch.float32)
 
     def bind(
         self, model: nn.Module, row_format: RowFormat, device: torch.device, num_tokens: int, tokens_each: int = 1
@@ -280,8 +297,13 @@ class FusedStep:
 
     def query(self, layer: nn.Module) -> None:
         attention = layer.self_attn
-        query_map = LinearMap(weights_of(attention.q_b_proj), attention.q_a_layernorm, attention.alpha_q)
-        self._run(query_map, self.downs[:, : self.q_width], self.queries.q)
+        (weight,), out = weights_of(attention.q_b_proj), self.queries.q
+        if self.query_part is not None:
+            weight, out = self._own_rows(weight), self.query_part
+        query_map = LinearMap((weight,), attention.q_a_layernorm, attention.alpha_q)
+        self._run(query_map, self.downs[:, : self.q_width], out)
+        if self.query_part is not None:
+            self.exchange.join(out, self.queries.q, self.machine)
 
     def absorb(self, layer: nn.Module, rows: torch.Tensor) -> None:
         attention, rotary = layer.self_attn, self.model.model.rotary_emb
@@ -322,7 +344,7 @@ class FusedStep:
         attention = layer.self_attn
         shape, (kv_b,) = self._attention_shape(attention), weights_of(attention.kv_b_proj)
         heads, gate = self.groups * shape.H, Vectors(self.downs[:, self.gate_at :], self.downs.stride(0))
-        output = kv_b, gate, self.heads, attention.alpha_attn
+        output = kv_b, gate, self.heads if self.head_parts is None else self.head_parts, attention.alpha_attn
         if isinstance(attended, torch.Tensor):
             whole = product_value_plan(shape)
             self._launch(
@@ -338,7 +360,14 @@ class FusedStep:
         )  # fmt: skip
 
     def out(self, layer: nn.Module) -> None:
-        self._add_to_hidden(layer.self_attn.o_proj, self.heads)
+        if self.head_parts is None:
+            self._add_to_hidden(layer.self_attn.o_proj, self.heads)
+            return
+        (weight,), shape = weights_of(layer.self_attn.o_proj), self.exchange.shape
+        own = self.hidden.chunk(shape.RANKS, dim=1)[shape.RANK]
+        self.exchange.sum(self.head_parts, self.heads, self.machine)
+        self._run(LinearMap((self._own_rows(weight),)), self.heads, own, residual=own)
+        self.exchange.join(own, self.hidden, self.machine)
 
     def gate_up(self, layer: nn.Module) -> None:
         weights = weights_of(layer.mlp.gate_proj, layer.mlp.up_proj)
@@ -366,6 +395,10 @@ class FusedStep:
         linear_map = LinearMap(weights_of(layer), residual_share=self.residual_share)
         self._run(linear_map, x, self.part, residual=self.hidden)
         self.sum_hidden()
+
+    def _own_rows(self, weight: Weight) -> Weight:
+        """This rank's share of a weight that all hold."""
+        return share_of(weight, self.exchange.shape.RANK, self.exchange.shape.RANKS)
 
     def sum_hidden(self) -> None:
         """hidden = the sum over the ranks of their parts."""

@@ -74,11 +74,12 @@ def draw(name: str, parameter: torch.Tensor, device: torch.device) -> torch.Tens
 
 
 def random_cache(
-    model: MLRAForCausalLM, batch: int, context: int, capacity: int, device: torch.device
+    model: MLRAForCausalLM, batch: int, context: int, capacity: int, device: torch.device, latents: int | None = None
 ) -> tuple[MLRACache, int]:
-    """A static cache with `context` random rows of this rank's share, and the bytes its allocation took."""
+    """A static cache with `context` random rows of this rank's share (or of so many latents), and the bytes its
+    allocation took."""
     config = model.config
-    width = local_sizes(model.model.layers[0].self_attn)[0] * config.latent_head_dim
+    width = (latents or local_sizes(model.model.layers[0].self_attn)[0]) * config.latent_head_dim
     cache = MLRACache(config, max_cache_len=capacity)
     gc.collect()  # an earlier cache that goes now would count against this one
     before = allocated(device)

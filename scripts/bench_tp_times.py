@@ -1,5 +1,6 @@
 """Times of a tensor-parallel decode step and of its parts, the slowest rank's, in microseconds."""
 
+import gc
 import os
 import statistics
 import time
@@ -7,31 +8,34 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import distributed, nn
+from torch import distributed
 
-from modeling_mlra import MLRACache, MLRAConfig, MLRAForCausalLM
-from modeling_mlra.capture_step_mlra import DecodingStep
-from modeling_mlra.decode_mlra import latent_attention
-from modeling_mlra.peer_memory_mlra import ENVIRONMENT_VARIABLE, exchange_of
-from modeling_mlra.step_device_mlra import machine_of
+from modeling_mlra import step_split_mlra
+from modeling_mlra.peer_memory_mlra import ENVIRONMENT_VARIABLE
 from modeling_mlra.step_exchange_mlra import Exchange
-from modeling_mlra.tensor_parallel_mlra import gather_output, local_sizes, tensor_parallel_mesh
-from scripts.bench_decode import Case
-from scripts.bench_decode import measure as measure_kernels
-from scripts.bench_tp_models import random_cache
+from modeling_mlra.step_mlra import FusedStep
+from modeling_mlra.step_split_mlra import Split
+from scripts.bench_tp_dcp import DCPStep
+from scripts.bench_tp_systems import OURS, System
 
 HEAD_WIDTH = 128  # d_h of the released models, the unit of the paper's table of cache sizes
+SPARE_BYTES = 3 * 2**30  # of a GPU, beside weights and cache
+WARM_UPS = 3
 
 
 @contextmanager
-def no_all_reduce() -> Iterator[None]:
-    """Sums over ranks are left out: results are wrong, and the time that is gained is what they cost."""
-    real = distributed.all_reduce, Exchange.sum
-    distributed.all_reduce = Exchange.sum = lambda *args, **kwargs: None
+def no_exchange() -> Iterator[None]:
+    """Sums over ranks, and what context parallelism exchanges, are left out: results are wrong, and the time that is
+    gained is what they cost. The vocabulary is joined all the same."""
+    places = (distributed, "all_reduce"), (Exchange, "sum"), (DCPStep, "gather"), (DCPStep, "merge")
+    real = [getattr(place, name) for place, name in places]
+    for place, name in places:
+        setattr(place, name, lambda *args, **kwargs: None)
     try:
         yield
     finally:
-        distributed.all_reduce, Exchange.sum = real
+        for (place, name), function in zip(places, real, strict=True):
+            setattr(place, name, function)
 
 
 @contextmanager
@@ -47,6 +51,17 @@ def through_nccl() -> Iterator[None]:
             os.environ[ENVIRONMENT_VARIABLE] = before
 
 
+@contextmanager
+def splitting(ranks: int, split: Split) -> Iterator[None]:
+    """Steps that are made inside split these maps over so many ranks."""
+    before = step_split_mlra.SPLITS
+    step_split_mlra.SPLITS = {ranks: split}
+    try:
+        yield
+    finally:
+        step_split_mlra.SPLITS = before
+
+
 def median_time(function: Callable[[], object], device: torch.device, replays: int) -> float:
     """Median microseconds of `function` as a CUDA graph (plain calls on the CPU); the slowest rank's."""
     with torch.no_grad():
@@ -57,7 +72,7 @@ def median_time(function: Callable[[], object], device: torch.device, replays: i
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 function()
-            for _ in range(3):
+            for _ in range(WARM_UPS):
                 graph.replay()
             events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
             for event in events:
@@ -82,181 +97,110 @@ def slowest(value: float, device: torch.device) -> float:
     return held.item()
 
 
-def measure_decode(model: MLRAForCausalLM, batch: int, context: int, replays: int, device: torch.device) -> dict:
-    """Time of a step from `context` on, what sums over ranks take of it, the attention's part, and the cache's bytes.
+def spare_rows(replays: int) -> int:
+    """What one timing of a step appends."""
+    return replays + WARM_UPS + 2
 
-    A step whose sums go through peer memory is timed through NCCL as well.
-    """
-    mesh = tensor_parallel_mesh(model)
-    cache, taken = random_cache(model, batch, context, context + 2 * (replays + 8), device)
-    rows = batch * cache.get_max_length()
-    step, timed = time_step(model, cache, batch, context, replays, device)
+
+def lacking_memory(system: System, batch: int, context: int, replays: int) -> str | None:
+    """Why a cache does not fit, alike on all ranks, or None."""
+    if system.device.type != "cuda":
+        return None
+    gc.collect()
+    torch.cuda.empty_cache()
+    needed = system.cache_bytes(batch, context, spare_rows(replays)) + SPARE_BYTES
+    free = -slowest(-torch.cuda.mem_get_info()[0], system.device)
+    return None if needed <= free else f"needs {needed / 2**30:.0f} GiB a GPU, of which {free / 2**30:.0f} are free"
+
+
+def measure_decode(system: System, batch: int, context: int, replays: int) -> dict:
+    """Time of a step from `context` on by the best of the system's kernels, the attention's part, what exchange takes
+    of it, and the cache's bytes on each rank; of one sequence also through NCCL, where peer memory is used."""
+    if (reason := lacking_memory(system, batch, context, replays)) is not None:
+        return {"skipped": reason}
+    cache, taken = system.cache(batch, context, spare_rows(replays))
+    rows = batch * system.capacity(context, spare_rows(replays)) * system.sharers
+    element = cache.layers[0].rows.element_size()
     result = {
         "sequences": batch,
         "cache_bytes_allocated": taken,
-        "cache_bytes_expected": cache.bytes_per_token() * rows,
-        "cache_head_widths": taken / (rows * len(cache.layers) * HEAD_WIDTH * cache.layers[0].rows.element_size()),
-        "step": "fused" if step.is_fused else "modules",
-        **timed,
+        "cache_head_widths": taken / (rows * len(cache.layers) * HEAD_WIDTH * element),
+        "cache_bytes_read": batch * context // system.sharers * len(cache.layers) * system.row_width * element,
+        "kernels": {},
     }
-    groups_of_ranks = distributed.get_world_size() // (1 if mesh is None else mesh.size())
-    result["tokens_per_s"] = 1e6 * groups_of_ranks * batch / result["token_us"]
-    if result.get("exchange") == "peer memory":
-        with through_nccl():
-            result["through_nccl"] = time_step(model, cache, batch, context, replays, device)[1]
-    return result | measure_attention(model, cache, step, batch, context, replays, device)
-
-
-def time_step(
-    model: MLRAForCausalLM, cache: MLRACache, batch: int, context: int, replays: int, device: torch.device
-) -> tuple[DecodingStep, dict]:
-    """A new step from `context` on, its time, and, under tensor parallelism, how it sums and what that takes."""
-    token = torch.zeros(batch, dtype=torch.long, device=device)
-    step = DecodingStep(model, cache, batch, masked=False)
-    step.start(context, torch.full((batch,), context, device=device), None)
-
-    def decode():
-        token.copy_(step(token).argmax(-1))
-
-    timed: dict = {"token_us": median_time(decode, device, replays)}
-    if tensor_parallel_mesh(model) is not None:
-        timed["exchange"] = "peer memory" if getattr(step.run, "exchange", None) is not None else "nccl"
-        with no_all_reduce():
-            # `slowest` needs the real one, so the time is this rank's
-            timed["token_us_without_all_reduce"] = median_time(decode, device, replays)
-        timed["all_reduce_share"] = 1 - timed["token_us_without_all_reduce"] / timed["token_us"]
-    return step, timed
-
-
-def measure_attention(
-    model: MLRAForCausalLM,
-    cache: MLRACache,
-    step: DecodingStep,
-    batch: int,
-    context: int,
-    replays: int,
-    device: torch.device,
-) -> dict:
-    """Time of a layer's attention kernel, of a fused step's attention with its projections, and of FlashMLA."""
-    config, layers = model.config, model.model.layers
-    latents, heads, groups = local_sizes(layers[0].self_attn)
-    width, rope = config.latent_head_dim, config.qk_rope_head_dim
-    q_latent = torch.randn(batch, 1, latents, heads, width, dtype=model.dtype, device=device)
-    q_rope = torch.randn(batch, 1, groups, heads, rope, dtype=model.dtype, device=device)
-    in_use = torch.full((batch,), context + 1, dtype=torch.int32, device=device)
-
-    def kernels():
-        for layer in cache.layers:
-            c, k_rope, scales = layer.format.views(layer.rows[:, 0], latents)
-            latent_attention(
-                q_latent,
-                q_rope,
-                c,
-                k_rope,
-                scales=scales,
-                kv_end=in_use,
-                scaling=config.score_scaling,
-                implementation=config.decode_implementation,
-            )
-
-    result = {"kernel_us_per_layer": median_time(kernels, device, replays) / len(layers)}
-    if step.is_fused:  # from `down` to `out` and its all-reduce
-
-        def attention():
-            for layer, cached in zip(layers, cache.layers, strict=True):
-                step.run.attention(layer, cached.rows)
-                step.run.out(layer)
-
-        result["attention_us_per_layer"] = median_time(attention, device, replays) / len(layers)
-    if device.type == "cuda" and (latents, width, rope) == (1, 512, 64):
-        case = Case("", "mla", [context] * batch, heads, width=width)
-        peer = measure_kernels(case, ceiling=1.0)[0]
-        if "us" in peer:
-            result["flash_mla_us_per_layer"] = slowest(peer["us"], device)
+    for kernel in system.kernels():
+        try:
+            result["kernels"][kernel] = time_kernel(system, cache, batch, context, kernel, replays)
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            result["kernels"][kernel] = {"failed": str(error).split("\n")[0][:200]}
+    times = {kernel: timed["token_us"] for kernel, timed in result["kernels"].items() if "token_us" in timed}
+    if not times:
+        return result
+    best = min(times, key=lambda kernel: times[kernel])
+    step = system.step(cache, batch, context, best)
+    result |= {"kernel": best, "token_us": times[best], "tokens_per_s": 1e6 * batch / times[best]}
+    result["tokens_per_s"] *= distributed.get_world_size() // system.size
+    if system.mesh is not None:
+        result["exchange"] = "peer memory" if step.exchange is not None else "nccl"
+        with no_exchange():  # `slowest` needs the real one, so the time is this rank's
+            without = median_time(decoding(step, batch), system.device, replays)
+        result |= {"token_us_without_exchange": without, "exchange_share": 1 - without / times[best]}
+        if result["exchange"] == "peer memory" and batch == 1 and system.sharing is None:
+            with through_nccl():
+                step = system.step(cache, batch, context, best)
+                result["token_us_through_nccl"] = median_time(decoding(step, batch), system.device, replays)
     return result
 
 
-def measure_projection_forms(config: MLRAConfig, mesh, dtype: torch.dtype, replays: int, device: torch.device) -> dict:
-    """Query and output projections of ranks that keep branches: whole on every rank, or sharded and gathered.
+def time_kernel(system: System, cache, batch: int, context: int, kernel: str, replays: int) -> dict:
+    """A token with this attention kernel, once it is known to be right, and of one sequence the attention alone."""
+    step = system.step(cache, batch, context, kernel)
+    timed: dict = {"ratio": system.check(step)} if system.base != "gqa" else {}
+    timed["token_us"] = median_time(decoding(step, batch), system.device, replays)
+    if batch == 1:
+        step.counters.copy_(system.counters(batch, context))
+        timed["attend_us_per_layer"] = time_attention(system, step, replays)
+    return timed
 
-    Whole: q = c_q W_qb, y = all-reduce(o W_o). Sharded: q = all-gather(c_q W_qb[rank]),
-    y = all-reduce(reduce-scatter(o) W_o[rank]). Microseconds per layer, over different weights for every layer; both
-    through peer memory where it can be had (a sum, of which a rank takes its part, in place of the reduce-scatter).
+
+def time_attention(system: System, step: FusedStep, replays: int) -> float:
+    """Of one layer, with what its ranks exchange for it, but without projections."""
+    attend, layers = system.attends(step), system.model.model.layers
+
+    def all_layers():
+        for layer, cached in zip(layers, step.cache.layers, strict=True):
+            attend(layer, cached.rows)
+
+    return median_time(all_layers, system.device, replays) / len(layers)
+
+
+def decoding(step: FusedStep, batch: int) -> Callable[[], object]:
+    """A token of each sequence, greedy choice included."""
+    token = torch.zeros(batch, dtype=torch.long, device=step.device)
+    return lambda: token.copy_(step(token).argmax(-1))
+
+
+def measure_splits(system: System, batches: list[int], context: int, replays: int) -> dict:
+    """Query and output projections whole on every rank, and split over ranks (`step_split_mlra`).
+
+    Of each form the microseconds of both maps of a layer, with all that the ranks exchange for them, and of a token.
     """
-    size, layers = mesh.size(), config.num_hidden_layers
-    rows, values = config.num_attention_heads * config.qk_head_dim, config.num_attention_heads * config.v_head_dim
-    batches = (1, 16, 128)
-    exchange = exchange_of(mesh, max(batches) * max(rows // size, values, config.hidden_size), device)
-    ways = {"": NcclSums(mesh)} | ({} if exchange is None else {"_peer": PeerSums(mesh, exchange, device)})
+    results: dict = {}
+    for batch in batches:
+        cache, _ = system.cache(batch, context, spare_rows(replays))
+        forms = results[str(batch)] = {"context": context}
+        for split in (Split(), Split(query=True), Split(out=True), Split(query=True, out=True)):
+            with splitting(system.size, split):
+                step = system.step(cache, batch, context, OURS)
+            assert step.split == split, f"{step.split} is what these ranks split"
+            token = median_time(decoding(step, batch), system.device, replays)
 
-    def weights(*shape):
-        return [torch.randn(shape, dtype=dtype, device=device).mul_(0.02) for _ in range(layers)]
+            def maps(step=step):
+                for layer in system.model.model.layers:
+                    step.query(layer)
+                    step.out(layer)
 
-    def run_form(whole: bool, batch: int, sums: "NcclSums | PeerSums") -> float:
-        share = 1 if whole else size
-        query_weights = weights(rows // share, config.q_lora_rank)
-        output_weights = weights(config.hidden_size, values // share)
-        latent = torch.randn(batch, config.q_lora_rank, dtype=dtype, device=device)
-        partial = torch.randn(batch, values, dtype=dtype, device=device)
-
-        def call():
-            for query_weight, output_weight in zip(query_weights, output_weights, strict=True):
-                query = nn.functional.linear(latent, query_weight)
-                heads = partial
-                if not whole:
-                    sums.join(query)
-                    heads = sums.share(partial)
-                sums.sum(nn.functional.linear(heads, output_weight))
-
-        return median_time(call, device, replays) / layers
-
-    return {
-        str(batch): {
-            f"{form}{name}_us": run_form(form == "whole", batch, sums)
-            for name, sums in ways.items()
-            for form in ("whole", "sharded")
-        }
-        for batch in batches
-    }
-
-
-class NcclSums:
-    """Sums of the ranks' `[M, width]` by NCCL, and what is left of one for this rank."""
-
-    def __init__(self, mesh):
-        self.group, self.size = mesh.get_group(), mesh.size()
-
-    def sum(self, x: torch.Tensor) -> torch.Tensor:
-        distributed.all_reduce(x, group=self.group)
-        return x
-
-    def share(self, x: torch.Tensor) -> torch.Tensor:
-        """This rank's `[M, width / ranks]` of the sum."""
-        parts = x.view(len(x), self.size, -1).transpose(0, 1).contiguous()
-        own = x.new_empty(len(x), x.shape[1] // self.size)
-        distributed.reduce_scatter_tensor(own, parts.flatten(0, 1), group=self.group)
-        return own
-
-    def join(self, x: torch.Tensor) -> torch.Tensor:
-        """`[M, ranks * width]`."""
-        return gather_output(x, self.group)
-
-
-class PeerSums:
-    """The same through peer memory."""
-
-    def __init__(self, mesh, exchange: Exchange, device: torch.device):
-        self.rank, self.size = mesh.get_local_rank(), mesh.size()
-        self.exchange, self.machine = exchange, machine_of(device)
-
-    def sum(self, x: torch.Tensor) -> torch.Tensor:
-        self.exchange.sum(x, x, self.machine)
-        return x
-
-    def share(self, x: torch.Tensor) -> torch.Tensor:
-        return self.sum(x.clone()).chunk(self.size, dim=1)[self.rank]
-
-    def join(self, x: torch.Tensor) -> torch.Tensor:
-        joined = x.new_empty(len(x), self.size * x.shape[1])
-        self.exchange.join(x, joined, self.machine)
-        return joined
+            layer = median_time(maps, system.device, replays) / len(system.model.model.layers)
+            name = " and ".join(name for name, asked in split._asdict().items() if asked) or "whole"
+            forms[name] = {"maps_us_per_layer": layer, "token_us": token}
+    return results

@@ -15,13 +15,14 @@ import torch
 import torch.multiprocessing
 from torch import distributed
 
-from modeling_mlra import peer_memory_mlra, step_mlra
+from modeling_mlra import peer_memory_mlra, step_mlra, step_split_mlra
 from modeling_mlra.peer_memory_mlra import shared_exchange
 from modeling_mlra.step_exchange_mlra import Exchange, inbox_shape
+from modeling_mlra.step_split_mlra import Split, split_of
 from modeling_mlra.tensor_parallel_mlra import tensor_parallel_mesh
 from tests.decode_inputs import DEVICE
 from tests.fused_checks import decode_two_tokens
-from tests.models import rms_ratio, tiny_model
+from tests.models import rms_ratio, tiny_config, tiny_model
 from tests.parallel_worlds import PATIENCE, SPLITTABLE, join_world, load
 from tests.tolerances import FUSED_FLOAT32_RATIO
 
@@ -34,6 +35,11 @@ SIZES = (2, 4)
 BATCHES = (2, 3)  # tokens one by one, and their products taken together
 EXCHANGES, WIDTH = 12, 300
 MACHINE = SimpleNamespace(early=False)
+# of each number of ranks: what is split, and the sequences, whose tokens go one by one or together
+FUSED = {
+    2: [(Split(), 2), (Split(), 3), (Split(query=True), 3), (Split(out=True), 2)],
+    4: [(Split(query=True, out=True), 2)],
+}
 REFUSALS = ("told", "nodes", "access", "allocation", "device")
 
 
@@ -108,10 +114,13 @@ def fused_logits(rank: int, size: int, folder: Path, monkeypatch) -> dict:
     count("join", exchange.join)
 
     seen = {}
-    for batch in BATCHES:
+    for split, batch in FUSED[size]:
+        monkeypatch.setattr(step_split_mlra, "SPLITS", {size: split})
+        calls.clear()
         logits = decode_two_tokens(model, fused=True, batch=batch)["logits"]
-        seen[str(batch)] = rms_ratio(torch.load(folder / f"{batch}.pt"), logits)
-    return {"ratios": seen, "summed": calls.count("sum"), "joined": calls.count("join")}
+        ratio = rms_ratio(torch.load(folder / f"{batch}.pt"), logits)
+        seen[f"{split} {batch}"] = {"ratio": ratio, "summed": calls.count("sum"), "joined": calls.count("join")}
+    return seen
 
 
 def meet(rank: int, size: int, folder: Path, out: Path) -> None:
@@ -123,7 +132,7 @@ def meet(rank: int, size: int, folder: Path, out: Path) -> None:
         seen = {
             "sums": exchange_often(rank, size),
             "refused": [why for why in REFUSALS if size > 2 or refuse(why, rank, monkeypatch)],
-            "fused": fused_logits(rank, size, folder, monkeypatch) if size == 2 else None,
+            "fused": fused_logits(rank, size, folder, monkeypatch),
         }
     (out / f"{rank}.json").write_text(json.dumps(seen))
     distributed.destroy_process_group()
@@ -165,10 +174,23 @@ def test_one_rank_keeps_all_from_peer_memory(met):
     assert all(rank["refused"] == list(REFUSALS) for rank in met[2])
 
 
-def test_the_fused_step_through_exchanges(met):
-    for rank in met[2]:
-        fused = rank["fused"]
-        assert max(fused["ratios"].values()) < FUSED_FLOAT32_RATIO
-        # of each batch two steps: the embedding, two attentions and two MLPs
-        steps = 2 * len(BATCHES)
-        assert (fused["summed"], fused["joined"]) == (5 * steps, steps)
+@pytest.mark.parametrize(("size", "split", "batch"), [(size, *case) for size in SIZES for case in FUSED[size]])
+def test_the_fused_step_through_exchanges(met, size, split, batch):
+    """All maps as their weights lie, and with queries and outputs of which each rank multiplies a part of the rows."""
+    for rank in met[size]:
+        fused = rank["fused"][f"{split} {batch}"]
+        assert fused["ratio"] < FUSED_FLOAT32_RATIO
+        # two steps: the embedding, two attentions (of a split `out` the heads) and two MLPs are summed; the vocabulary
+        # and what is split of two attentions are joined
+        assert (fused["summed"], fused["joined"]) == (2 * 5, 2 * (1 + 2 * sum(split)))
+
+
+def test_maps_are_split_where_all_ranks_keep_branches_of_all_heads(monkeypatch):
+    whole, both = Split(), Split(True, True)
+    monkeypatch.setattr(step_split_mlra, "SPLITS", {2: both, 4: both, 8: both})
+    config = tiny_config("mlra_4", **SPLITTABLE)  # four branches of one group
+    assert [split_of(config, ranks) for ranks in (1, 2, 4, 8)] == [whole, both, both, whole]
+    assert split_of(tiny_config("mlra_2", **SPLITTABLE), 4) == whole
+    assert split_of(tiny_config("mla", **SPLITTABLE), 4) == whole
+    config.hidden_size += 2  # rows of `out` that four ranks do not divide
+    assert split_of(config, 4) == Split(query=True)

@@ -399,17 +399,3 @@ def test_the_benchmark_names_what_it_cannot_run(monkeypatch, capsys, tmp_path):
     assert error.endswith("; sizes that work: 1, 2, 4, 8\n")
     assert bench_tp.main([*flags[:-1], "mla", "--sizes", "2"]) == 2
     assert capsys.readouterr().err == "error: --sizes 2 does not divide the 3 processes\n"
-
-
-def test_the_benchmark_compares_with_mla_of_the_same_size():
-    cell = {"layout": {}, "weight_bytes": 1}
-    decode = {
-        name: {"4": {**cell, "1024": {"kernel_us_per_layer": kernel, "token_us": 10.0}}}
-        for name, kernel in {"mlra_4": 2.0, "mla": 6.0, "wide_mlra_4": 4.0, "wide_mla": 20.0}.items()
-    }
-    decode["mlra_4"]["2"] = cell  # MLA was not timed there
-    decode["mla"]["4"]["1024"]["flash_mla_us_per_layer"] = 5.0
-    assert bench_tp.against_mla(decode) == {
-        "mlra_4": {"4": {"1024": {"kernel_us_per_layer": 3.0, "flash_mla_us_per_layer": 2.5, "token_us": 1.0}}},
-        "wide_mlra_4": {"4": {"1024": {"kernel_us_per_layer": 5.0, "token_us": 1.0}}},
-    }
