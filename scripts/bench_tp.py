@@ -23,7 +23,9 @@ import datetime
 import json
 import os
 import platform
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,6 +80,7 @@ from scripts.bench_tp_systems import System, base_of, build_model, config_of
 from scripts.bench_tp_times import measure_decode, measure_splits, spare_rows
 from scripts.bench_tp_tokens import measure_compiled, measure_tokens
 
+COMPILE_SECONDS = 100
 TIMEOUT = datetime.timedelta(minutes=5)  # a rank that stops answering ends the others after this
 
 
@@ -218,8 +221,13 @@ def compile_ahead(args: argparse.Namespace, sizes: list[int]) -> None:
     jobs = [(name, size, n) for name in args.models for size in sizes_of(name, sizes) for n in args.sequences]
     rank, world = int(os.environ["LOCAL_RANK"]), distributed.get_world_size()
     own = jobs[rank::world]
-    for process in bench_tp_compile.start(own, args.contexts, spare_rows(args.replays), rank):
-        process.wait()
+    processes = bench_tp_compile.start(own, args.contexts, spare_rows(args.replays), rank)
+    end = time.monotonic() + COMPILE_SECONDS
+    for process in processes:
+        try:
+            process.wait(max(1, end - time.monotonic()))
+        except subprocess.TimeoutExpired:  # what is missing is compiled where it is used
+            process.kill()
     distributed.barrier()
 
 

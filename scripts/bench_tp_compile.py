@@ -37,6 +37,7 @@ from modeling_mlra import step_mlra
 from modeling_mlra.step_exchange_mlra import Exchange, inbox_shape
 from modeling_mlra.step_split_mlra import Split
 from scripts import bench_tp_dcp, bench_tp_gqa
+from scripts.bench_tp_peers import IN_TURN
 from scripts.bench_tp_systems import OURS, System, base_of, build_model, config_of
 from scripts.bench_tp_times import no_exchange, splitting
 
@@ -73,6 +74,7 @@ def compile_steps(args: argparse.Namespace) -> None:
         distributed.init_process_group("fake", rank=0, world_size=args.size, store=FakeStore())
     for module in (step_mlra, bench_tp_dcp, bench_tp_gqa):
         module.exchange_of = lone_exchange
+    bench_tp_gqa.attend_3 = lambda query, *_: (torch.empty_like(query), None)  # nothing to compile
     mesh = init_device_mesh(device.type, (args.size,), mesh_dim_names=("tp",)) if args.size > 1 else None
     sharers = base_of(args.model)[1]
     sharing = None
@@ -94,7 +96,7 @@ def compile_steps(args: argparse.Namespace) -> None:
             ):
                 continue  # nor will all layers of it fit
             cache, _ = system.cache(args.sequences, context, args.spare)
-            step = system.step(cache, args.sequences, context, OURS)
+            step = system.step(cache, args.sequences, context, IN_TURN if system.base == "gqa" else OURS)
             step(torch.zeros(args.sequences, dtype=torch.long, device=device))
             if system.base != "gqa" and sharing is None:
                 system.attends(step)(system.layer, cache.layers[0].rows)

@@ -94,9 +94,11 @@ class GQAStep(FusedStep):
         cache: `GQARows`.
         counters: as in `FusedStep`.
         mesh: of the ranks that share the model, or None.
+        dealt: whether FlashAttention-3's work is dealt out once for all layers.
     """
 
-    def __init__(self, model: nn.Module, cache: GQARows, counters: torch.Tensor, mesh):
+    def __init__(self, model: nn.Module, cache: GQARows, counters: torch.Tensor, mesh, dealt: bool):
+        self.deals, self.dealt = dealt, None
         self._model, self._cache, self.counters = (lambda: model), (lambda: cache), counters
         self.mesh, self.residual_share = mesh, 1.0 if mesh is None else 1 / mesh.size()
         self.num_tokens, self.tokens_each = (counters.numel() - 1) // 2, 1
@@ -114,8 +116,9 @@ class GQAStep(FusedStep):
             self.summands = torch.empty_like(self.hidden, dtype=torch.float32)
 
     def run_layers(self, rows) -> None:
-        cached = rows[0][:, 0].unflatten(-1, (2, self.key_heads, WIDTH))
-        self.dealt = deal_3(cached[:, :, 0].shape, self.query_heads, WIDTH, WIDTH, self.kv_end)
+        if self.deals:
+            cached = rows[0][:, 0].unflatten(-1, (2, self.key_heads, WIDTH))
+            self.dealt = deal_3(cached[:, :, 0].shape, self.query_heads, WIDTH, WIDTH, self.kv_end)
         super().run_layers(rows)
 
     def attention(self, layer: nn.Module, rows: torch.Tensor) -> None:
@@ -133,3 +136,12 @@ class GQAStep(FusedStep):
         cached = rows[:, 0].unflatten(-1, (2, self.key_heads, WIDTH))
         query = self.q.view(self.num_tokens, self.query_heads, WIDTH)
         return attend_3(query, cached[:, :, 0], cached[:, :, 1], None, self.kv_end, WIDTH**-0.5, self.dealt)[0]
+
+    def expected(self, rows: torch.Tensor) -> torch.Tensor:
+        """What `attend` is to give, in float32: `[B, H, width]`."""
+        key, value = rows[:, 0].float().unflatten(-1, (2, self.key_heads, WIDTH)).unbind(2)  # [B, S, key heads, width]
+        query = self.q.float().view(self.num_tokens, self.key_heads, -1, WIDTH)
+        scores = torch.einsum("bkhw,bskw->bkhs", query, key) * WIDTH**-0.5
+        seen = torch.arange(rows.shape[2], device=rows.device) < self.kv_end[:, None]
+        weights = scores.masked_fill(~seen[:, None, None], float("-inf")).softmax(-1)
+        return torch.einsum("bkhs,bskw->bkhw", weights, value).flatten(1, 2)

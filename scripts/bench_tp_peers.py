@@ -22,7 +22,7 @@ def deal_3(shape: torch.Size, heads: int, width: int, value_width: int, kv_end: 
     )  # fmt: skip
 
 
-def attend_3(query, key, value, query_of_values, kv_end, scaling: float, dealt: torch.Tensor):
+def attend_3(query, key, value, query_of_values, kv_end, scaling: float, dealt: torch.Tensor | None):
     """Results `[B, H, value width]` and natural log-sum-exps `[B, H]` for one query position of each sequence.
 
     Args:
@@ -45,6 +45,7 @@ class FlashAttention3:
     def __init__(self, queries: torch.Tensor, rows: torch.Tensor, kv_end: torch.Tensor, scaling: float):
         _, self.heads, self.width = queries.shape
         self.shape, self.kv_end, self.scaling = rows[:, :, None].shape, kv_end, scaling
+        self.dealt: torch.Tensor | None = None
         self.deal()
 
     @staticmethod
@@ -57,6 +58,13 @@ class FlashAttention3:
     def __call__(self, latent: torch.Tensor, rope: torch.Tensor, rows: torch.Tensor):
         c, k_rope = rows[:, :, None, : self.width], rows[:, :, None, self.width :]
         return attend_3(rope, k_rope, c, latent, self.kv_end, self.scaling, self.dealt)
+
+
+class FlashAttention3InTurn(FlashAttention3):
+    """The same, with the work dealt out anew in every layer."""
+
+    def deal(self) -> None:
+        self.dealt = None
 
 
 class FlashMLA:
@@ -84,8 +92,10 @@ class FlashMLA:
         return z[:, 0], lse[:, :, 0]
 
 
+DEALT, IN_TURN = "FlashAttention-3", "FlashAttention-3, dealt in every layer"
 MLA_KERNELS: dict[str, type[FlashAttention3] | type[FlashMLA]] = {
-    "FlashAttention-3": FlashAttention3,
+    DEALT: FlashAttention3,
+    IN_TURN: FlashAttention3InTurn,
     "FlashMLA": FlashMLA,
 }
 

@@ -16,14 +16,15 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from modeling_mlra import peer_memory_mlra, step_mlra
 from modeling_mlra.peer_memory_mlra import shared_exchange
-from scripts import bench_tp, bench_tp_dcp, bench_tp_plot, bench_tp_systems
+from scripts import bench_tp, bench_tp_dcp, bench_tp_gqa, bench_tp_plot, bench_tp_times
 from scripts.bench_tp_models import build
 from scripts.bench_tp_systems import OURS, System, base_of
 from scripts.bench_tp_times import measure_decode
 from tests.decode_inputs import DEVICE
-from tests.models import tiny_config
+from tests.models import rms_ratio, tiny_config
 from tests.parallel_worlds import PATIENCE, SPLITTABLE, join_world
 from tests.test_exchange_worlds import shared_files
+from tests.tolerances import FUSED_FLOAT32_RATIO
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.distributed
@@ -55,7 +56,7 @@ def visit(rank: int, size: int, out: Path) -> None:
         patch.delenv("MLRA_EXCHANGE", raising=False)
         patch.setattr(torch.cuda, "can_device_access_peer", lambda own, other: True)
         patch.setattr(peer_memory_mlra, "allocate", shared_files(out))
-        patch.setattr(bench_tp_systems, "RATIO_LIMIT", TWO_ROUNDINGS)
+        patch.setattr(bench_tp_times, "RATIO_LIMIT", TWO_ROUNDINGS)
         for module in (step_mlra, bench_tp_dcp):
             patch.setattr(module, "exchange_of", exchange_of)
         for name in SYSTEMS:
@@ -134,3 +135,42 @@ def test_tables_take_the_fastest_kernel_and_number_of_gpus():
     assert "| MLA | 7.0 | – |" in bench_tp_plot.table(results, "1", bench_tp_plot.attention)
     assert "| MLA | 12% | – |" in bench_tp_plot.table(results, "1", bench_tp_plot.share)
     assert bench_tp_plot.floors(results, "mla", "1") == {2048: 2.0}
+
+
+def rms_normed(x: torch.Tensor, layer) -> torch.Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * layer.weight
+
+
+def turned(x: torch.Tensor, position: int) -> torch.Tensor:
+    """Heads `[B, H, width]` rotated by a position."""
+    half = x.shape[-1] // 2
+    angle = position * 10000.0 ** (-torch.arange(half) / half)
+    a, b = x.split(half, dim=-1)
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)
+
+
+def test_the_step_of_grouped_query_attention_is_that_of_its_modules(monkeypatch):
+    """Logits of one token of each of two sequences, in plain torch; FlashAttention-3 needs a GPU."""
+    small = {"HEADS": 4, "KEY_HEADS": 2, "WIDTH": 16, "HIDDEN": 32, "INNER": 40, "VOCABULARY": 64, "LAYERS": 1}
+    for name, value in small.items():
+        monkeypatch.setattr(bench_tp_gqa, name, value)
+    torch.manual_seed(0)
+    model = bench_tp_gqa.build_gqa(1, None, torch.float32, torch.device("cpu"))
+    cache = bench_tp_gqa.GQARows(model, 1, 2, 20, 64, torch.device("cpu"))
+    rows, layer = cache.layers[0].rows, model.model.layers[0]
+    step = bench_tp_gqa.GQAStep(model, cache, torch.tensor([20, 20, 20, 21, 21], dtype=torch.int32), None, False)
+    monkeypatch.setattr(bench_tp_gqa, "attend_3", lambda query, *_: (step.expected(rows), None))
+    ids = torch.tensor([3, 5])
+    logits = step(ids)
+
+    x = model.lm_head.weight[ids]
+    q, k, v = layer.self_attn.qkv_proj(rms_normed(x, layer.input_layernorm)).view(2, 8, 16).split([4, 2, 2], dim=1)
+    kept = rows[:, 0].unflatten(-1, (2, 2, 16)).clone()
+    torch.testing.assert_close(kept[:, 20], torch.stack([turned(k, 20), v], dim=1))
+    keys, values = (x.repeat_interleave(2, dim=2).transpose(1, 2) for x in kept[:, :21].unbind(2))
+    attended = torch.nn.functional.scaled_dot_product_attention(turned(q, 20)[:, :, None], keys, values)
+    x = x + layer.self_attn.o_proj(attended[:, :, 0].flatten(1))
+    h, mlp = rms_normed(x, layer.post_attention_layernorm), layer.mlp
+    x = x + mlp.down_proj(torch.nn.functional.silu(mlp.gate_proj(h)) * mlp.up_proj(h))
+    expected = model.lm_head(rms_normed(x, model.model.norm))
+    assert rms_ratio(expected, logits) < FUSED_FLOAT32_RATIO
