@@ -6,6 +6,7 @@ exchange, so that the kernels lie in triton's cache. Kernels of the exchange its
 """
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from modeling_mlra import step_mlra
 from modeling_mlra.step_exchange_mlra import Exchange, inbox_shape
+from modeling_mlra.step_mlra import FusedStep
 from modeling_mlra.step_split_mlra import Split
 from scripts import bench_tp_dcp, bench_tp_gqa
 from scripts.bench_tp_peers import IN_TURN
@@ -75,35 +77,32 @@ def compile_steps(args: argparse.Namespace) -> None:
     for module in (step_mlra, bench_tp_dcp, bench_tp_gqa):
         module.exchange_of = lone_exchange
     bench_tp_gqa.attend_3 = lambda query, *_: (torch.empty_like(query), None)  # nothing to compile
-    mesh = init_device_mesh(device.type, (args.size,), mesh_dim_names=("tp",)) if args.size > 1 else None
-    sharers = base_of(args.model)[1]
-    sharing = None
-    if sharers == args.size > 1:
-        sharing = mesh
-    elif sharers > 1:
-        sharing = init_device_mesh(device.type, (args.size // sharers, sharers), mesh_dim_names=("of", "shared"))[
-            "shared"
-        ]
+    mesh = sharing = None
+    if args.size > 1:
+        sharers = base_of(args.model)[1]
+        whole = init_device_mesh(device.type, (args.size,), mesh_dim_names=("tp",))
+        split = init_device_mesh(device.type, (args.size // sharers, sharers), mesh_dim_names=("groups", "sharers"))
+        mesh, sharing = whole, split["sharers"] if sharers > 1 else None
     model = build_model(args.model, 1, mesh, torch.bfloat16 if cuda else torch.float32, device)
     system, config = System(args.model, model, mesh, sharing, device), config_of(args.model, None)
     layers = bench_tp_gqa.LAYERS if config is None else config.num_hidden_layers
-    both = splitting(args.size, Split(query=True, out=True))
+    room = torch.cuda.mem_get_info()[1] if cuda else math.inf
     with torch.no_grad(), no_exchange():
         for context in args.contexts:
-            if (
-                cuda
-                and layers * system.cache_bytes(args.sequences, context, args.spare) > torch.cuda.mem_get_info()[1]
-            ):
-                continue  # nor will all layers of it fit
-            cache, _ = system.cache(args.sequences, context, args.spare)
-            step = system.step(cache, args.sequences, context, IN_TURN if system.base == "gqa" else OURS)
-            step(torch.zeros(args.sequences, dtype=torch.long, device=device))
-            if system.base != "gqa" and sharing is None:
-                system.attends(step)(system.layer, cache.layers[0].rows)
-        if mesh is not None and system.base != "gqa" and sharing is None:
-            with both:
-                split = system.step(cache, args.sequences, context, OURS)
-            split(torch.zeros(args.sequences, dtype=torch.long, device=device))
+            if layers * system.cache_bytes(args.sequences, context, args.spare) <= room:  # else it is not timed
+                run_once(system, args.sequences, context, args.spare)
+
+
+def run_once(system: System, sequences: int, context: int, spare: int) -> None:
+    """A step, with maps split and whole, and the attention alone."""
+    cache, _ = system.cache(sequences, context, spare)
+    tokens = torch.zeros(sequences, dtype=torch.long, device=system.device)
+    step = system.step(cache, sequences, context, IN_TURN if system.base == "gqa" else OURS)
+    step(tokens)
+    if type(step) is FusedStep:
+        system.attends(step)(system.layer, cache.layers[0].rows)
+        with splitting(system.size, Split(query=True, out=True)):
+            system.step(cache, sequences, context, OURS)(tokens)
 
 
 def lone_exchange(mesh, numbers: int, device: torch.device) -> Exchange:
