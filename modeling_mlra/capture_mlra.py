@@ -9,7 +9,7 @@ import gc
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -20,6 +20,7 @@ from torch import nn
 from .cache_mlra import MLRACache
 from .decode_mlra import ENVIRONMENT_VARIABLE as DECODE_VARIABLE
 from .device_mlra import on_device
+from .library_mlra import is_observed
 from .peer_memory_mlra import ENVIRONMENT_VARIABLE as EXCHANGE_VARIABLE
 from .step_maps_mlra import has_scales, stored_tensors
 from .tensor_parallel_mlra import is_parallel
@@ -27,6 +28,7 @@ from .tensor_parallel_mlra import is_parallel
 SPARE_SHARE = 1 / 32  # of a device's memory, for the rows of caches that wait; the one not used for longest goes first
 GROWTH = 4096  # rows beyond its prompt that a call reserves at first
 FIRST_CAPACITY = 256  # rows of the smallest cache kept
+ORDINARY = torch.Tensor, nn.Parameter  # whose memory is their own
 logger = logging.getLogger(__name__)
 _capturing = threading.Lock()
 
@@ -130,6 +132,11 @@ def may_capture(model: nn.Module, cache: Any, generation_config) -> bool:
     )
 
 
+def has_global_hooks() -> bool:
+    """Whether hooks look at all modules there are, as those of profilers that count operations."""
+    return bool(torch.nn.modules.module._has_any_global_hook())
+
+
 def is_plain(model: nn.Module) -> bool:
     """Whether the model's modules do nothing but compute: no hooks, and no other classes than its own, torch's and
     linear layers of a format that the step knows.
@@ -138,9 +145,8 @@ def is_plain(model: nn.Module) -> bool:
     asks for that all the same.
     """
     own = (type(model).__module__.rpartition(".")[0], "torch.nn.modules", "transformers.activations")
-    return not any(
-        module._forward_hooks
-        or module._forward_pre_hooks
+    return not has_global_hooks() and not any(
+        is_observed(module)
         or not (type(module).__module__.startswith(own) or has_scales(module))
         or ("forward" in module.__dict__ and not is_parallel(module))
         for module in modules_of(model)
@@ -158,15 +164,19 @@ def fingerprint(model: nn.Module) -> tuple:
     config = model.config
     environment = [os.environ.get(name) for name in (DECODE_VARIABLE, EXCHANGE_VARIABLE)]
     parts: list = [*environment, config.decode_implementation, config.hidden_act, autocast]
-    parts.append(config.cache_row_format)  # of the caches that wait
+    parts += [config.cache_row_format, has_global_hooks()]  # the former of the caches that wait
     for module in modules_of(model):
+        state = module.__dict__
         parts.append(type(module))
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+        if "forward" in state or is_observed(module):
             parts += [module, len(module._forward_hooks), len(module._forward_pre_hooks)]
-        for tensors in (module._parameters, module._buffers):
+        for tensors in (state["_parameters"], state["_buffers"]):
             for tensor in tensors.values():
-                for local in () if tensor is None else stored_tensors(tensor):
-                    parts += [local.data_ptr(), local.shape, local.dtype]
+                if type(tensor) in ORDINARY:
+                    parts += tensor.data_ptr(), tensor.shape, tensor.dtype
+                elif tensor is not None:
+                    for stored in stored_tensors(tensor):
+                        parts += stored.data_ptr(), stored.shape, stored.dtype
     return tuple(parts)
 
 
@@ -190,11 +200,13 @@ _spare: WeakKeyDictionary[nn.Module, list[MLRACache]] = WeakKeyDictionary()
 _sparing = threading.Lock()
 
 
-def held_with(cache: MLRACache, model_fingerprint: tuple) -> Held:
-    """What is kept with this cache; nothing as soon as its buffers or the model have changed."""
-    held = _held.get(cache)
+def held_with(cache: MLRACache, model_fingerprint: tuple, kept: MutableMapping[MLRACache, Held] | None = None) -> Held:
+    """What is kept with this cache, in `kept` or for graphs; nothing as soon as its buffers or the model have
+    changed."""
+    kept = _held if kept is None else kept
+    held = kept.get(cache)
     if held is None or held.model_fingerprint != model_fingerprint or held.places != places(cache):
-        held = _held[cache] = Held(model_fingerprint, cache)
+        held = kept[cache] = Held(model_fingerprint, cache)
     return held
 
 
@@ -257,6 +269,7 @@ def free_spares(model: nn.Module) -> None:
 __all__ = [
     "FIRST_CAPACITY",
     "GROWTH",
+    "Held",
     "Replay",
     "fingerprint",
     "free_spares",

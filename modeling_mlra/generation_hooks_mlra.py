@@ -7,7 +7,7 @@ from transformers.generation import GenerationMixin
 
 from .cache_mlra import MLRACache
 from .capture_mlra import free_spares
-from .forwards_mlra import captured_forwards
+from .forwards_mlra import captured_forwards, free_steps
 from .generation_mlra import can_capture, captured_decode
 from .library_mlra import CACHE, take_cache, takes_cache_by_any_name
 
@@ -57,6 +57,7 @@ class MLRAGenerationMixin(GenerationMixin):
     def free_graphs(self) -> None:
         """Free what `generate()` keeps on a GPU for its next call: caches of up to 1/32 of its memory, and graphs."""
         free_spares(self)
+        free_steps(self)
 
     @staticmethod
     @takes_cache_by_any_name

@@ -28,7 +28,7 @@ from .attention_mlra import MAX_ABSORBED_QUERIES, absorbed_attention, expanded_a
 from .cache_mlra import MLRACache, check_prefix
 from .configuration_mlra import MLRAConfig
 from .device_mlra import on_device
-from .forwards_mlra import captured_logits
+from .forwards_mlra import fused_logits
 from .generation_hooks_mlra import MLRAGenerationMixin
 from .library_mlra import (
     CACHE,
@@ -494,9 +494,9 @@ class MLRAForCausalLM(MLRAPreTrainedModel, MLRAGenerationMixin):
             skip_logits: with `labels`, return the loss alone, which then never holds the logits of all tokens. The
                 other arguments are those of [`MLRAModel.forward`].
         """
-        captured = captured_logits(self, input_ids, attention_mask, position_ids, cache, inputs_embeds, labels, kwargs)
-        if captured is not None:
-            return CausalLMOutputWithPast(logits=slice_logits_to_keep(captured, logits_to_keep), **{CACHE: cache})
+        fused = fused_logits(self, input_ids, attention_mask, position_ids, cache, inputs_embeds, labels, kwargs)
+        if fused is not None:
+            return CausalLMOutputWithPast(logits=slice_logits_to_keep(fused, logits_to_keep), **{CACHE: cache})
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -37,6 +37,7 @@ from .decode_arguments_mlra import DecodeInputs
 from .decode_mlra import asked_implementation
 from .decode_triton_mlra import PartialResults, cached_of, partial_results, triton_latent_attention
 from .device_mlra import constants, device_facts, launch, launch_options, triton, triton_missing
+from .library_mlra import is_observed
 from .peer_memory_mlra import exchange_of
 from .rows_mlra import RowFormat
 from .step_attention_mlra import (
@@ -92,7 +93,7 @@ def obstacle(model: nn.Module, num_sequences: int) -> str | None:
         return f"decode implementation {asked!r} was asked for"
     for name, module in model.named_modules():
         replaced = "forward" in vars(module) and not is_parallel(module)
-        if replaced or module._forward_hooks or module._forward_pre_hooks:
+        if replaced or is_observed(module):
             return f"module {name!r} has hooks or a replaced forward (offloading, sharded data parallelism)"
         is_map = name.endswith(("_proj", "lm_head"))
         if is_map and (trouble := weight_obstacle(module, model.dtype)) is not None:

@@ -1,5 +1,8 @@
 """Small random models for tests, with weights large enough that a wrong path shows in the logits."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from modeling_mlra import MLRAConfig, MLRAForCausalLM
@@ -44,6 +47,16 @@ def tiny_model(
         for parameter in model.parameters():
             parameter.normal_(0, 0.5)
     return model
+
+
+@contextmanager
+def watched(model) -> Iterator[None]:
+    """Context in which a hook looks inside the model, so that its modules run."""
+    hook = model.model.norm.register_forward_hook(lambda *_: None)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def random_ids(*shape: int, seed: int = 1) -> torch.Tensor:
