@@ -137,16 +137,16 @@ def has_global_hooks() -> bool:
     return bool(torch.nn.modules.module._has_any_global_hook())
 
 
-def is_plain(model: nn.Module) -> bool:
+def is_plain(model: nn.Module, but_hooks: bool = False) -> bool:
     """Whether the model's modules do nothing but compute: no hooks, and no other classes than its own, torch's and
     linear layers of a format that the step knows.
 
     Others, of other quantised weights or adapters, may wait for the device, which cannot be captured; a static cache
-    asks for that all the same.
+    asks for that all the same. `but_hooks`, whatever hooks look at.
     """
     own = (type(model).__module__.rpartition(".")[0], "torch.nn.modules", "transformers.activations")
-    return not has_global_hooks() and not any(
-        is_observed(module)
+    return (but_hooks or not has_global_hooks()) and not any(
+        (is_observed(module) and not but_hooks)
         or not (type(module).__module__.startswith(own) or has_scales(module))
         or ("forward" in module.__dict__ and not is_parallel(module))
         for module in modules_of(model)
@@ -273,10 +273,12 @@ __all__ = [
     "Replay",
     "fingerprint",
     "free_spares",
+    "has_global_hooks",
     "give_back",
     "held_with",
     "is_plain",
     "may_capture",
+    "modules_of",
     "size_class",
     "take_spare",
 ]

@@ -223,12 +223,13 @@ class Launches:
     Args:
         function: runs on `device`; its result is the same object, with new contents, after every call. What it asks
             of `room` under one name is one tensor for all its launches.
+        rooms: these tensors, where others of which only one runs at a time use them too.
     """
 
-    def __init__(self, function: Callable[[], Any], device: torch.device):
+    def __init__(self, function: Callable[[], Any], device: torch.device, rooms: dict | None = None):
         self.function, self.device = function, device
         self.starts: list[tuple[Callable, tuple]] = []
-        self.rooms: dict[tuple, torch.Tensor] = {}
+        self.rooms: dict[tuple, torch.Tensor] = {} if rooms is None else rooms
         self.result: Any = None
 
     def __call__(self) -> Any:

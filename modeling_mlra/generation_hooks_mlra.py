@@ -7,9 +7,10 @@ from transformers.generation import GenerationMixin
 
 from .cache_mlra import MLRACache
 from .capture_mlra import free_spares
-from .forwards_mlra import captured_forwards, free_steps
+from .forwards_mlra import captured_forwards
 from .generation_mlra import can_capture, captured_decode
 from .library_mlra import CACHE, take_cache, takes_cache_by_any_name
+from .stepped_mlra import free_steps
 
 
 class MLRAGenerationMixin(GenerationMixin):

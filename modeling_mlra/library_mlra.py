@@ -80,9 +80,10 @@ def is_observed(module: torch.nn.Module) -> bool:
     return bool(module._forward_pre_hooks) or any(getattr(hook, "__module__", "") != RECORDERS for hook in after)
 
 
-def is_recording(model: torch.nn.Module, kwargs: dict) -> bool:
-    """Whether a forward is asked for its hidden states or attentions, by an argument or by the configuration."""
-    names = "output_attentions", "output_hidden_states"
+def is_recording(model: torch.nn.Module, kwargs: dict, *kinds: str) -> bool:
+    """Whether a forward is asked, by an argument or by the configuration, for "attentions" or "hidden_states": for
+    these kinds, or for either."""
+    names = [f"output_{kind}" for kind in kinds or ("attentions", "hidden_states")]
     return any(kwargs.get(name, getattr(model.config, name, False)) for name in names)
 
 

@@ -51,12 +51,13 @@ def tiny_model(
 
 @contextmanager
 def watched(model) -> Iterator[None]:
-    """Context in which a hook looks inside the model, so that its modules run."""
-    hook = model.model.norm.register_forward_hook(lambda *_: None)
+    """Context in which hooks look into every layer, so that all modules run."""
+    hooks = [layer.mlp.register_forward_hook(lambda *_: None) for layer in model.model.layers]
     try:
         yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def random_ids(*shape: int, seed: int = 1) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from modeling_mlra import MLRACache, forwards_mlra, step_mlra
+from modeling_mlra import MLRACache, forwards_mlra, step_mlra, stepped_mlra
 from modeling_mlra.cache_mlra import MLRADynamicLayer
 from modeling_mlra.capture_mlra import is_plain
 from modeling_mlra.forwards_mlra import fused_forwards
@@ -23,8 +24,8 @@ pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 @pytest.fixture
 def stepping(monkeypatch):
     """Steps of float32 models, on a CPU too."""
-    monkeypatch.setattr(forwards_mlra, "STEPPED_DEVICES", ("cpu", "cuda"))
-    monkeypatch.setattr(forwards_mlra, "obstacle", lambda *_: None)
+    monkeypatch.setattr(stepped_mlra, "STEPPED_DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(stepped_mlra, "obstacle", lambda *_, **__: None)
 
 
 class StepOfNothing:
@@ -39,17 +40,19 @@ class StepOfNothing:
 
 @pytest.fixture
 def counting(stepping, monkeypatch):
-    monkeypatch.setattr(forwards_mlra, "VerifyingStep", StepOfNothing)
+    monkeypatch.setattr(stepped_mlra, "VerifyingStep", StepOfNothing)
 
 
 def small_model(**settings):
     return tiny_model("mlra_4", num_hidden_layers=1, **settings).to(DEVICE)
 
 
-def counted(function):
-    """What a function gives, and how many steps ran in it."""
-    before = fused_forwards["launches"]
-    return function(), fused_forwards["launches"] - before
+def counted(function, kind: str = "launches"):
+    """What a function gives, and how many steps of a kind ran in it; of the other kinds none."""
+    before = fused_forwards.copy()
+    result, ran = function(), fused_forwards - before
+    assert ran.keys() <= {kind}
+    return result, ran[kind]
 
 
 @torch.no_grad()
@@ -131,26 +134,18 @@ def eager(model):
     return SimpleNamespace(remove=lambda: model.set_attn_implementation("sdpa"))
 
 
-def asked_by_configuration(model):
-    model.config.output_hidden_states = True
-    return SimpleNamespace(remove=lambda: setattr(model.config, "output_hidden_states", False))
-
-
 def training(model):
     model.train()
     return SimpleNamespace(remove=model.eval)
 
 
-WATCHERS = [
-    forward_hook, global_hook, replaced_forward, wrapped_layer, eager, asked_by_configuration, training
-]  # fmt: skip
+WATCHERS = [forward_hook, global_hook, replaced_forward, wrapped_layer, eager, training]
 CONTEXTS = {
     "gradients": torch.enable_grad,
     "autocast": lambda: torch.autocast(DEVICE, torch.bfloat16),
     "operations": CountsOperations,
 }
 ARGUMENTS = {
-    "hidden states": lambda ids: {"output_hidden_states": True},
     "attentions": lambda ids: {"output_attentions": True},
     "labels": lambda ids: {"labels": ids},
     "narrow mask": lambda ids: {"attention_mask": torch.ones(2, 6, dtype=torch.long, device=ids.device)},
@@ -201,6 +196,45 @@ def test_forwards_that_ask_for_more(name, counting):
     assert counted(lambda: behind_a_prompt(model, MLRACache(model.config), **arguments))[1] == 0
     assert counted(lambda: behind_a_prompt(model, MLRACache(model.config)))[1] == 1, "and do not stay in the way"
     assert is_plain(model)
+
+
+@torch.no_grad()
+def test_layers_that_are_looked_at(stepping):
+    """Hidden states, a hook that changes what a layer gives, one inside of a layer: the other layers run fused."""
+    model = tiny_model("mlra_4", num_hidden_layers=3).to(DEVICE)
+    ids = random_ids(2, 11).to(DEVICE)
+    hooks = [
+        model.model.layers[0].register_forward_hook(lambda module, inputs, output: 0.5 * output),
+        model.model.layers[1].self_attn.register_forward_hook(lambda *_: None),
+        model.model.norm.register_forward_pre_hook(lambda *_: None),
+    ]
+    seen = {}
+    for kind in ("modules", "layers"):
+        cache, logits, states = MLRACache(model.config), [], []
+        model(ids[:, :7], cache=cache)
+        for t, arguments in ((7, {"output_hidden_states": True}), (8, {})):
+            model.config.output_hidden_states = t == 8
+            token = {"input_ids": ids[:, t : t + 1], "cache": cache, **arguments}
+            with watched(model) if kind == "modules" else nullcontext():
+                out, steps = counted(lambda token=token: model(**token), kind)
+            assert steps == (kind == "layers")
+            logits.append(out.logits)
+            states.append(torch.stack(out.hidden_states))
+        rows = torch.stack([layer.rows[:, :, :9] for layer in cache.layers])
+        seen[kind] = torch.stack(logits), torch.stack(states), rows
+        assert [layer.get_seq_length() for layer in cache.layers] == [9] * 3
+    assert max(map(rms_ratio, seen["modules"], seen["layers"])) < FUSED_FLOAT32_RATIO
+    assert stepped_mlra._stepped[model].takes[2] == ({0, 2}, False)
+    model.config.output_hidden_states = False
+    for hook in hooks:
+        hook.remove()
+    assert counted(lambda: model(ids[:, 9:10], cache=cache))[1] == 1
+
+
+def test_layers_whose_arguments_are_changed(counting):
+    model = small_model()
+    model.model.layers[0].register_forward_pre_hook(lambda module, args, kwargs: None, with_kwargs=True)
+    assert counted(lambda: behind_a_prompt(model, MLRACache(model.config)))[1] == 0
 
 
 def test_what_recording_leaves_behind_is_no_obstacle():
@@ -269,15 +303,15 @@ def test_rows_that_were_seen_stay(stepping):
 
 def test_few_caches_keep_their_launches(counting, monkeypatch):
     """Those of the newest; none of a model that is gone, or was asked to free them."""
-    monkeypatch.setattr(forwards_mlra, "MAX_STEPPED", 2)
+    monkeypatch.setattr(stepped_mlra, "MAX_STEPPED", 2)
     model = small_model()
     caches = [MLRACache(model.config) for _ in range(3)]
     for cache in caches:
         behind_a_prompt(model, cache)
-    kept = forwards_mlra._stepped[model].held
+    kept = stepped_mlra._stepped[model].held
     assert list(kept) == caches[1:]
     model.free_graphs()
-    assert model not in forwards_mlra._stepped
+    assert model not in stepped_mlra._stepped
     behind_a_prompt(model, caches[0])
     weight = weakref.ref(model.model.layers[0].mlp.up_proj.weight)
     del model, kept
