@@ -63,7 +63,7 @@ def hooked(modules: list[nn.Module]) -> Iterator[None]:
 
 
 class HalfRight(LogitsProcessor):
-    """Makes an assistant put forward the token of `sequence` `[S]` at about half of the positions, elsewhere another."""
+    """Makes an assistant put forward the token of `sequence` `[S]` at about half of the positions, else another."""
 
     def __init__(self, sequence: torch.Tensor, vocab_size: int):
         self.sequence, self.vocab_size = sequence, vocab_size
