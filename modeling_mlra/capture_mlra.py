@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import suppress
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import nn
@@ -122,6 +122,37 @@ def modules_of(model: nn.Module) -> Iterator[nn.Module]:
         waiting += [child for child in module._modules.values() if child is not None]
 
 
+class Walk:
+    """The modules of a model below it, and what each keeps, found once for as long as all have the same children: of a
+    model of many layers that takes longer to look for than to look at.
+
+    Kept among the attributes of the model, so that it goes with it; a copy of the model gets an empty one.
+    """
+
+    def __init__(self) -> None:
+        self.modules: list[nn.Module] = []
+        self.states: list[dict] = []
+        self.children: list | None = None
+
+    def __reduce__(self):
+        return Walk, ()
+
+    @classmethod
+    def of(cls, model: nn.Module) -> tuple[list[nn.Module], list[dict]]:
+        """Every module and its attributes."""
+        known = model.__dict__.get("_walk")
+        if known is None or known.children_of(model) != known.children:
+            known = cls()
+            known.modules = list(modules_of(model))[1:]
+            known.states = [module.__dict__ for module in known.modules]
+            known.children = known.children_of(model)
+            model.__dict__["_walk"] = known
+        return [model, *known.modules], [model.__dict__, *known.states]
+
+    def children_of(self, model: nn.Module) -> list:
+        return [child for state in (model.__dict__, *self.states) for child in state["_modules"].values()]
+
+
 def may_capture(model: nn.Module, cache: Any, generation_config) -> bool:
     """What every captured way needs: a GPU, a latent cache that stays there, and no `disable_compile=True`."""
     return (
@@ -165,18 +196,20 @@ def fingerprint(model: nn.Module) -> tuple:
     environment = [os.environ.get(name) for name in (DECODE_VARIABLE, EXCHANGE_VARIABLE)]
     parts: list = [*environment, config.decode_implementation, config.hidden_act, autocast]
     parts += [config.cache_row_format, has_global_hooks()]  # the former of the caches that wait
-    for module in modules_of(model):
-        state = module.__dict__
-        parts.append(type(module))
-        if "forward" in state or is_observed(module):
-            parts += [module, len(module._forward_hooks), len(module._forward_pre_hooks)]
-        for tensors in (state["_parameters"], state["_buffers"]):
-            for tensor in tensors.values():
-                if type(tensor) in ORDINARY:
-                    parts += tensor.data_ptr(), tensor.shape, tensor.dtype
-                elif tensor is not None:
-                    for stored in stored_tensors(tensor):
-                        parts += stored.data_ptr(), stored.shape, stored.dtype
+    modules, states = Walk.of(model)
+    parts += map(type, modules)
+    for index, state in enumerate(states):
+        if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+            module = modules[index]
+            if "forward" in state or is_observed(module):
+                parts += [ref(module), len(module._forward_hooks), len(module._forward_pre_hooks)]
+    held = [x for state in states for x in (*state["_parameters"].values(), *state["_buffers"].values())]
+    for tensor in held:
+        if type(tensor) in ORDINARY:
+            parts += tensor.data_ptr(), tensor.shape, tensor.dtype
+        elif tensor is not None:
+            for stored in stored_tensors(tensor):
+                parts += stored.data_ptr(), stored.shape, stored.dtype
     return tuple(parts)
 
 

@@ -21,6 +21,10 @@ class MLRAGenerationMixin(GenerationMixin):
         given = take_cache(model_kwargs)
         if given is not None:
             model_kwargs[CACHE] = given
+        elif generation_config.cache_implementation is None and generation_config.use_cache is not False:
+            model_kwargs[CACHE] = MLRACache(self.config)
+            model_kwargs[CACHE].made_for_call = True
+            return None
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         chosen = model_kwargs.get(CACHE)
         if given is None and type(chosen) in (DynamicCache, StaticCache):

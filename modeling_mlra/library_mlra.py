@@ -60,6 +60,7 @@ def takes_cache_by_any_name(function: Callable) -> Callable:
             kwargs["cache"] = take_cache(kwargs) if "cache" in kwargs else kwargs.pop("past_key_values")
         return function(*args, **kwargs)
 
+    renamed.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]  # `generate()` asks again and again
     return renamed
 
 

@@ -5,6 +5,7 @@ look at layers, or hidden states are asked for, every layer that nothing looks i
 modules, and whatever is around it is called as ever.
 """
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -77,9 +78,10 @@ class FusedLayers:
         index, step = layer.self_attn.layer_idx, self.step
         rows = step.cache.layers[index]
         if index not in self.launches:
+            layer_of = weakref.ref(layer)  # whose hooks may keep the model alive
 
             def run() -> torch.Tensor:
-                step.run_layer(layer, rows.rows)
+                step.run_layer(layer_of(), rows.rows)
                 return step.hidden
 
             self.launches[index] = Launches(run, step.device, self.rooms)

@@ -1,8 +1,11 @@
 """Forwards of everybody: one new token of each sequence runs the fused step where nothing looks inside the model."""
 
+import copy
 import gc
+import pickle
 import weakref
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from modeling_mlra import MLRACache, forwards_mlra, step_mlra, stepped_mlra
+from modeling_mlra import MLRACache, capture_mlra, forwards_mlra, step_mlra, stepped_mlra
 from modeling_mlra.cache_mlra import MLRADynamicLayer
 from modeling_mlra.capture_mlra import is_plain
 from modeling_mlra.forwards_mlra import fused_forwards
@@ -317,6 +320,45 @@ def test_few_caches_keep_their_launches(counting, monkeypatch):
     del model, kept
     gc.collect()
     assert weight() is None
+
+
+@torch.no_grad()
+def test_a_model_that_its_own_hooks_hold_is_freed(stepping):
+    """Layers run fused, and a closure of a hook refers to the model."""
+    model = small_model()
+    model.model.layers[0].register_forward_hook(lambda *_, model=model: None)
+    cache = MLRACache(model.config)
+    ids = random_ids(1, 8).to(DEVICE)
+    model(ids[:, :7], cache=cache)
+    assert counted(partial(model, ids[:, 7:], cache=cache), "layers")[1] == 1
+    owner = weakref.ref(model)
+    del model
+    gc.collect()
+    assert owner() is None
+
+
+def test_modules_are_looked_for_once(monkeypatch):
+    """And anew when one of them is replaced, added or copied."""
+    model, looked = small_model(), []
+    modules_of = capture_mlra.modules_of
+    monkeypatch.setattr(capture_mlra, "modules_of", lambda model: looked.append(model) or modules_of(model))
+    fingerprint = capture_mlra.fingerprint
+    seen = [fingerprint(model), fingerprint(model)]
+    assert seen[0] == seen[1] and len(looked) == 1
+    for change in (
+        lambda: setattr(model.model.layers[0].mlp, "down_proj", torch.nn.Linear(20, 24, bias=False, device=DEVICE)),
+        lambda: model.model.layers[0].mlp.down_proj.add_module("adapter", torch.nn.Linear(2, 2)),
+        lambda: setattr(model.model, "norm", copy.deepcopy(model.model.norm)),
+    ):
+        change()
+        seen.append(fingerprint(model))
+    assert len(looked) == 4 and len(set(seen)) == 4
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        before = fingerprint(other)
+        assert before not in seen
+        other.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: None)
+        assert fingerprint(other) != before
+    assert fingerprint(model) == seen[-1]
 
 
 @pytest.mark.gpu
