@@ -226,6 +226,10 @@ class MLRADynamicLayer(LatentRows, CacheLayerMixin):
         grown[:, :, : self._length] = rows[:, :, : self._length]
         self._set_rows(grown)
 
+    def is_seen_behind(self, length: int) -> bool:
+        """Whether rows behind the first `length` may be seen through `keys` and `values`."""
+        return self._num_seen > length
+
     def set_seq_length(self, length: int) -> None:
         self._length = length
 

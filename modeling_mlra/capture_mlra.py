@@ -9,10 +9,10 @@ import gc
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import suppress
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from torch import nn
 from .cache_mlra import MLRACache
 from .decode_mlra import ENVIRONMENT_VARIABLE as DECODE_VARIABLE
 from .device_mlra import on_device
+from .library_mlra import is_observed
 from .peer_memory_mlra import ENVIRONMENT_VARIABLE as EXCHANGE_VARIABLE
 from .step_maps_mlra import has_scales, stored_tensors
 from .tensor_parallel_mlra import is_parallel
@@ -27,6 +28,7 @@ from .tensor_parallel_mlra import is_parallel
 SPARE_SHARE = 1 / 32  # of a device's memory, for the rows of caches that wait; the one not used for longest goes first
 GROWTH = 4096  # rows beyond its prompt that a call reserves at first
 FIRST_CAPACITY = 256  # rows of the smallest cache kept
+ORDINARY = torch.Tensor, nn.Parameter  # whose memory is their own
 logger = logging.getLogger(__name__)
 _capturing = threading.Lock()
 
@@ -120,6 +122,37 @@ def modules_of(model: nn.Module) -> Iterator[nn.Module]:
         waiting += [child for child in module._modules.values() if child is not None]
 
 
+class Walk:
+    """The modules of a model below it, and what each keeps, found once for as long as all have the same children: of a
+    model of many layers that takes longer to look for than to look at.
+
+    Kept among the attributes of the model, so that it goes with it; a copy of the model gets an empty one.
+    """
+
+    def __init__(self) -> None:
+        self.modules: list[nn.Module] = []
+        self.states: list[dict] = []
+        self.children: list | None = None
+
+    def __reduce__(self):
+        return Walk, ()
+
+    @classmethod
+    def of(cls, model: nn.Module) -> tuple[list[nn.Module], list[dict]]:
+        """Every module and its attributes."""
+        known = model.__dict__.get("_walk")
+        if known is None or known.children_of(model) != known.children:
+            known = cls()
+            known.modules = list(modules_of(model))[1:]
+            known.states = [module.__dict__ for module in known.modules]
+            known.children = known.children_of(model)
+            model.__dict__["_walk"] = known
+        return [model, *known.modules], [model.__dict__, *known.states]
+
+    def children_of(self, model: nn.Module) -> list:
+        return [child for state in (model.__dict__, *self.states) for child in state["_modules"].values()]
+
+
 def may_capture(model: nn.Module, cache: Any, generation_config) -> bool:
     """What every captured way needs: a GPU, a latent cache that stays there, and no `disable_compile=True`."""
     return (
@@ -130,17 +163,21 @@ def may_capture(model: nn.Module, cache: Any, generation_config) -> bool:
     )
 
 
-def is_plain(model: nn.Module) -> bool:
+def has_global_hooks() -> bool:
+    """Whether hooks look at all modules there are, as those of profilers that count operations."""
+    return bool(torch.nn.modules.module._has_any_global_hook())
+
+
+def is_plain(model: nn.Module, but_hooks: bool = False) -> bool:
     """Whether the model's modules do nothing but compute: no hooks, and no other classes than its own, torch's and
     linear layers of a format that the step knows.
 
     Others, of other quantised weights or adapters, may wait for the device, which cannot be captured; a static cache
-    asks for that all the same.
+    asks for that all the same. `but_hooks`, whatever hooks look at.
     """
     own = (type(model).__module__.rpartition(".")[0], "torch.nn.modules", "transformers.activations")
-    return not any(
-        module._forward_hooks
-        or module._forward_pre_hooks
+    return (but_hooks or not has_global_hooks()) and not any(
+        (is_observed(module) and not but_hooks)
         or not (type(module).__module__.startswith(own) or has_scales(module))
         or ("forward" in module.__dict__ and not is_parallel(module))
         for module in modules_of(model)
@@ -158,15 +195,21 @@ def fingerprint(model: nn.Module) -> tuple:
     config = model.config
     environment = [os.environ.get(name) for name in (DECODE_VARIABLE, EXCHANGE_VARIABLE)]
     parts: list = [*environment, config.decode_implementation, config.hidden_act, autocast]
-    parts.append(config.cache_row_format)  # of the caches that wait
-    for module in modules_of(model):
-        parts.append(type(module))
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-            parts += [module, len(module._forward_hooks), len(module._forward_pre_hooks)]
-        for tensors in (module._parameters, module._buffers):
-            for tensor in tensors.values():
-                for local in () if tensor is None else stored_tensors(tensor):
-                    parts += [local.data_ptr(), local.shape, local.dtype]
+    parts += [config.cache_row_format, has_global_hooks()]  # the former of the caches that wait
+    modules, states = Walk.of(model)
+    parts += map(type, modules)
+    for index, state in enumerate(states):
+        if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+            module = modules[index]
+            if "forward" in state or is_observed(module):
+                parts += [ref(module), len(module._forward_hooks), len(module._forward_pre_hooks)]
+    held = [x for state in states for x in (*state["_parameters"].values(), *state["_buffers"].values())]
+    for tensor in held:
+        if type(tensor) in ORDINARY:
+            parts += tensor.data_ptr(), tensor.shape, tensor.dtype
+        elif tensor is not None:
+            for stored in stored_tensors(tensor):
+                parts += stored.data_ptr(), stored.shape, stored.dtype
     return tuple(parts)
 
 
@@ -190,11 +233,13 @@ _spare: WeakKeyDictionary[nn.Module, list[MLRACache]] = WeakKeyDictionary()
 _sparing = threading.Lock()
 
 
-def held_with(cache: MLRACache, model_fingerprint: tuple) -> Held:
-    """What is kept with this cache; nothing as soon as its buffers or the model have changed."""
-    held = _held.get(cache)
+def held_with(cache: MLRACache, model_fingerprint: tuple, kept: MutableMapping[MLRACache, Held] | None = None) -> Held:
+    """What is kept with this cache, in `kept` or for graphs; nothing as soon as its buffers or the model have
+    changed."""
+    kept = _held if kept is None else kept
+    held = kept.get(cache)
     if held is None or held.model_fingerprint != model_fingerprint or held.places != places(cache):
-        held = _held[cache] = Held(model_fingerprint, cache)
+        held = kept[cache] = Held(model_fingerprint, cache)
     return held
 
 
@@ -257,13 +302,16 @@ def free_spares(model: nn.Module) -> None:
 __all__ = [
     "FIRST_CAPACITY",
     "GROWTH",
+    "Held",
     "Replay",
     "fingerprint",
     "free_spares",
+    "has_global_hooks",
     "give_back",
     "held_with",
     "is_plain",
     "may_capture",
+    "modules_of",
     "size_class",
     "take_spare",
 ]

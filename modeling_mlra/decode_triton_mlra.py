@@ -23,7 +23,7 @@ from .decode_arguments_mlra import (
 from .decode_hopper_mlra import rows_kernel
 from .decode_plans_mlra import DecodePlan, deal_work, decode_plans, fits_hopper, reduction_plan
 from .device_gluon_mlra import TensorDescriptor, gl
-from .device_mlra import DeviceFacts, cannot_be_built, constants, device_facts, launch, launch_options, triton
+from .device_mlra import DeviceFacts, cannot_be_built, constants, device_facts, launch, launch_options, room, triton
 
 if triton is not None:
     from .decode_deal_mlra import combine_kernel
@@ -63,7 +63,7 @@ def triton_latent_attention(inputs: DecodeInputs, plan: DecodePlan | None = None
     """Run both kernels, with a plan of one's own or the best that fits; results as of `latent_attention`."""
     inputs = _as_kernels_read_them(inputs)
     batch, length, num_latents, heads, width = inputs.q_latent.shape
-    out = inputs.q_latent.new_empty(inputs.q_latent.shape)
+    out = room("attended", inputs.q_latent.shape, inputs.q_latent.dtype, inputs.q_latent.device)
     parts = partial_results(inputs, out, plan)
     if parts.programs > 1:
         early = device_facts(out.device).early
@@ -201,7 +201,7 @@ def _launch(plan: DecodePlan, inputs: DecodeInputs, out: torch.Tensor | None) ->
     whole, out = int(out is not None), q_latent if out is None else out
     known = _launch_plan(plan, inputs, bool(whole), device_facts(device))
     alike = known.alike if inputs.on_16_bytes() else None
-    part, part_lse = (torch.empty(shape, dtype=torch.float32, device=device) for shape in known.results)
+    part, part_lse = (room("part", shape, torch.float32, device) for shape in known.results)
     visible = _visible(inputs)
     queries = DecodeQueries(q_latent, q_rope, known.strides, known.rope_strides)
     results = Results(out, Strides(*out.stride()[:4]), part, part_lse)

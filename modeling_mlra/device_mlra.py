@@ -4,6 +4,7 @@ import functools
 import logging
 import math
 import os
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -191,20 +192,80 @@ def launch(device: torch.device, kernel, grid: tuple, *arguments, alike: object 
         constants: those of the kernel, and the launch options of its plan, of which those that a device's compiler
             does not know are left out.
     """
-    start = None if alike is None else _starts.get((id(kernel), alike))
+    kept, start = _kept(), None if alike is None else _starts.get((id(kernel), alike))
     if start is not None:
         with on_device(device):
             start.run(*arguments, *start.constants)
-        return
-    if "maxnreg" in constants and not device_facts(device).nvidia:
-        del constants["maxnreg"]
-    with on_device(device):
-        compiled = kernel[grid](*arguments, **constants)
-        if alike is not None and hasattr(compiled, "launch_metadata"):  # not interpreted
-            if len(_starts) >= MAX_STARTS:
-                _starts.clear()
+    else:
+        if "maxnreg" in constants and not device_facts(device).nvidia:
+            del constants["maxnreg"]
+        with on_device(device):
+            compiled = kernel[grid](*arguments, **constants)
+        interpreted = not hasattr(compiled, "launch_metadata")
+        if kept is not None and interpreted:
+            start = Start(kernel, functools.partial(kernel[grid], **constants), ())
+        elif not interpreted and (kept is not None or alike is not None):
             rest = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
-            _starts[id(kernel), alike] = Start(kernel, compiled[(*grid, 1, 1)[:3]], rest)
+            start = Start(kernel, compiled[(*grid, 1, 1)[:3]], rest)
+            if alike is not None:
+                if len(_starts) >= MAX_STARTS:
+                    _starts.clear()
+                _starts[id(kernel), alike] = start
+    if kept is not None:
+        assert start is not None
+        kept.starts.append((start.run, (*arguments, *start.constants)))
+
+
+class Launches:
+    """A function that only launches kernels, on tensors that stay where they are; from its second call on its launches
+    start one after the other, without what Python computes for each. They read their tensors' addresses anew.
+
+    Args:
+        function: runs on `device`; its result is the same object, with new contents, after every call. What it asks
+            of `room` under one name is one tensor for all its launches.
+        rooms: these tensors, where others of which only one runs at a time use them too.
+    """
+
+    def __init__(self, function: Callable[[], Any], device: torch.device, rooms: dict | None = None):
+        self.function, self.device = function, device
+        self.starts: list[tuple[Callable, tuple]] = []
+        self.rooms: dict[tuple, torch.Tensor] = {} if rooms is None else rooms
+        self.result: Any = None
+
+    def __call__(self) -> Any:
+        with on_device(self.device):
+            if self.starts:
+                for run, arguments in self.starts:
+                    run(*arguments)
+                return self.result
+            outer, _keeping.launches = _kept(), self
+            try:
+                self.result = self.function()
+            except BaseException:
+                self.starts.clear()
+                raise
+            finally:
+                _keeping.launches = outer
+        return self.result
+
+
+_keeping = threading.local()
+
+
+def _kept() -> Launches | None:
+    """Whose launches are being kept on this thread."""
+    return getattr(_keeping, "launches", None)
+
+
+def room(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An empty tensor for what a kernel leaves to the next one."""
+    kept = _kept()
+    if kept is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    key = name, shape, dtype
+    if key not in kept.rooms:
+        kept.rooms[key] = torch.empty(shape, dtype=dtype, device=device)
+    return kept.rooms[key]
 
 
 @functools.lru_cache(maxsize=1024, typed=True)

@@ -6,6 +6,7 @@ consequence, since nothing attends to it and the next tokens overwrite its rows.
 """
 
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,8 +15,18 @@ import torch
 from torch import nn
 
 from .cache_mlra import MLRACache, ordinary_tensors
-from .capture_mlra import FIRST_CAPACITY, GROWTH, Replay, fingerprint, held_with, is_plain, may_capture, size_class
-from .device_mlra import on_device
+from .capture_mlra import (
+    FIRST_CAPACITY,
+    GROWTH,
+    Replay,
+    fingerprint,
+    held_with,
+    is_plain,
+    may_capture,
+    size_class,
+)
+from .device_mlra import Launches, on_device
+from .library_mlra import is_recording
 from .masks_mlra import MaskBuffers
 from .peer_memory_mlra import naming_lost_ranks
 from .step_mlra import MAX_SEQUENCES, FusedStep, obstacle
@@ -23,14 +34,16 @@ from .step_mlra import MAX_SEQUENCES, FusedStep, obstacle
 # Tokens of a sequence that graphs are made for: each number compiles kernels of its own, for seconds, while up to 16
 # tokens wait for the same weights. Candidates come in every number, the fewer the nearer a call is to its end.
 TOKEN_CLASSES = 1, 4, 16, 32
+fused_forwards: Counter[str] = Counter()  # how often the step ran: as a "graph", "launches", "layers" of them
 _active = threading.local()
 
 
 class VerifyingStep:
-    """The fused step for `tokens_each` tokens of each of `num_sequences` sequences, as a graph of fixed buffers."""
+    """The fused step for `tokens_each` tokens of each of `num_sequences` sequences, on fixed buffers: as a graph that
+    shares memory with its `siblings`, or without them launch by launch."""
 
     def __init__(
-        self, model: nn.Module, cache: MLRACache, num_sequences: int, tokens_each: int, masked: bool, siblings
+        self, model: nn.Module, cache: MLRACache, num_sequences: int, tokens_each: int, masked: bool, siblings=None
     ):
         rows = cache.layers[0].rows
         device, self.shape = rows.device, (num_sequences, tokens_each)
@@ -38,18 +51,22 @@ class VerifyingStep:
         self.counters = torch.zeros(1 + num_sequences * (tokens_each + 1), dtype=torch.int32, device=device)
         self.masks = MaskBuffers(num_sequences, rows.shape[2], device) if masked else None
         kv_start, key_mask = (self.masks.kv_start, self.masks.key_mask) if self.masks else (None, None)
-        step = FusedStep(model, cache, self.counters, kv_start, key_mask, tokens_each)
-        token_ids = self.token_ids.flatten()
-        self.replay = Replay(lambda: step(token_ids), device, siblings)
+        self.step = step = FusedStep(model, cache, self.counters, kv_start, key_mask, tokens_each)
+        flat_ids = self.token_ids.flatten()
 
-    def __call__(
+        def run() -> torch.Tensor:
+            return step.logits_after(flat_ids)
+
+        self.run = Launches(run, device) if siblings is None else Replay(run, device, siblings)
+
+    def start(
         self,
         token_ids: torch.Tensor,
         rows: int,
         position_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Logits `[B, T, vocab_size]` after `token_ids` `[B, T]`, whose rows follow the `rows` in use."""
+    ) -> None:
+        """Take the inputs: `token_ids` `[B, T]`, whose rows follow the `rows` in use."""
         (batch, padded), length = self.shape, token_ids.shape[1]
         positions = self.counters[1 : 1 + batch * padded].view(self.shape)
         if position_ids is None:
@@ -60,7 +77,11 @@ class VerifyingStep:
         self.token_ids[:, :length] = token_ids
         if self.masks is not None:
             self.masks.set(attention_mask)
-        return self.replay().view(batch, padded, -1)[:, :length].clone()
+
+    def __call__(self, token_ids: torch.Tensor, rows: int, position_ids, attention_mask) -> torch.Tensor:
+        """Logits `[B, T, vocab_size]` after tokens as of `start`."""
+        self.start(token_ids, rows, position_ids, attention_mask)
+        return self.run().view(*self.shape, -1)[:, : token_ids.shape[1]].clone()
 
 
 class CapturedForwards:
@@ -78,7 +99,7 @@ class CapturedForwards:
         if rows == 0 or (attention_mask is not None and attention_mask.shape[1:] != (rows + length,)):
             return False  # what a narrower mask lacks is padding, which the buffers' rows to come are not
         tokens = input_ids.shape[0] * size_class_of_tokens(length)
-        if tokens > MAX_SEQUENCES or any(kwargs.get(name) for name in ("output_attentions", "output_hidden_states")):
+        if tokens > MAX_SEQUENCES or is_recording(model, kwargs):
             return False
         if tokens not in self.fuses:
             self.fuses[tokens] = obstacle(model, tokens) is None
@@ -87,8 +108,7 @@ class CapturedForwards:
     def __call__(self, input_ids, attention_mask, position_ids) -> torch.Tensor:
         batch, length = input_ids.shape
         rows, padded = self.cache.get_seq_length(), size_class_of_tokens(length)
-        if rows + padded > self.cache.layers[0].rows.shape[2]:
-            self.cache.reserve(size_class(rows + padded, FIRST_CAPACITY))
+        make_room(self.cache, padded)
         masked = attention_mask is not None
         held = held_with(self.cache, self.fingerprint)
         key = "verify", batch, padded, masked
@@ -98,7 +118,17 @@ class CapturedForwards:
         with on_device(input_ids.device):
             logits = held.objects[key](input_ids, rows, position_ids, attention_mask)
         self.cache.set_seq_length(rows + length)
+        fused_forwards["graph"] += 1
         return logits
+
+
+def make_room(cache: MLRACache, tokens: int) -> None:
+    """Have room for so many more tokens, of rows that nobody has seen."""
+    rows, capacity = cache.get_seq_length(), cache.layers[0].rows.shape[2]
+    if rows + tokens > capacity:
+        cache.reserve(size_class(rows + tokens, FIRST_CAPACITY))
+    elif any(layer.is_seen_behind(rows) for layer in cache.layers):
+        cache.reserve(capacity)
 
 
 def size_class_of_tokens(tokens: int) -> int:
@@ -131,12 +161,10 @@ def captured_logits(
     model, input_ids, attention_mask, position_ids, cache, inputs_embeds, labels, kwargs: dict
 ) -> torch.Tensor | None:
     """Logits of a forward that a loop's graph takes, else None."""
-    if torch.compiler.is_compiling():
-        return None
     for forwards in getattr(_active, "forwards", ()):
         if forwards.takes(model, input_ids, attention_mask, cache, inputs_embeds, labels, kwargs):
             return forwards(input_ids, attention_mask, position_ids)
     return None
 
 
-__all__ = ["captured_forwards", "captured_logits"]
+__all__ = ["VerifyingStep", "captured_forwards", "captured_logits", "fused_forwards", "make_room"]

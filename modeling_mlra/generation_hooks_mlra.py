@@ -10,6 +10,7 @@ from .capture_mlra import free_spares
 from .forwards_mlra import captured_forwards
 from .generation_mlra import can_capture, captured_decode
 from .library_mlra import CACHE, take_cache, takes_cache_by_any_name
+from .stepped_mlra import free_steps
 
 
 class MLRAGenerationMixin(GenerationMixin):
@@ -20,6 +21,10 @@ class MLRAGenerationMixin(GenerationMixin):
         given = take_cache(model_kwargs)
         if given is not None:
             model_kwargs[CACHE] = given
+        elif generation_config.cache_implementation is None and generation_config.use_cache is not False:
+            model_kwargs[CACHE] = MLRACache(self.config)
+            model_kwargs[CACHE].made_for_call = True
+            return None
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         chosen = model_kwargs.get(CACHE)
         if given is None and type(chosen) in (DynamicCache, StaticCache):
@@ -57,6 +62,7 @@ class MLRAGenerationMixin(GenerationMixin):
     def free_graphs(self) -> None:
         """Free what `generate()` keeps on a GPU for its next call: caches of up to 1/32 of its memory, and graphs."""
         free_spares(self)
+        free_steps(self)
 
     @staticmethod
     @takes_cache_by_any_name

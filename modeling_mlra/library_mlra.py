@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
+from transformers.utils.output_capturing import capture_outputs
 
 try:
     from transformers.modeling_utils import slice_logits_to_keep
@@ -27,6 +28,9 @@ except ImportError:  # transformers < 5.20
 # This package says `cache`, and hands the library the name that it knows.
 CACHE_NAMES = ("cache", "past_key_values")
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+
+
+RECORDERS = capture_outputs.__module__  # of the hooks by which the library collects outputs of layers
 
 
 def take_cache(kwargs: MutableMapping[str, Any]) -> Any:
@@ -56,12 +60,32 @@ def takes_cache_by_any_name(function: Callable) -> Callable:
             kwargs["cache"] = take_cache(kwargs) if "cache" in kwargs else kwargs.pop("past_key_values")
         return function(*args, **kwargs)
 
+    renamed.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]  # `generate()` asks again and again
     return renamed
 
 
 def cache_of(outputs) -> Cache | None:
     """The cache in a model's outputs."""
     return getattr(outputs, CACHE)
+
+
+def is_observed(module: torch.nn.Module) -> bool:
+    """Whether hooks look at what goes through a module.
+
+    Those that the library leaves on layers the first time that hidden states or attentions are asked for do not count:
+    they do nothing in other calls.
+    """
+    if not (module._forward_hooks or module._forward_pre_hooks):
+        return False
+    after = module._forward_hooks.values()
+    return bool(module._forward_pre_hooks) or any(getattr(hook, "__module__", "") != RECORDERS for hook in after)
+
+
+def is_recording(model: torch.nn.Module, kwargs: dict, *kinds: str) -> bool:
+    """Whether a forward is asked, by an argument or by the configuration, for "attentions" or "hidden_states": for
+    these kinds, or for either."""
+    names = [f"output_{kind}" for kind in kinds or ("attentions", "hidden_states")]
+    return any(kwargs.get(name, getattr(model.config, name, False)) for name in names)
 
 
 def is_paged(cache) -> bool:
@@ -135,7 +159,9 @@ __all__ = [
     "CACHE_NAMES",
     "cache_of",
     "causal_mask",
+    "is_observed",
     "is_paged",
+    "is_recording",
     "slice_logits_to_keep",
     "take_cache",
     "takes_cache_by_any_name",

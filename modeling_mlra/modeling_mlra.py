@@ -28,7 +28,6 @@ from .attention_mlra import MAX_ABSORBED_QUERIES, absorbed_attention, expanded_a
 from .cache_mlra import MLRACache, check_prefix
 from .configuration_mlra import MLRAConfig
 from .device_mlra import on_device
-from .forwards_mlra import captured_logits
 from .generation_hooks_mlra import MLRAGenerationMixin
 from .library_mlra import (
     CACHE,
@@ -43,6 +42,7 @@ from .masks_mlra import CacheRows, make_mask
 from .paged_mlra import update_paged
 from .rotary_mlra import MLRARotaryEmbedding, apply_rotary_pos_emb, at_least_float32
 from .rows_mlra import dequantized, separate
+from .stepped_mlra import FusedLayers, fused_forward
 from .tensor_parallel_mlra import register_parallel_styles
 
 register_parallel_styles()
@@ -348,7 +348,11 @@ class MLRADecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = MLRARMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = MLRARMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, fused: FusedLayers | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> torch.Tensor:
+        if fused is not None and fused.takes(self.self_attn.layer_idx):
+            return fused(self, hidden_states)
         attention_output, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attention_output
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
@@ -494,9 +498,11 @@ class MLRAForCausalLM(MLRAPreTrainedModel, MLRAGenerationMixin):
             skip_logits: with `labels`, return the loss alone, which then never holds the logits of all tokens. The
                 other arguments are those of [`MLRAModel.forward`].
         """
-        captured = captured_logits(self, input_ids, attention_mask, position_ids, cache, inputs_embeds, labels, kwargs)
-        if captured is not None:
-            return CausalLMOutputWithPast(logits=slice_logits_to_keep(captured, logits_to_keep), **{CACHE: cache})
+        fused = fused_forward(self, input_ids, attention_mask, position_ids, cache, inputs_embeds, labels, kwargs)
+        if isinstance(fused, torch.Tensor):
+            return CausalLMOutputWithPast(logits=slice_logits_to_keep(fused, logits_to_keep), **{CACHE: cache})
+        if fused is not None:
+            kwargs["fused"] = fused
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

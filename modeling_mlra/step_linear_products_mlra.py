@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .device_mlra import constants, launch, launch_options, tl, triton
+from .device_mlra import constants, launch, launch_options, room, tl, triton
 from .step_device_mlra import Machine, padded
 from .step_maps_mlra import LinearMap, map_arguments, stacked
 
@@ -211,8 +211,9 @@ def run_as_products(linear_map: LinearMap, x, out, residual, machine: Machine) -
     tile = ProductTile(*(plan.pop(name) for name in ProductTile._fields))
     tile = tile._replace(WIDTH=fitting_width(tile.WIDTH, linear_map))
     assert tile.SPLITS == 1 or blocks <= machine.arrived.numel(), f"{blocks} row blocks"
-    room = torch.empty(blocks * tile.SPLITS * width * (ROWS + 1), dtype=torch.float32, device=x.device)
-    sums = Sums(room, room[blocks * tile.SPLITS * width * ROWS :], machine.arrived)
+    products = blocks * tile.SPLITS * width * ROWS
+    left = room("sums", (products + products // ROWS,), torch.float32, x.device)
+    sums = Sums(left, left[products:], machine.arrived)
     *arguments, shape = map_arguments(linear_map, x, out, residual)
     launch(
         x.device, product_linear_kernel, (blocks, tile.SPLITS), *arguments, stack, apart(linear_map), sums,

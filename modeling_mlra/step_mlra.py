@@ -38,6 +38,7 @@ from .decode_arguments_mlra import DecodeInputs
 from .decode_mlra import asked_implementation
 from .decode_triton_mlra import PartialResults, cached_of, partial_results, triton_latent_attention
 from .device_mlra import constants, device_facts, launch, launch_options, triton, triton_missing
+from .library_mlra import is_observed
 from .peer_memory_mlra import exchange_of
 from .rows_mlra import RowFormat
 from .step_attention_mlra import (
@@ -71,8 +72,8 @@ from .tensor_parallel_mlra import (
 MAX_SEQUENCES = 32
 
 
-def obstacle(model: nn.Module, num_sequences: int) -> str | None:
-    """Why the fused step cannot run this model, or None if it can."""
+def obstacle(model: nn.Module, num_sequences: int, but_hooks: bool = False) -> str | None:
+    """Why the fused step cannot run this model, or None if it can; `but_hooks`, whatever hooks look at."""
     config = model.config
     if (trouble := triton_missing(model.device, model.dtype)) is not None:
         return trouble
@@ -94,7 +95,7 @@ def obstacle(model: nn.Module, num_sequences: int) -> str | None:
         return f"decode implementation {asked!r} was asked for"
     for name, module in model.named_modules():
         replaced = "forward" in vars(module) and not is_parallel(module)
-        if replaced or module._forward_hooks or module._forward_pre_hooks:
+        if replaced or (is_observed(module) and not but_hooks):
             return f"module {name!r} has hooks or a replaced forward (offloading, sharded data parallelism)"
         is_map = name.endswith(("_proj", "lm_head"))
         if is_map and (trouble := weight_obstacle(module, model.dtype)) is not None:
@@ -265,10 +266,13 @@ class FusedStep:
     def run_layers(self, rows: Sequence[torch.Tensor]) -> None:
         """All layers, with the cached rows of each."""
         for layer, of_layer in zip(self.model.model.layers, rows, strict=True):
-            self.attention(layer, of_layer)
-            self.out(layer)
-            self.gate_up(layer)
-            self.down_proj(layer)
+            self.run_layer(layer, of_layer)
+
+    def run_layer(self, layer: nn.Module, rows: torch.Tensor) -> None:
+        self.attention(layer, rows)
+        self.out(layer)
+        self.gate_up(layer)
+        self.down_proj(layer)
 
     def embed(self, token_ids: torch.Tensor) -> None:
         """The embedding of each token, from the rank that keeps its row."""

@@ -1,5 +1,8 @@
 """Small random models for tests, with weights large enough that a wrong path shows in the logits."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from modeling_mlra import MLRAConfig, MLRAForCausalLM
@@ -44,6 +47,17 @@ def tiny_model(
         for parameter in model.parameters():
             parameter.normal_(0, 0.5)
     return model
+
+
+@contextmanager
+def watched(model) -> Iterator[None]:
+    """Context in which hooks look into every layer, so that all modules run."""
+    hooks = [layer.mlp.register_forward_hook(lambda *_: None) for layer in model.model.layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def random_ids(*shape: int, seed: int = 1) -> torch.Tensor:

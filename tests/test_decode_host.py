@@ -114,6 +114,47 @@ def test_alike_launches_look_for_the_kernel_once(monkeypatch):
     assert len(other.compiled) == 1 and not other.started, "another kernel"
 
 
+def test_launches_are_kept(monkeypatch):
+    """The first call launches as ever; others start the same kernels, in one room for equal ones."""
+    monkeypatch.setattr(device_mlra, "_starts", {})
+    kernel, device, planned, alike = CompiledKernel(), torch.device("cpu"), [], object()
+
+    def function():
+        for number in range(2):
+            planned.append(number)
+            left = device_mlra.room("left", (3,), torch.float32, device)
+            device_mlra.launch(device, kernel, (2,), number, left, alike=alike, EARLY=True, TILE=4, num_warps=8)
+            device_mlra.launch(device, kernel, (1,), number, "y", EARLY=False, TILE=number)
+        return left
+
+    launches = device_mlra.Launches(function, device)
+    left = launches()
+    assert device_mlra.room("left", (3,), torch.float32, device) is not left, "not within the function"
+    compiled, started = list(kernel.compiled), list(kernel.started)
+    assert len(compiled) == 3 and started == [(1, left, 4, True)]
+    kernel.started.clear()
+    assert launches() is left and launches() is left
+    again = [(0, left, 4, True), (0, "y", 0, False), (1, left, 4, True), (1, "y", 1, False)]
+    assert all(mine[1] is theirs[1] for mine, theirs in zip(kernel.started, again, strict=False))
+    assert [x[:1] + x[2:] for x in kernel.started] == [x[:1] + x[2:] for x in again * 2]
+    assert kernel.compiled == compiled and planned == [0, 1]
+
+
+def test_a_launch_that_fails_is_not_kept(monkeypatch):
+    kernel, device, fails = CompiledKernel(), torch.device("cpu"), [True, False]
+
+    def function():
+        device_mlra.launch(device, kernel, (1,), 0, "y", EARLY=False, TILE=1)
+        if fails.pop(0):
+            raise RuntimeError("no room")
+
+    launches = device_mlra.Launches(function, device)
+    with pytest.raises(RuntimeError, match="no room"):
+        launches()
+    launches()
+    assert len(launches.starts) == 1 and device_mlra._kept() is None
+
+
 def flat(x):
     """What triton sees of an argument beside its address, and a number that no kernel is compiled for."""
     if isinstance(x, tuple):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from modeling_mlra import MLRACache, forwards_mlra, generation_hooks_mlra
+from modeling_mlra import MLRACache, forwards_mlra, generation_hooks_mlra, stepped_mlra
 from tests.models import random_ids, rms_ratio, tiny_model
 from tests.tolerances import FUSED_FLOAT32_RATIO
 
@@ -29,6 +29,7 @@ def replays(monkeypatch):
     monkeypatch.setattr(forwards_mlra, "suits", suits)
     monkeypatch.setattr(generation_hooks_mlra, "can_capture", lambda *_: False)  # the loop of its own
     monkeypatch.setattr(forwards_mlra, "obstacle", lambda *_: None)
+    monkeypatch.setattr(stepped_mlra, "STEPPED_DEVICES", ())  # outside of loops modules run
     seen = []
     own = forwards_mlra.VerifyingStep.__call__
     monkeypatch.setattr(
@@ -87,7 +88,7 @@ class StepOfModules:
     made: list[tuple[int, int]]
     lengths: set[int]
 
-    def __init__(self, model, cache, num_sequences, tokens_each, masked, siblings):
+    def __init__(self, model, cache, num_sequences, tokens_each, masked, siblings=None):
         self.model, self.cache, self.tokens_each = model, cache, tokens_each
         self.made.append((num_sequences, tokens_each))
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, pipeline
 from modeling_mlra.decode_mlra import decode_calls
 from modeling_mlra.generation_mlra import captured_decodes
 from scripts.loading import load_tokenizer
-from tests.models import random_ids, rms_ratio, tiny_model
+from tests.models import random_ids, rms_ratio, tiny_model, watched
 from tests.paths import DEMO
 from tests.tolerances import KERNEL_BF16_RATIO
 
@@ -100,7 +100,8 @@ def test_offloaded_cache_decodes(dtype, cache):
     model = tiny_model(dtype=dtype, num_hidden_layers=4).cuda()
     ids = random_ids(2, 9).cuda()
     settings = {"max_new_tokens": 16, "do_sample": False}
-    expected = model.generate(ids, disable_compile=True, **settings)
+    with watched(model):
+        expected = model.generate(ids, disable_compile=True, **settings)
     tokens = model.generate(ids, cache_implementation=cache, **settings)
     if (
         dtype == torch.bfloat16
@@ -152,9 +153,10 @@ def test_compiled_forward(mode):
 
 
 def test_plain_loop_counts_the_triton_kernel():
-    """What decodes without a graph runs Triton's kernel, by default."""
+    """What decodes by the modules runs Triton's kernel, by default."""
     model = released_width_model()
     before = decode_calls["triton"]
     ids, mask = padded_inputs()
-    model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, disable_compile=True)
+    with watched(model):
+        model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, disable_compile=True)
     assert decode_calls["triton"] - before == 3 * len(model.model.layers)
