@@ -50,9 +50,9 @@ if __name__ == "__main__":
 
 import torch
 
-from scripts import flash_operators
 from scripts.decode_cases import PARTS, Case, Inputs
 from scripts.decode_peers import KERNELS
+from scripts.flash_operators import load_libraries
 from scripts.gpu_times import read_ceiling, time_calls, triton
 
 RATIO_LIMIT = 5e-3  # RMS of the difference to the float32 reference over RMS of the reference, bfloat16
@@ -150,7 +150,7 @@ def benchmark(args: argparse.Namespace) -> None:
         raise UserError("this benchmark needs a CUDA GPU, and torch sees none")
     if triton is None:
         raise UserError("this benchmark needs triton: pip install triton")
-    flash_operators.load_libraries(args.libraries)
+    load_libraries(args.libraries)
     if args.output is not None:
         args.output.mkdir(parents=True, exist_ok=True)
     ceiling = read_ceiling()

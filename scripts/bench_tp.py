@@ -63,10 +63,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from evals.figures import CAN_DRAW, save_figure, subplots
 from modeling_mlra.peer_memory_mlra import ENVIRONMENT_VARIABLE
 from modeling_mlra.tensor_parallel_mlra import check_tensor_parallel_size, tensor_parallel_layout
+from scripts.bench_decode import load_libraries
 from scripts.bench_tp_models import allocated, build, read_config
 from scripts.bench_tp_times import measure_decode, measure_projection_forms
 from scripts.bench_tp_tokens import measure_compiled, measure_tokens
-from scripts.flash_operators import load_libraries
 
 TIMEOUT = datetime.timedelta(minutes=5)  # a rank that stops answering ends the others after this
 
