@@ -209,7 +209,8 @@ class Compiler:
         spilled = [
             f"{self.name} {result.kernel}, {result.what}: {result.spilled} bytes of a thread are spilled"
             for result in self.results
-            if result.spilled > SPILLED and (self.name, result.kernel) not in SPILLS_MORE
+            if result.spilled > SPILLED
+            and (self.name, result.kernel, result.what.partition(",")[0]) not in SPILLS_MORE
         ]
         return [f"{self.name} {refused}: does not fit" for refused in self.refused] + spilled
 
@@ -326,8 +327,8 @@ STEPS = {
 }
 SPILLED = 1024
 """Bytes that a thread may keep in memory for want of registers."""
-SPILLS_MORE = {("gfx1100", "decode_kernel"), ("gfx1201", "decode_kernel")}
-"""The factors of a product of 256 or 512 columns, or of float32, alone take more registers than these GPUs have."""
+SPILLS_MORE = {("gfx1100", "decode_kernel", "mla"), ("gfx1201", "decode_kernel", "mla")}
+"""Target, kernel and shape: the factors of a product of 512 columns take more registers than these GPUs have."""
 
 
 def attend_released(compiler: Compiler, shape: str, call: str, dtype: str, eight_bits: bool = False) -> None:
