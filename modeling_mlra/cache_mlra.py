@@ -222,7 +222,8 @@ class MLRADynamicLayer(LatentRows, CacheLayerMixin):
     def _grow(self, capacity: int) -> None:
         rows = self.rows
         with ordinary_tensors():
-            grown = rows.new_empty(rows.shape[0], 1, capacity, rows.shape[-1])
+            # Finite where no row is: FlashAttention-3 multiplies by zero what lies behind the last one
+            grown = rows.new_zeros(rows.shape[0], 1, capacity, rows.shape[-1])
         grown[:, :, : self._length] = rows[:, :, : self._length]
         self._set_rows(grown)
 

@@ -374,7 +374,8 @@ if gluon is not None:
         c_desc, k_desc, s_desc, buffers, merge, queries, visible, results, pages, place, scale_log2,
         SHAPE: gl.constexpr, TILE: gl.constexpr, DEAL: gl.constexpr, EARLY: gl.constexpr,
     ):  # fmt: skip
-        """The warps of a program, each group with its work and the registers that it needs."""
+        """The warps of a program, each group with its work and its registers. Two lists, since the compiler puts
+        none together (sums of tuples take no functions, triton 3.6)."""
         if SHAPE.SCALED:
             gl.warp_specialize(
                 [

@@ -15,15 +15,12 @@ from pathlib import Path
 import torch
 
 from .decode_arguments_mlra import DecodeInputs
+from .decode_flash_mlra import flash_latent_attention, flash_obstacle
 from .decode_reference_mlra import reference_latent_attention
 from .decode_triton_mlra import triton_latent_attention
 from .device_mlra import cannot_be_built, triton_missing
-from .rows_mlra import as_one_row, is_one_row
+from .rows_mlra import is_one_row
 
-try:
-    import flash_attn_interface
-except ImportError:
-    flash_attn_interface = None
 try:
     import kernels as hub_kernels
 except ImportError:
@@ -34,34 +31,14 @@ logger = logging.getLogger(__name__)
 ENVIRONMENT_VARIABLE = "MLRA_DECODE"
 NAMESPACE = "mlra"  # of the operators, in torch.ops
 IMPLEMENTATIONS = ("triton", "flash_attention_3", "torch")
-MIN_FLASH_WIDTH = 256  # of values beside which FlashAttention-3's `qv` was compiled
 decode_calls: Counter[str] = Counter()  # times each path ran; not counted while tracing or when a CUDA graph replays
 _said: set[str] = set()
 _hub_functions: dict = {}
 
 
 def _flash_attention_3(inputs: DecodeInputs) -> torch.Tensor:
-    """FlashAttention-3's decode entry: one call on the rows [c | k_rope] themselves, or one `qv` call per latent.
-    `settled` makes no difference: its kernels start when the one in front has ended.
-    Latents in eight bits never come here."""
     decode_calls["flash_attention_3"] += 1
-    q_latent, q_rope, latents, k_rope = inputs[:4]
-    _, length, num_latents, _, _ = q_latent.shape
-    attend = flash_attn_interface.flash_attn_with_kvcache
-    paged = {}
-    if inputs.block_table is not None:
-        latents, k_rope = (x.unflatten(0, (-1, inputs.page_size)) for x in (latents, k_rope))
-        paged = {"page_table": inputs.block_table}
-    common = {"cache_seqlens": inputs.kv_end, "softmax_scale": inputs.scaling, "causal": length > 1, **paged}
-    if is_one_row(latents, k_rope):
-        z = attend(torch.cat([q_latent[:, :, 0], q_rope[:, :, 0]], -1), *as_one_row(latents, k_rope), **common)
-        return z[:, :, None]
-    group = num_latents // q_rope.shape[2]
-    results = [
-        attend(q_rope[:, :, s // group], k_rope[:, :, None], latents[:, :, s : s + 1], qv=q_latent[:, :, s], **common)
-        for s in range(num_latents)
-    ]
-    return torch.stack(results, dim=2)
+    return flash_latent_attention(inputs)
 
 
 def _triton(inputs: DecodeInputs) -> torch.Tensor:
@@ -139,19 +116,7 @@ def _obstacle(name, q_latent, q_rope, latents, k_rope, kv_start, key_mask) -> st
     if name == "triton":
         return triton_missing(q_latent.device, q_latent.dtype)
     if name == "flash_attention_3":
-        if flash_attn_interface is None:
-            return "module flash_attn_interface (FlashAttention-3) is not installed; 'triton' needs no such module"
-        if q_latent.device.type != "cuda" or q_latent.dtype not in (torch.bfloat16, torch.float16):
-            return f"it runs bfloat16 or float16 on CUDA only, not {q_latent.dtype} on {q_latent.device.type}"
-        if kv_start is not None or key_mask is not None:
-            return "it takes no left padding and no key mask; use 'triton' or 'torch'"
-        if latents.dtype != k_rope.dtype:
-            return "it takes no latents in eight bits; use 'triton' or 'torch', or cache_row_format='plain'"
-        if latents.shape[-1] < MIN_FLASH_WIDTH and not is_one_row(latents, k_rope):
-            return (
-                f"its published builds take latents of {MIN_FLASH_WIDTH} or more, or one latent of 128 beside its "
-                f"rotary key of 64, not {latents.shape[-2]} of {latents.shape[-1]}; use 'triton'"
-            )
+        return flash_obstacle(q_latent, latents, k_rope, kv_start, key_mask)
     return None
 
 
@@ -178,8 +143,8 @@ def choose_implementation(implementation, q_latent, q_rope, latents, k_rope, kv_
         obstacle = _obstacle("triton", *inputs)
         if obstacle is None:
             return "auto"
-        one_row = flash_attn_interface is not None and is_one_row(latents, k_rope)
-        chosen = "flash_attention_3" if one_row and _obstacle("flash_attention_3", *inputs) is None else "torch"
+        takes_rows = is_one_row(latents, k_rope) and _obstacle("flash_attention_3", *inputs) is None
+        chosen = "flash_attention_3" if takes_rows else "torch"
         _warn_once(f"latent attention falls back to '{chosen}': 'triton' cannot run because {obstacle}")
         return chosen
     if name in IMPLEMENTATIONS:
@@ -226,7 +191,8 @@ def latent_attention(
     Args:
         q_latent: `[B, T, L, H, R]`.
         q_rope: `[B, T, G, H, E]`; latent s uses group s // (L // G).
-        latents: `[B, S, L, R]`, any strides but the last; rows from kv_end on are never used and may hold NaN.
+        latents: `[B, S, L, R]`, any strides but the last; rows from kv_end on are never used and may hold NaN
+            (for "flash_attention_3" they must be finite).
             With `block_table`: the pool of rows `[pages * page_size, L, R]`.
         k_rope: `[B, S, E]`, or `[pages * page_size, E]`.
         kv_end: int32 `[B]`, rows in use, the T query rows included. Read on the device only.

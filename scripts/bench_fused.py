@@ -46,9 +46,9 @@ from modeling_mlra import (
     step_linear_stream_mlra,
     step_mlra,
 )
-from scripts.bench_decode import read_ceiling
 from scripts.bench_generate import FilledCache, build, seconds
 from scripts.fp8 import to_fp8
+from scripts.gpu_times import read_ceiling
 from tests.fused_checks import compare
 from tests.quantized import fp8_copy
 from tests.tolerances import FUSED_FLOAT32_RATIO

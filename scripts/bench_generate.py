@@ -70,8 +70,8 @@ from modeling_mlra import MLRACache, MLRAConfig, MLRAForCausalLM
 from modeling_mlra.generation_mlra import captured_decodes
 from modeling_mlra.library_mlra import CACHE
 from scripts import user_calls
-from scripts.bench_decode import read_ceiling
 from scripts.fp8 import multiply_plainly, to_fp8
+from scripts.gpu_times import read_ceiling
 
 SHARED = {
     "vocab_size": 50304,

@@ -18,6 +18,7 @@ CARDS = {
     "A100": DeviceFacts(108, shared_bytes=166_912, shared_per_multiprocessor=167_936, nvidia=True),
     "4090": DeviceFacts(128, shared_bytes=101_376, shared_per_multiprocessor=102_400, nvidia=True),
     "MI300X": DeviceFacts(304, shared_bytes=65_536, shared_per_multiprocessor=65_536, warp_size=64),
+    "7900": DeviceFacts(96, shared_bytes=65_536, shared_per_multiprocessor=65_536, warp_size=32),
 }
 pytestmark = [pytest.mark.usefixtures("no_choice_from_outside")]
 if DEVICE == "cuda":  # where there is one, all of them run on the GPU
@@ -34,6 +35,8 @@ if DEVICE == "cuda":  # where there is one, all of them run on the GPU
         ("4090", 4, 128, 4, {"NL": 1, "BM": 32, "BN": 16, "num_stages": 3, "num_warps": 8, "programs_per_sm": 1}),
         ("4090", 1, 512, 2, {"NL": 1, "BM": 32, "BN": 32, "num_stages": 2, "num_warps": 8, "programs_per_sm": 1}),
         ("MI300X", 1, 512, 2, {"NL": 1, "BM": 32, "BN": 16, "num_stages": 3, "num_warps": 8, "programs_per_sm": 1}),
+        ("7900", 4, 128, 2, {"NL": 1, "BM": 32, "BN": 32, "num_stages": 3, "num_warps": 8, "programs_per_sm": 1}),
+        ("7900", 4, 128, 4, {"NL": 1, "BM": 32, "BN": 16, "num_stages": 3, "num_warps": 16, "programs_per_sm": 1}),
     ],
 )
 def test_first_plans_of_the_plain_kernel(card, latents, width, itemsize, expected):

@@ -62,6 +62,30 @@ def test_a_kernel_is_launched_on_the_device_of_its_tensors(current, monkeypatch)
     assert current == [0, 1, 0], "and the one that was current is so again"
 
 
+def test_a_kernel_that_was_found_before_starts_on_the_device_of_its_tensors(current, monkeypatch):
+    h100(monkeypatch)
+    monkeypatch.setattr(device_mlra, "_starts", {})
+    started = []
+
+    class Compiled:
+        launch_metadata = None
+
+        def __getitem__(self, grid):
+            return lambda *arguments: started.append((current[-1], grid, arguments))
+
+    class Found:
+        arg_names = ("x", "BLOCK")
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: Compiled()
+
+    kernel, alike = Found(), object()
+    for x in "ab":
+        launch(CUDA, kernel, (3,), x, alike=alike, BLOCK=4)
+    assert started == [(1, (3, 1, 1), ("b", 4))]
+    assert current == [0, 1, 0, 1, 0], "and the one that was current is so again"
+
+
 def test_nothing_is_launched_in_another_way():
     """`kernel[grid](...)` anywhere else would run on whichever device is current."""
     launches = []

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modeling_mlra import MLRACache, MLRAConfig, decode_mlra, device_mlra, rows_mlra
+from modeling_mlra import MLRACache, MLRAConfig, decode_flash_mlra, decode_mlra, device_mlra, rows_mlra
 from modeling_mlra.decode_mlra import latent_attention
 from modeling_mlra.rows_mlra import RowFormat
 from modeling_mlra.step_mlra import FusedStep
@@ -195,7 +195,7 @@ def test_what_cannot_read_them_says_so(monkeypatch):
         latent_attention(*arguments, **options)
     with pytest.raises(ValueError, match=r"scales \(3, 70\) are not those of latents"):
         latent_attention(*arguments, scales=scales[..., 0], **options)
-    monkeypatch.setattr(decode_mlra, "flash_attn_interface", object())
+    monkeypatch.setattr(decode_flash_mlra, "flash_attn_interface", object())
     moved = [x.to("meta") for x in arguments]
     monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"), raising=False)
     obstacle = decode_mlra._obstacle("flash_attention_3", *moved, None, None)
