@@ -38,6 +38,7 @@ from modeling_mlra import (
     decode_triton_mlra,
     device_mlra,
     step_exchange_mlra,
+    step_linear_held_mlra,
     step_linear_products_mlra,
     step_linear_registers_mlra,
     step_linear_stream_mlra,
@@ -61,6 +62,7 @@ KERNELS = (
     (step_linear_registers_mlra, ("register_linear_kernel",)),
     (step_linear_products_mlra, ("product_linear_kernel",)),
     (step_linear_stream_mlra, ("stream_linear_kernel",)),
+    (step_linear_held_mlra, ("held_linear_kernel",)),
 )
 
 
