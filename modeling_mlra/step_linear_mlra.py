@@ -10,6 +10,7 @@ from .step_linear_held_mlra import holds, run_held
 from .step_linear_products_mlra import run_as_products
 from .step_linear_registers_mlra import run_in_registers
 from .step_linear_stream_mlra import run_as_stream, streams
+from .step_linear_streamed_products_mlra import run_as_streamed_products, streams_products
 from .step_maps_mlra import LinearMap
 
 FEW_VECTORS = 2  # as many products are free beside the reading of the weights; more take tensor cores
@@ -18,6 +19,9 @@ FEW_VECTORS = 2  # as many products are free beside the reading of the weights; 
 def runner_of(linear_map: LinearMap, vectors: int, machine: Machine, dtype=None):
     """Which of the three ways suits a map of so many vectors on this device."""
     if vectors > FEW_VECTORS:
+        halves = dtype is not None and dtype.itemsize == 2
+        if machine.hopper and halves and streams_products(linear_map, vectors, machine):
+            return run_as_streamed_products
         return run_as_products
     if machine.hopper and dtype is not None and holds(linear_map, dtype, vectors):
         return run_held

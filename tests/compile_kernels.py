@@ -42,6 +42,7 @@ from modeling_mlra import (
     step_linear_products_mlra,
     step_linear_registers_mlra,
     step_linear_stream_mlra,
+    step_linear_streamed_products_mlra,
     step_mlra,
 )
 from modeling_mlra.decode_arguments_mlra import DecodeInputs
@@ -63,6 +64,7 @@ KERNELS = (
     (step_linear_products_mlra, ("product_linear_kernel",)),
     (step_linear_stream_mlra, ("stream_linear_kernel",)),
     (step_linear_held_mlra, ("held_linear_kernel",)),
+    (step_linear_streamed_products_mlra, ("streamed_product_kernel",)),
 )
 
 
