@@ -38,9 +38,11 @@ from modeling_mlra import (
     decode_triton_mlra,
     device_mlra,
     step_exchange_mlra,
+    step_linear_held_mlra,
     step_linear_products_mlra,
     step_linear_registers_mlra,
     step_linear_stream_mlra,
+    step_linear_streamed_products_mlra,
     step_mlra,
 )
 from modeling_mlra.decode_arguments_mlra import DecodeInputs
@@ -61,6 +63,8 @@ KERNELS = (
     (step_linear_registers_mlra, ("register_linear_kernel",)),
     (step_linear_products_mlra, ("product_linear_kernel",)),
     (step_linear_stream_mlra, ("stream_linear_kernel",)),
+    (step_linear_held_mlra, ("held_linear_kernel",)),
+    (step_linear_streamed_products_mlra, ("streamed_product_kernel",)),
 )
 
 

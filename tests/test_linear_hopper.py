@@ -1,0 +1,110 @@
+"""The Hopper kernels of linear maps as plain Python threads, against float64."""
+
+import pytest
+import torch
+from torch import nn
+
+from modeling_mlra import (
+    step_linear_held_mlra,
+    step_linear_mlra,
+    step_linear_stream_mlra,
+    step_linear_streamed_products_mlra,
+)
+from modeling_mlra.modeling_mlra import MLRARMSNorm
+from modeling_mlra.step_device_mlra import machine_of
+from modeling_mlra.step_maps_mlra import LinearMap
+from tests import test_fused_weights
+from tests.linear_in_python import in_python
+from tests.models import rms_ratio
+from tests.tolerances import FUSED_FLOAT32_RATIO, KERNEL_BF16_RATIO
+
+CPU = torch.device("cpu")
+GPU_HERE = torch.cuda.is_available()
+pytestmark = pytest.mark.skipif(GPU_HERE, reason="on a GPU the kernels themselves are tested")
+
+
+def plans(monkeypatch, module, name, **changed):
+    plan = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *arguments: plan(*arguments) | changed)
+
+
+def check(maps, x, names, way, limit):
+    """Each map goes the way that was asked for, and gives its result."""
+    with in_python():
+        machine = machine_of(CPU)
+        for name in names:
+            linear_map, residual, expected = maps[name]
+            assert step_linear_mlra.runner_of(linear_map, len(x), machine, x.dtype).__name__ == way, name
+            out = torch.full(expected.shape, torch.nan, dtype=x.dtype)
+            step_linear_mlra.run(linear_map, x, out, machine, residual)
+            assert rms_ratio(expected, out.double()) < limit, name
+
+
+SCALED = {
+    "whole": (64, 22, None, ("norm", "swiglu", "residual")),
+    "blocks": (96, 20, (16, 32), ("norm", "swiglu", "residual")),
+    "rows": (80, 18, (1, 80), ("norm", "swiglu", "residual")),
+    "rows in pairs": (72, 22, None, ("residual",)),
+    "rows in pairs, blocks": (104, 12, (16, 16), ("residual",)),
+    "rows in pairs, a scale each": (40, 14, (1, 40), ("residual",)),
+}
+"""Name -> K, rows, rows and columns that share a scale, maps."""
+
+
+@pytest.mark.parametrize("vectors", [1, 2])
+@pytest.mark.parametrize("shape", SCALED)
+def test_weights_of_8_bits_through_rings(shape, vectors, monkeypatch):
+    inner, rows, block, names = SCALED[shape]
+    x, maps = test_fused_weights.cases(inner, (rows,), vectors, block, torch.float32)
+    monkeypatch.setattr(step_linear_stream_mlra, "SCALED_RING_BYTES", 0)
+    plans(monkeypatch, step_linear_stream_mlra, "ring_plan", ROWS=2, COLUMNS=32, STAGES=2)
+    check(maps, x, names, "run_as_stream", FUSED_FLOAT32_RATIO)
+
+
+def plain_cases(inner: int, sizes: tuple[int, ...], vectors: int) -> tuple[torch.Tensor, dict]:
+    """bfloat16 vectors, and name -> map of plain weights, residual and float64 result."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator).bfloat16()
+
+    norm = MLRARMSNorm(inner, 1e-6).bfloat16()
+    norm.weight.data.copy_(normal(inner))
+    x, before = normal(vectors, inner + 8)[:, :inner], normal(vectors, sum(sizes))
+    weights, up = tuple(normal(n, inner) / inner**0.5 for n in sizes), normal(sizes[0], inner) / inner**0.5
+    stacked, wide = torch.cat(weights).double(), x.double()
+    normed = (wide * norm.weight.double()).bfloat16().double()  # rounded, as products take 16-bit numbers
+    normed *= (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    gated = nn.functional.silu(normed @ weights[0].double().T) * (normed @ up.double().T)
+    return x, {
+        "norm": (LinearMap(weights, norm, 0.7), None, 0.7 * normed @ stacked.T),
+        "swiglu": (LinearMap((weights[0], up), norm, swiglu=True), None, gated),
+        "residual": (LinearMap(weights, residual_share=0.5), before, wide @ stacked.T + 0.5 * before.double()),
+    }
+
+
+@pytest.mark.parametrize("block", ["plain", None, (16, 64), (1, 192)])
+@pytest.mark.parametrize("sizes", [(16,), (40, 21, 8)])
+def test_weights_held_for_tensor_cores(sizes, block, monkeypatch):
+    """Stacked weights, rows and columns that end inside; plain weights, and of 8 bits with scales of all kinds."""
+    inner = 192
+    if block == "plain":
+        x, maps = plain_cases(inner, sizes, 1)
+    else:
+        x, maps = test_fused_weights.cases(inner, sizes, 1, block, torch.bfloat16)
+    monkeypatch.setattr(step_linear_held_mlra, "HELD", True)
+    plans(monkeypatch, step_linear_held_mlra, "held_plan", num_warps=2)
+    check(maps, x, ("norm", "residual"), "run_held", KERNEL_BF16_RATIO)
+
+
+@pytest.mark.parametrize("vectors", [3, 16])
+@pytest.mark.parametrize(
+    ("inner", "rows", "splits", "names"),
+    [(64, 40, 1, ("norm", "swiglu", "residual")), (104, 150, 1, ("norm", "swiglu")), (136, 70, 3, ("residual",))],
+)
+def test_products_of_streamed_weights(inner, rows, splits, names, vectors, monkeypatch):
+    """Rows and columns that end inside, columns split over programs, one and many turns of the rings."""
+    x, maps = plain_cases(inner, (rows,), vectors)
+    monkeypatch.setattr(step_linear_streamed_products_mlra, "STREAMED_BYTES", 0)
+    plans(monkeypatch, step_linear_streamed_products_mlra, "streamed_plan", COLUMNS=32, STAGES=2, SPLITS=splits)
+    check(maps, x, names, "run_as_streamed_products", KERNEL_BF16_RATIO)
