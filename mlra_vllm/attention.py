@@ -142,6 +142,12 @@ class MLRACacheAttention(nn.Module, AttentionLayerBase):
         )
         return output.squeeze(1)
 
+    def decode_nothing(self, kv_b_weight: torch.Tensor, metadata: MLRAMetadata) -> None:
+        """As many requests as `metadata` has decode queries of zeros, for what that runs to be compiled."""
+        heads = kv_b_weight.shape[0] // (self.nope_dim + self.v_dim) // self.branches
+        query = kv_b_weight.new_zeros(len(metadata.seq_lens), heads, self.row_format.rope + self.nope_dim)
+        self._decode(query, kv_b_weight, self.pool, metadata)
+
     def _prefill(self, query, rows, kv_b_weight, output, pack: Pack) -> None:
         """Expanded, one latent after another: new tokens of the requests of a pack.
 

@@ -4,7 +4,10 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -167,6 +170,7 @@ def on_device(device: torch.device) -> torch.accelerator.device_index:
     return torch.accelerator.device_index(device.index if device.type in ("cuda", "xpu") else None)
 
 
+MOST_COMPILERS = 16  # threads; about as many can wait for their part of Python
 MAX_STARTS = 4096  # kept, all dropped beyond
 
 
@@ -191,13 +195,16 @@ def launch(device: torch.device, kernel, grid: tuple, *arguments, alike: object 
         constants: those of the kernel, and the launch options of its plan, of which those that a device's compiler
             does not know are left out.
     """
+    if _ahead.get():
+        with on_device(device):
+            kernel.warmup(*arguments, grid=grid, **_known_options(device, constants))
+        return
     start = None if alike is None else _starts.get((id(kernel), alike))
     if start is not None:
         with on_device(device):
             start.run(*arguments, *start.constants)
         return
-    if "maxnreg" in constants and not device_facts(device).nvidia:
-        del constants["maxnreg"]
+    constants = _known_options(device, constants)
     with on_device(device):
         compiled = kernel[grid](*arguments, **constants)
         if alike is not None and hasattr(compiled, "launch_metadata"):  # not interpreted
@@ -205,6 +212,38 @@ def launch(device: torch.device, kernel, grid: tuple, *arguments, alike: object 
                 _starts.clear()
             rest = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
             _starts[id(kernel), alike] = Start(kernel, compiled[(*grid, 1, 1)[:3]], rest)
+
+
+def _known_options(device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
+    """Without what the device's compiler does not know."""
+    if "maxnreg" in options and not device_facts(device).nvidia:
+        return {name: value for name, value in options.items() if name != "maxnreg"}
+    return options
+
+
+_ahead: ContextVar[bool] = ContextVar("compiled ahead", default=False)
+
+
+@contextmanager
+def compiled_ahead(device: torch.device) -> Iterator[bool]:
+    """Within it `launch` starts no kernel on `device`: all are compiled, several at a time, and ready when it ends.
+
+    Gives whether that is so. Otherwise (no GPU, or a triton that compiles nothing in the background) `launch` would
+    start kernels as ever, and whoever asks leaves it at that. What cannot be built is found out when it is launched.
+    """
+    try:
+        from triton.runtime._async_compile import AsyncCompileMode
+    except ImportError:
+        AsyncCompileMode = None
+    if AsyncCompileMode is None or INTERPRETED or device_facts(device).obstacle is not None:
+        yield False
+        return
+    with ThreadPoolExecutor(MOST_COMPILERS) as threads, AsyncCompileMode(threads, ignore_errors=True):
+        token = _ahead.set(True)
+        try:
+            yield True
+        finally:
+            _ahead.reset(token)
 
 
 @functools.lru_cache(maxsize=1024, typed=True)
