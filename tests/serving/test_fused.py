@@ -17,19 +17,11 @@ from modeling_mlra.decode_plans_mlra import deal_work, reduction_plan
 from modeling_mlra.step_maps_mlra import weight_of
 from tests.models import random_ids
 from tests.paths import REPOSITORY
-from tests.serving.models import ask, continuations, saved_model, tokens
+from tests.serving.models import ask, continuations, margins, saved_model, tokens
 
 PROMPTS = [random_ids(length, seed=length).tolist() for length in (3, 70, 100)]
 MARGIN = 0.05
 """How far below the largest float32 logit a token chosen in float16 may lie, in standard deviations of the logits."""
-
-
-def margins(model, prompt: list[int], new: list[int]) -> torch.Tensor:
-    """How far below the largest the float32 logits of these tokens lie, in their standard deviations."""
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt + new]), use_cache=False).logits[0, len(prompt) - 1 : -1]
-    chosen = logits.gather(1, torch.tensor(new)[:, None])[:, 0]
-    return (logits.max(-1).values - chosen) / logits.std(-1)
 
 
 @pytest.mark.parametrize(("variant", "gated", "ranks"), [("gla_2", True, 1), ("mlra_4", False, 2)])
