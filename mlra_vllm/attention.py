@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention.kv_transfer_utils import maybe_transfer_kv_layer
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
@@ -222,10 +223,12 @@ def no_mask(*args, **kwargs):
     raise AssertionError("rows are given by block table, never by a mask")
 
 
+@maybe_transfer_kv_layer
 def vllm_attention(
     query: torch.Tensor, rows: torch.Tensor, kv_b_weight: torch.Tensor, output: torch.Tensor, layer_name: str
 ) -> None:
-    """`MLRACacheAttention.attend` of the layer with this name, opaque to the compiler: a graph ends before it."""
+    """`MLRACacheAttention.attend` of the layer with this name, opaque to the compiler: a graph ends before it. A
+    connector that brings rows from elsewhere, layer by layer, is waited for."""
     context = get_forward_context()
     metadata = context.attn_metadata
     if isinstance(metadata, list):  # one for each micro-batch

@@ -31,6 +31,10 @@ except ImportError as error:
 except (AttributeError, TypeError) as error:
     triton = tl = None
     triton_trouble = f"module triton cannot be used ({error})"
+try:
+    from triton.runtime._async_compile import AsyncCompileMode
+except ImportError:  # not every triton compiles in the background
+    AsyncCompileMode = None
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # First and last version of triton whose experimental API the Hopper kernels compile with (tests/compile_kernels.py)
@@ -231,10 +235,6 @@ def compiled_ahead(device: torch.device) -> Iterator[bool]:
     Gives whether that is so. Otherwise (no GPU, or a triton that compiles nothing in the background) `launch` would
     start kernels as ever, and whoever asks leaves it at that. What cannot be built is found out when it is launched.
     """
-    try:
-        from triton.runtime._async_compile import AsyncCompileMode
-    except ImportError:
-        AsyncCompileMode = None
     if AsyncCompileMode is None or INTERPRETED or device_facts(device).obstacle is not None:
         yield False
         return
