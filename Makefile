@@ -43,8 +43,8 @@ test: check
 
 $(SERVING)/run.stamp: pyproject.toml tests/serving/requirements.txt
 	$(PYTHON) -m venv $(SERVING)
-	$(SERVING)/bin/pip install -qq $(shell grep ^torch== tests/serving/requirements.txt)
-	$(SERVING)/bin/pip install -qq --no-deps --requirement tests/serving/requirements.txt
+	$(SERVING)/bin/pip install -qq --no-compile $(shell grep ^torch== tests/serving/requirements.txt)
+	$(SERVING)/bin/pip install -qq --no-compile --no-deps --requirement tests/serving/requirements.txt
 	$(SERVING)/bin/pip install -qq --no-deps --no-build-isolation --editable .
 	@touch $@
 

@@ -18,9 +18,11 @@ from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 
 from modeling_mlra import MLRAForCausalLM
+from modeling_mlra.device_mlra import compiled_ahead
 from modeling_mlra.step_maps_mlra import SCALED_DTYPES
 from modeling_mlra.step_mlra import MAX_SEQUENCES, obstacle
 
+from .metadata import MLRAMetadata
 from .step import PagedStep, PagedTokens
 
 SCALE = "weight_scale"  # of a weight that vLLM quantized online, one for all of it
@@ -54,20 +56,47 @@ class FusedDecode:
             return None
         if self.sizes is None:
             self._decide()
+            self._compile(metadata.block_table)
         if number not in self.sizes:
             return None
-        if number not in self.steps:
-            ranks = self.vllm_config.parallel_config.tensor_parallel_size
-            add_up = tensor_model_parallel_all_reduce if ranks > 1 else None
-            self.steps[number] = PagedStep(self.package, attention[0].row_format, number, ranks, add_up)
         self.ran[number] += 1
         hidden = self.model.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds.clone()
         tokens = PagedTokens(
             positions, metadata.slot_mapping, metadata.seq_lens, metadata.block_table, attention[0].page_size
         )
-        hidden = self.steps[number](hidden, [layer.pool for layer in attention], tokens)
+        hidden = self._step(number)(hidden, [layer.pool for layer in attention], tokens)
         norm = self.model.norm
         return nn.functional.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+    def _step(self, number: int) -> PagedStep:
+        if number not in self.steps:
+            ranks = self.vllm_config.parallel_config.tensor_parallel_size
+            add_up = tensor_model_parallel_all_reduce if ranks > 1 else None
+            row_format = self._layers()[0].self_attn.attn.row_format
+            self.steps[number] = PagedStep(self.package, row_format, number, ranks, add_up)
+        return self.steps[number]
+
+    def _compile(self, block_table: torch.Tensor) -> None:
+        """The kernels of all these steps, and those by which requests decode beside prompts: several at a time, and
+        none while requests wait.
+
+        Args:
+            block_table: of a step, for its width and strides.
+        """
+        attention = [layer.self_attn for layer in self._layers()]
+        pools, of_first = [layer.attn.pool for layer in attention], attention[0]
+        most = self.vllm_config.scheduler_config.max_num_seqs
+        with compiled_ahead(block_table.device) as works:
+            for number in sorted({*self.sizes, *numbers_with_kernels_of_their_own(most)} if works else ()):
+                table = block_table.new_zeros(number, block_table.stride(0))[:, : block_table.shape[1]]
+                lengths = table.new_zeros(number)
+                nothing = MLRAMetadata(lengths.long(), table, lengths)
+                of_first.attn.decode_nothing(of_first.kv_b_proj.weight, nothing)
+                if number in self.sizes:
+                    page_size = of_first.attn.page_size
+                    tokens = PagedTokens(nothing.slot_mapping, nothing.slot_mapping, lengths, table, page_size)
+                    hidden = of_first.kv_b_proj.weight.new_zeros(number, self.model.config.hidden_size)
+                    self._step(number)(hidden, pools, tokens)
 
     def _layers(self) -> list[nn.Module]:
         return list(self.model.layers[self.model.start_layer : self.model.end_layer])
@@ -107,6 +136,13 @@ class FusedDecode:
             if not known or not weight.is_contiguous():
                 return f"vLLM made {name} another one (quantization, adapters, packing)"
         return None
+
+
+def numbers_with_kernels_of_their_own(most: int) -> list[int]:
+    """Of up to `most` requests: the decode kernels are compiled for so many of them as a power of two covers, and for
+    one of two ways to divide the work that these share."""
+    powers = [1 << power for power in range((most - 1).bit_length() + 1)]
+    return sorted({number for power in powers for number in (power // 2 + 1, min(power, most))})
 
 
 def graph_sizes(vllm_config: VllmConfig) -> list[int]:

@@ -5,6 +5,7 @@ come first in the batch (`reorder_batch_threshold`); they decode absorbed. The o
 """
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, AttentionMetadataBuilder
@@ -21,13 +22,13 @@ class Pack:
 
     Args:
         tokens: which tokens of the batch, T of them.
-        rows: `[S]` int64, where the cached rows lie, request after request.
+        rows: `[S]` int64, where the cached rows lie, request after request; None where all are new tokens'.
         query_lengths, key_lengths: new tokens and cached rows of each request, on the host.
         query_starts, key_starts: `[M + 1]` int32, their running sums, on the device.
     """
 
     tokens: slice
-    rows: torch.Tensor
+    rows: torch.Tensor | None
     query_lengths: list[int]
     key_lengths: list[int]
     query_starts: torch.Tensor
@@ -87,22 +88,30 @@ class MLRAMetadataBuilder(AttentionMetadataBuilder[MLRAMetadata]):
         ]
 
     def _pack_of(self, block_table: torch.Tensor, starts: list[int], lengths: list[int]) -> Pack:
-        query_starts, key_lengths = torch.tensor(starts), torch.tensor(lengths)
-        key_starts = torch.cat([key_lengths.new_zeros(1), key_lengths.cumsum(0)])
-        requests = torch.repeat_interleave(key_lengths)
-        positions = torch.arange(int(key_starts[-1])) - key_starts[requests]
-        requests, positions, query_starts, key_starts = (
-            x.to(self.device, non_blocking=True) for x in (requests, positions, query_starts, key_starts)
-        )
-        size = self.kv_cache_spec.block_size
+        new = [end - begin for begin, end in zip(starts, starts[1:], strict=False)]
+        query_starts = self._starts(new)
+        no_older = new == lengths
         return Pack(
             tokens=slice(starts[0], starts[-1]),
-            rows=block_table[requests, positions // size].long() * size + positions % size,
-            query_lengths=[end - begin for begin, end in zip(starts, starts[1:], strict=False)],
+            rows=None if no_older else self._rows(block_table, lengths),
+            query_lengths=new,
             key_lengths=lengths,
-            query_starts=(query_starts - query_starts[0]).int(),
-            key_starts=key_starts.int(),
+            query_starts=query_starts,
+            key_starts=query_starts if no_older else self._starts(lengths),
         )
+
+    def _starts(self, lengths: list[int]) -> torch.Tensor:
+        """Running sums from 0 on, int32 on the device."""
+        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(self.device, non_blocking=True)
+
+    def _rows(self, block_table: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        """Where the requests' rows lie in the pool."""
+        counts = torch.tensor(lengths)
+        requests = torch.repeat_interleave(counts)
+        positions = torch.arange(len(requests)) - (counts.cumsum(0) - counts)[requests]
+        requests, positions = (x.to(self.device, non_blocking=True) for x in (requests, positions))
+        size = self.kv_cache_spec.block_size
+        return block_table[requests, positions // size].long() * size + positions % size
 
 
 class MLRABackend(CompactBackend):

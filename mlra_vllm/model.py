@@ -149,7 +149,8 @@ class MLRAAttention(nn.Module):
         self.kv_b_proj = MLRALatentUpProjection(rows, config.latent_head_dim)
         self.g_proj = linear("g_proj", hidden, heads * config.v_head_dim) if config.attn_output_gate else None
         self.o_proj = linear("o_proj", heads * config.v_head_dim, hidden)
-        self.attn = MLRACacheAttention(vllm_config, latents, alpha_attn, f"{prefix}.attn")
+        branches = config.num_branches // self.layout.branches
+        self.attn = MLRACacheAttention(vllm_config, latents, branches, alpha_attn, f"{prefix}.attn")
 
     def forward(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         q_latent = self.q_a_layernorm(self.q_a_proj(hidden_states)[0]) * self.alpha_q
@@ -159,7 +160,7 @@ class MLRAAttention(nn.Module):
         q_nope, q_rope = query.split(self.qk_dims, dim=-1)  # [T, G*H, N], [T, G*H, E]
         rotated = apply_rotary_pos_emb(torch.cat([q_rope, k_rope], dim=1).unsqueeze(0), cos, sin)[0]
         q_rope, k_rope = rotated.split([q_rope.shape[1], 1], dim=1)
-        query, rows = torch.cat([q_nope, q_rope], dim=-1), self.attn.row_format.join(latents, k_rope.squeeze(1))
+        query, rows = torch.cat([q_rope, q_nope], dim=-1), self.attn.row_format.join(latents, k_rope.squeeze(1))
 
         output = self.attn(query, rows, self.kv_b_proj.weight).flatten(1)  # [T, G*H*V]
         if self.g_proj is not None:

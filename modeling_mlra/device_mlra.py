@@ -5,7 +5,10 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -29,6 +32,10 @@ except ImportError as error:
 except (AttributeError, TypeError) as error:
     triton = tl = None
     triton_trouble = f"module triton cannot be used ({error})"
+try:
+    from triton.runtime._async_compile import AsyncCompileMode
+except ImportError:  # not every triton compiles in the background
+    AsyncCompileMode = None
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # First and last version of triton whose experimental API the Hopper kernels compile with (tests/compile_kernels.py)
@@ -168,6 +175,7 @@ def on_device(device: torch.device) -> torch.accelerator.device_index:
     return torch.accelerator.device_index(device.index if device.type in ("cuda", "xpu") else None)
 
 
+MOST_COMPILERS = 16  # threads; about as many can wait for their part of Python
 MAX_STARTS = 4096  # kept, all dropped beyond
 
 
@@ -192,13 +200,16 @@ def launch(device: torch.device, kernel, grid: tuple, *arguments, alike: object 
         constants: those of the kernel, and the launch options of its plan, of which those that a device's compiler
             does not know are left out.
     """
+    if _ahead.get():
+        with on_device(device):
+            kernel.warmup(*arguments, grid=grid, **_known_options(device, constants))
+        return
     kept, start = _kept(), None if alike is None else _starts.get((id(kernel), alike))
     if start is not None:
         with on_device(device):
             start.run(*arguments, *start.constants)
     else:
-        if "maxnreg" in constants and not device_facts(device).nvidia:
-            del constants["maxnreg"]
+        constants = _known_options(device, constants)
         with on_device(device):
             compiled = kernel[grid](*arguments, **constants)
         interpreted = not hasattr(compiled, "launch_metadata")
@@ -266,6 +277,34 @@ def room(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
     if key not in kept.rooms:
         kept.rooms[key] = torch.empty(shape, dtype=dtype, device=device)
     return kept.rooms[key]
+
+
+def _known_options(device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
+    """Without what the device's compiler does not know."""
+    if "maxnreg" in options and not device_facts(device).nvidia:
+        return {name: value for name, value in options.items() if name != "maxnreg"}
+    return options
+
+
+_ahead: ContextVar[bool] = ContextVar("compiled ahead", default=False)
+
+
+@contextmanager
+def compiled_ahead(device: torch.device) -> Iterator[bool]:
+    """Within it `launch` starts no kernel on `device`: all are compiled, several at a time, and ready when it ends.
+
+    Gives whether that is so. Otherwise (no GPU, or a triton that compiles nothing in the background) `launch` would
+    start kernels as ever, and whoever asks leaves it at that. What cannot be built is found out when it is launched.
+    """
+    if AsyncCompileMode is None or INTERPRETED or device_facts(device).obstacle is not None:
+        yield False
+        return
+    with ThreadPoolExecutor(MOST_COMPILERS) as threads, AsyncCompileMode(threads, ignore_errors=True):
+        token = _ahead.set(True)
+        try:
+            yield True
+        finally:
+            _ahead.reset(token)
 
 
 @functools.lru_cache(maxsize=1024, typed=True)

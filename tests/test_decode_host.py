@@ -1,5 +1,6 @@
 """What the host does for a decode attention: how the work is divided, by hand, and that one shape is planned once."""
 
+import functools
 from typing import Any, NamedTuple
 
 import pytest
@@ -9,7 +10,7 @@ from modeling_mlra import decode_triton_mlra, device_mlra
 from modeling_mlra.decode_arguments_mlra import Deal, DecodeInputs, Reduction
 from modeling_mlra.decode_mlra import latent_attention
 from modeling_mlra.decode_plans_mlra import deal_work, reduction_plan
-from modeling_mlra.device_mlra import constants
+from modeling_mlra.device_mlra import DeviceFacts, constants
 
 triton = pytest.importorskip("triton")
 
@@ -98,6 +99,41 @@ class CompiledKernel:
             return type("Compiled", (), {"launch_metadata": None, "__getitem__": lambda _, whole: start[whole]})()
 
         return compile
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a kernel that is none cannot be started there")
+def test_kernels_compiled_ahead_are_not_started(monkeypatch):
+    """But handed to triton with what a launch gives it, for background threads; one that fails is left to a launch."""
+    _async_compile = pytest.importorskip("triton.runtime._async_compile")
+    compiled, device = [], torch.device("cpu")
+
+    class Kernel:
+        def warmup(self, *arguments, grid, **options):
+            mode = _async_compile.active_mode.get()
+            compiled.append((arguments, grid, options, mode.ignore_errors))
+            background = [lambda *_: None] * (4 if "cleanup_fn" in mode.submit.__code__.co_varnames else 3)
+            mode.submit(len(compiled), lambda: 1 / 0, *background[2:])
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: compiled.append((arguments, grid, options, "started"))
+
+    launch = functools.partial(device_mlra.launch, device, Kernel(), (3,), 7, maxnreg=168, TILE=4)
+    monkeypatch.setattr(device_mlra, "INTERPRETED", False)
+    monkeypatch.setattr(device_mlra, "known_devices", {device: DeviceFacts()})
+    with device_mlra.compiled_ahead(device) as works:
+        launch()
+        launch()
+    launch()
+    assert works and _async_compile.active_mode.get() is None
+    assert compiled == [((7,), (3,), {"TILE": 4}, how) for how in (True, True, "started")]
+
+
+def test_nothing_is_compiled_ahead_without_a_gpu(monkeypatch):
+    for facts in (DeviceFacts(obstacle="none"), DeviceFacts()):
+        monkeypatch.setattr(device_mlra, "known_devices", {torch.device("cpu"): facts})
+        with device_mlra.compiled_ahead(torch.device("cpu")) as works:
+            assert not works and not device_mlra._ahead.get()
+        monkeypatch.setattr(device_mlra, "INTERPRETED", True)
 
 
 def test_alike_launches_look_for_the_kernel_once(monkeypatch):

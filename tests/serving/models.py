@@ -64,3 +64,12 @@ def log_probabilities(model, ids: list[int]) -> torch.Tensor:
     with torch.no_grad():
         scores = model(torch.tensor([ids]), use_cache=False).logits[0, :-1].log_softmax(-1)
     return scores.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+def margins(model, prompt: list[int], new: list[int]) -> torch.Tensor:
+    """How far below the largest the float32 logits of these tokens lie, in their standard deviations."""
+    ids = torch.tensor([prompt + new], device=model.device)
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+    chosen = logits.gather(1, ids[0, len(prompt) :, None])[:, 0]
+    return (logits.max(-1).values - chosen) / logits.std(-1)

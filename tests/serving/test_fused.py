@@ -13,22 +13,15 @@ from vllm import _custom_ops
 from vllm.config import CompilationConfig, CUDAGraphMode
 
 from mlra_vllm import fused
+from modeling_mlra.decode_plans_mlra import deal_work, reduction_plan
 from modeling_mlra.step_maps_mlra import weight_of
 from tests.models import random_ids
 from tests.paths import REPOSITORY
-from tests.serving.models import ask, continuations, saved_model, tokens
+from tests.serving.models import ask, continuations, margins, saved_model, tokens
 
 PROMPTS = [random_ids(length, seed=length).tolist() for length in (3, 70, 100)]
 MARGIN = 0.05
 """How far below the largest float32 logit a token chosen in float16 may lie, in standard deviations of the logits."""
-
-
-def margins(model, prompt: list[int], new: list[int]) -> torch.Tensor:
-    """How far below the largest the float32 logits of these tokens lie, in their standard deviations."""
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt + new]), use_cache=False).logits[0, len(prompt) - 1 : -1]
-    chosen = logits.gather(1, torch.tensor(new)[:, None])[:, 0]
-    return (logits.max(-1).values - chosen) / logits.std(-1)
 
 
 @pytest.mark.parametrize(("variant", "gated", "ranks"), [("gla_2", True, 1), ("mlra_4", False, 2)])
@@ -56,6 +49,19 @@ def test_decoding_by_fused_kernels(variant, gated, ranks, tmp_path):
 def test_numbers_of_requests_that_full_graphs_hold(mode, sizes):
     compilation = CompilationConfig(cudagraph_mode=mode, cudagraph_capture_sizes=[1, 2, 32, 40])
     assert fused.graph_sizes(SimpleNamespace(compilation_config=compilation)) == sizes
+
+
+@pytest.mark.parametrize(("most", "lanes"), [(1, 4), (100, 4), (256, 2), (1024, 1)])
+def test_numbers_that_kernels_are_compiled_for(most, lanes):
+    """Every other number of requests runs the same ones: division of work and reduction on a GPU of 132 processors."""
+
+    def kernels(number):
+        programs, deal = deal_work(number, 2**17, lanes, 132, 64, 3, False)
+        return deal, reduction_plan(number, 4, 1, 24, 128, programs)[1:]
+
+    numbers = fused.numbers_with_kernels_of_their_own(most)
+    assert {kernels(number) for number in numbers} == {kernels(number) for number in range(1, most + 1)}
+    assert len(numbers) < 25 and numbers[-1] == most
 
 
 def test_what_stands_in_the_way_is_said(tmp_path, start, monkeypatch):

@@ -69,9 +69,10 @@ def test_log_probabilities(tmp_path, start):
 
 
 def varlen_reference(
-    query, key, value, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal
+    query, key, value, *, out, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal
 ):
     """FlashAttention's varlen form in plain torch: `[T, H, D]` and `[S, H, D]`, requests one after another."""
+    assert all(x.stride(-1) == 1 and x.shape[1] == out.shape[1] for x in (query, key, value, out))
     assert causal and max_seqlen_q == cu_seqlens_q.diff().max() and max_seqlen_k == cu_seqlens_k.diff().max()
     assert cu_seqlens_q[0] == cu_seqlens_k[0] == 0 and cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
     outputs = []
@@ -84,21 +85,23 @@ def varlen_reference(
         scores = torch.einsum("thd,shd->hts", q, k) * softmax_scale
         hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(len(k) - len(q) + 1)
         outputs.append(torch.einsum("hts,shd->thd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v))
-    return torch.cat(outputs)
+    out.copy_(torch.cat(outputs))
 
 
 def test_prefill_by_flash_attention_in_packs(tmp_path, start, monkeypatch):
-    """What FlashAttention is given, on a stand-in; requests of more than 100 rows together go apart."""
+    """What FlashAttention is given, on a stand-in; requests of more than 100 rows together go apart, and of those that
+    have more alone not all six heads of a group are expanded at one time."""
     monkeypatch.setattr("mlra_vllm.metadata.MAX_PACKED_ROWS", 100)
+    monkeypatch.setattr("mlra_vllm.attention.MAX_EXPANDED_BYTES", 130 * 4 * (16 + 8 + 24) * 4)
     expected = continuations(saved_model(tmp_path, "mlra_2"))
     engine = start(tmp_path, max_num_batched_tokens=200)
     calls = []
 
     def counted(*args, **kwargs):
-        calls.append(len(kwargs["cu_seqlens_q"]) - 1)
-        return varlen_reference(*args, **kwargs)
+        calls.append((len(kwargs["cu_seqlens_q"]) - 1, args[1].shape[1]))
+        varlen_reference(*args, **kwargs)
 
     for layer in engine.llm_engine.vllm_config.compilation_config.static_forward_context.values():
         layer.flash = counted
     assert tokens(ask(engine)) == expected
-    assert max(calls) > 1 and len(calls) > 4
+    assert max(requests for requests, _ in calls) > 1 and {heads for _, heads in calls} == {3, 6}
