@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer
 
 from scripts import bench_train, bench_train_cells, bench_train_checks, recipe, train, training_model
+from scripts.bench_train_profile import group_of
 from scripts.cli import UserError
 from scripts.recipe import model_config
 from scripts.training_loop import BlockTrainer
@@ -206,3 +207,19 @@ def test_models_of_the_benchmark_are_of_equal_size():
 def test_every_default_cell_can_be_read():
     cells = [bench_train_cells.read_cell(text) for text in (*bench_train_cells.CELLS, *bench_train_cells.SMOKE_CELLS)]
     assert len({str(cell) for cell in cells}) == len(cells)
+
+
+def test_kernels_are_grouped_by_their_names():
+    names = {
+        "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_32_64x128x192": "attention backward",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_128x128x192": "attention forward",
+        "triton_poi_fused__scaled_dot_product_cudnn_attention_backward__to_copy_mul_6": "compiled",
+        "nvjet_tst_192x192_64x4_2x1_v_bz_coopA_NTN": "matrix products",
+        "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>": (
+            "plain elementwise and sums"
+        ),
+        "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)": "exchange",
+        "Memcpy DtoD (Device -> Device)": "copies",
+        "something": "others",
+    }
+    assert {name: group_of(name) for name in names} == names
