@@ -8,7 +8,8 @@ A cell is MODEL:ATTENTION:COMPILE:BLOCKS:RECOMPUTE. MODEL is an architecture of 
 or llama_mha (24), the Llamas with MLPs as wide as brings them to MLRA-4's parameter count. ATTENTION is auto (what
 training uses), or one of cudnn, flash, efficient, flex and fa4. COMPILE is none, layers (each layer by itself, quick
 to compile) or model (as the Trainer does). BLOCKS of --length tokens make a micro-batch. RECOMPUTE is none,
-attention_inputs or layers (gradient checkpointing).
+attention_inputs or layers (gradient checkpointing). A sixth part, float8, multiplies in float8 (torchao); MODEL_16 has
+an MLP as wide as the next multiple of 16, for float8 and for the bfloat16 beside it.
 
 Weights and AdamW are float32, matmuls bfloat16 by autocast. Before a cell is timed, its loss and the gradients of the
 first layer's attention must be those of plain eager attention, uncompiled, block by block. A step is --step-blocks
@@ -98,7 +99,7 @@ def time_cell(cell: Cell, args: argparse.Namespace, device: torch.device, peak: 
     began = clock.now()
     loss = forward_backward(stepper, ids).item()
     result = {"first_call_s": clock.now() - began, "parameters": model.num_parameters()}
-    result |= check(loss, model, expected)
+    result |= check(loss, model, expected, cell.products)
     del expected
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 

@@ -166,6 +166,30 @@ def test_benchmark_times_nothing_that_is_wrong():
         bench_train_checks.check(loss, model, expected)
 
 
+def test_benchmark_cells_in_float8(monkeypatch):
+    """Named apart from bfloat16's, with an MLP that float8 can take; held against the same gradients, more loosely."""
+    cell = bench_train_cells.read_cell("mlra_4_16:auto:none:2:none:float8")
+    assert str(cell) == "mlra_4_16:auto:none:2:none:float8"
+    assert str(bench_train_cells.read_cell("mla:auto:none:2:none")) == "mla:auto:none:2:none"
+    assert bench_train_cells.model_fields("mlra_4_16", False)["intermediate_size"] == 9888
+    converted = []
+    monkeypatch.setattr(bench_train_cells, "use_float8", lambda model, device: converted.append(model))
+    model = bench_train_cells.build("mlra_4_16", True, torch.device("cpu"))
+    bench_train_cells.prepare(model, cell, 16, True)
+    assert converted == [model]
+    ids = torch.randint(0, 320, (2, 17))
+    expected = bench_train_checks.reference(model, ids)
+    loss = bench_train_checks.forward_backward(model, ids).item()
+    weight = model.model.layers[0].self_attn.o_proj.weight
+    weight.grad *= 1 + 10 * expected.rounding["o_proj.weight"]
+    bench_train_checks.check(loss, model, expected, "float8")
+    with pytest.raises(ValueError, match="o_proj.weight"):
+        bench_train_checks.check(loss, model, expected)
+    weight.grad *= 2
+    with pytest.raises(ValueError, match="o_proj.weight"):
+        bench_train_checks.check(loss, model, expected, "float8")
+
+
 def test_benchmark_stops_in_time(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_train, "time_cell", lambda *args: {"error": "slow"})
     clock = iter(range(0, 10_000, 100))
