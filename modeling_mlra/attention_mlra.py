@@ -77,6 +77,14 @@ def sum_scaled(terms: Sequence[torch.Tensor], alpha: float) -> torch.Tensor:
     return (total * alpha).to(terms[0].dtype)
 
 
+def key_projection(w_uk: torch.Tensor, rope_dim: int) -> torch.Tensor:
+    """`W_uk` `[h, N, R]` beside the identity: `[h, N + E, R + E]`, whose product with `[c | k_rope]` is whole keys."""
+    rank = w_uk.shape[-1]
+    identity = torch.eye(rope_dim, dtype=w_uk.dtype, device=w_uk.device)
+    below = nn.functional.pad(identity, (rank, 0)).expand(len(w_uk), -1, -1)
+    return torch.cat([nn.functional.pad(w_uk, (0, rope_dim)), below], dim=1)
+
+
 def join(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
     """`torch.cat`, which would copy a single tensor."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
@@ -127,9 +135,12 @@ def expanded_attention(
         """`[B, S, R]` by `[h, N or V, R]`: `[B, S, h, N or V]`."""
         return nn.functional.linear(c, part.flatten(0, 1)).unflatten(-1, part.shape[:2])
 
-    def attend(query, k_nope, value):
-        """Of `[B, T, h, D]`, `[B, S, h, N]` and `[B, S, h, V]`: `[B, T, h, V]`, `[B, h, T, S]`."""
-        key = torch.cat([k_nope, k_rope.unsqueeze(2).expand(*k_nope.shape[:3], -1)], dim=-1)
+    def with_rope(x):
+        """`[B, S, n, D]` and the rotary keys behind each: `[B, S, n, D + E]`."""
+        return torch.cat([x, k_rope.unsqueeze(2).expand(*x.shape[:3], -1)], dim=-1)
+
+    def attend(query, key, value):
+        """Of `[B, T, h, D]`, `[B, S, h, D]` and `[B, S, h, V]`: `[B, T, h, V]`, `[B, h, T, S]`."""
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         return attention_interface(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
@@ -145,20 +156,26 @@ def expanded_attention(
             expanded = torch.bmm(latents.flatten(0, 1).transpose(0, 1), weight.transpose(1, 2))
             expanded = expanded.view(num_latents, batch, num_keys, heads, -1).permute(1, 2, 0, 3, 4).flatten(2, 3)
             query = query.view(batch, queries, num_groups, 1, heads, -1).expand(-1, -1, -1, branches, -1, -1)
-            output, weights = attend(query.flatten(2, 4), *expanded.split([nope_dim, v_dim], dim=-1))
+            k_nope, value = expanded.split([nope_dim, v_dim], dim=-1)
+            output, weights = attend(query.flatten(2, 4), with_rope(k_nope), value)
             return branch_sum(output.view(batch, queries, num_latents, heads, v_dim), num_groups, alpha), weights
 
         step = min(max(MAX_EXPANDED_BYTES // bytes_per_head, 1), heads) if is_inference else heads
         # Unbound and split rather than indexed: the gradients of the parts then come together without sums of zeros
         grouped = query.view(batch, queries, num_groups, heads, -1).unbind(2)
-        w_uk, w_uv = (part.chunk(num_latents) for part in up_projections(kv_b_weight, nope_dim, v_dim))
+        w_uk, w_uv = up_projections(kv_b_weight, nope_dim, v_dim)
+        key_sources = latents
+        if not is_inference:  # neither keys nor their gradients are copied, which takes longer than a few FLOPs more
+            w_uk = key_projection(w_uk.to(latents.dtype), k_rope.shape[-1])
+            key_sources = with_rope(latents)
+        w_uk, w_uv = w_uk.chunk(num_latents), w_uv.chunk(num_latents)
         outputs, weights = [], []
-        for latent, c in enumerate(latents.unbind(2)):
+        for latent, (c, source) in enumerate(zip(latents.unbind(2), key_sources.unbind(2), strict=True)):
             of_group = grouped[latent // branches].split(step, dim=2)
-            pieces = [
-                attend(q, expand(c, uk), expand(c, uv))
-                for q, uk, uv in zip(of_group, w_uk[latent].split(step), w_uv[latent].split(step), strict=True)
-            ]
+            pieces = []
+            for q, uk, uv in zip(of_group, w_uk[latent].split(step), w_uv[latent].split(step), strict=True):
+                key = expand(source, uk)
+                pieces.append(attend(q, with_rope(key) if is_inference else key, expand(c, uv)))
             outputs.append(join([piece[0] for piece in pieces], dim=2))  # [B, T, H, V]
             weights += [piece[1] for piece in pieces]
     sums = [sum_scaled(outputs[first : first + branches], alpha) for first in range(0, num_latents, branches)]

@@ -8,12 +8,14 @@ A cell is MODEL:ATTENTION:COMPILE:BLOCKS:RECOMPUTE. MODEL is an architecture of 
 or llama_mha (24), the Llamas with MLPs as wide as brings them to MLRA-4's parameter count. ATTENTION is auto (what
 training uses), or one of cudnn, flash, efficient, flex and fa4. COMPILE is none, layers (each layer by itself, quick
 to compile) or model (as the Trainer does). BLOCKS of --length tokens make a micro-batch. RECOMPUTE is none,
-attention_inputs or layers (gradient checkpointing).
+attention_inputs or layers (gradient checkpointing). A sixth part, float8, multiplies in float8 (torchao); MODEL_16 has
+an MLP as wide as the next multiple of 16, for float8 and for the bfloat16 beside it.
 
 Weights and AdamW are float32, matmuls bfloat16 by autocast. Before a cell is timed, its loss and the gradients of the
 first layer's attention must be those of plain eager attention, uncompiled, block by block. A step is --step-blocks
 blocks in micro-batches, and one update; tokens_per_s_no_accumulation is that of a single micro-batch. Every finished
 cell is in OUTPUT at once, and one that fails (out of memory, say) leaves its reason there.
+--profile adds the milliseconds of its kernels, by what they do and by name (scripts.bench_train_profile).
 """
 
 import argparse
@@ -38,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=positive_int, default=8, help="micro-batches to time")
     parser.add_argument("--seconds", type=positive_int, help="start no cell that would end later")
     parser.add_argument("--no-attention", action="store_true", help="leave out the attention calls by themselves")
+    parser.add_argument("--profile", action="store_true", help="also what kernels a micro-batch's time goes to")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="results; table and plot beside it")
     parser.add_argument("--commit", help="what to call the commit where there is no repository")
     parser.add_argument("--smoke", action="store_true", help="tiny models on the CPU: whether it runs, no figures")
@@ -58,6 +61,7 @@ from evals.common import commit, environment, markdown_table, write_json, write_
 from evals.figures import CAN_DRAW, save_figure, subplots
 from scripts.bench_train_cells import CELLS, SMOKE_CELLS, Cell, build, prepare, read_cell
 from scripts.bench_train_checks import check, forward_backward, reference
+from scripts.bench_train_profile import kernel_times
 from scripts.causal_attention import IMPLEMENTATIONS, block_mask, causal_attention
 from scripts.training_speed import matmul_rate, training_flops_per_token
 
@@ -95,7 +99,7 @@ def time_cell(cell: Cell, args: argparse.Namespace, device: torch.device, peak: 
     began = clock.now()
     loss = forward_backward(stepper, ids).item()
     result = {"first_call_s": clock.now() - began, "parameters": model.num_parameters()}
-    result |= check(loss, model, expected)
+    result |= check(loss, model, expected, cell.products)
     del expected
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
@@ -111,6 +115,7 @@ def time_cell(cell: Cell, args: argparse.Namespace, device: torch.device, peak: 
     micro = clock.median(lambda: forward_backward(stepper, ids), args.repeats)
     step = clock.median(update, 3)
     tokens, count = cell.blocks * args.length, max(args.step_blocks // cell.blocks, 1)
+    profile = kernel_times(lambda: forward_backward(stepper, ids)) if args.profile else {}
     rate, alone = count * tokens / (count * micro + step), tokens / (micro + step)
     return result | {
         "micro_batch_ms": micro * 1e3,
@@ -123,6 +128,7 @@ def time_cell(cell: Cell, args: argparse.Namespace, device: torch.device, peak: 
         "share_of_989_no_accumulation": alone * flops / PEAK,
         "share_of_matmul_rate": rate * flops / peak,
         "peak_gib": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
+        **profile,
     }
 
 
@@ -227,7 +233,7 @@ def bench(args: argparse.Namespace) -> None:
     began = time.monotonic()
     device = torch.device("cpu" if args.smoke else "cuda")
     if args.smoke:
-        args.length, args.repeats = min(args.length, 32), 1
+        args.length, args.repeats, args.profile = min(args.length, 32), 1, False
     peak = matmul_rate(device)
     results = {
         "gpu": environment()["device"],

@@ -13,12 +13,14 @@ from scripts.causal_attention import IMPLEMENTATIONS, block_mask, causal_attenti
 from scripts.cli import UserError
 from scripts.compare_architectures import architecture_fields, match_width
 from scripts.recipe import model_config
-from scripts.training_model import set_recomputation
+from scripts.training_model import set_recomputation, use_float8
 from scripts.training_speed import count_parameters
 
 LLAMAS = {"llama_gqa": 8, "llama_mha": 24}  # key heads
 COMPILE = ("none", "layers", "model")
 RECOMPUTE = ("none", "attention_inputs", "layers")
+PRODUCTS = ("bfloat16", "float8")
+WIDENED = "_16"  # behind a model's name: its MLP as wide as the next multiple of 16, which float8 needs
 CELLS = (
     "mlra_4:auto:model:4:none",
     "llama_mha:auto:model:4:none",
@@ -58,9 +60,10 @@ class Cell(NamedTuple):
     compile: str
     blocks: int
     recompute: str
+    products: str = "bfloat16"
 
     def __str__(self) -> str:
-        return ":".join(map(str, self))
+        return ":".join(map(str, self)).removesuffix(":bfloat16")
 
 
 def read_cell(text: str) -> Cell:
@@ -70,16 +73,17 @@ def read_cell(text: str) -> Cell:
         UserError: naming the part that is unknown.
     """
     parts = text.split(":")
-    if len(parts) != len(Cell._fields) or not parts[3].isdigit() or int(parts[3]) < 1:
+    if len(parts) not in (5, 6) or not parts[3].isdigit() or int(parts[3]) < 1:
         raise UserError(f"--cells {text}: write MODEL:ATTENTION:COMPILE:BLOCKS:RECOMPUTE, such as {CELLS[0]}")
     released = sorted(path.stem for path in CONFIGURATIONS.glob("*.json"))
     known = {
-        "model": [*released, *LLAMAS],
+        "model": [*released, *LLAMAS, *(name + WIDENED for name in released)],
         "attention": list(IMPLEMENTATIONS),
         "compile": COMPILE,
         "recompute": RECOMPUTE,
+        "products": PRODUCTS,
     }
-    cell = Cell(*parts[:3], int(parts[3]), parts[4])
+    cell = Cell(*parts[:3], int(parts[3]), *parts[4:])
     for name, values in known.items():
         if getattr(cell, name) not in values:
             raise UserError(f"--cells {text}: {name} {getattr(cell, name)!r} is none of {', '.join(values)}")
@@ -97,6 +101,9 @@ def model_fields(name: str, is_smoke: bool) -> dict:
             fields |= SMOKE_SIZES | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
         return fields
 
+    if name.endswith(WIDENED):
+        fields = released(name.removesuffix(WIDENED))
+        return fields | {"intermediate_size": -(-fields["intermediate_size"] // 16) * 16}
     if name not in LLAMAS:
         return released(name)
     base = released("mlra_4")
@@ -129,6 +136,8 @@ def prepare(model: nn.Module, cell: Cell, length: int, is_smoke: bool) -> Callab
         model.gradient_checkpointing_enable({"use_reentrant": False})
     elif cell.recompute == "attention_inputs":
         set_recomputation(model, cell.recompute)
+    if cell.products == "float8":
+        use_float8(model, device)
     options = {"backend": "aot_eager"} if is_smoke else {}
     if cell.compile == "layers":
         for layer in model.model.layers:

@@ -2,8 +2,10 @@
 
 import statistics
 import time
+from contextlib import AbstractContextManager
 
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer, TrainerCallback
 
 
@@ -58,11 +60,20 @@ class BlockTrainer(Trainer):
         self.speed = SpeedCallback()
         super().__init__(*args, **kwargs)
         self.skip_logits = self.model.config.model_type == "mlra"
+        self.autocasts = self.is_fsdp_enabled and self.args.bf16
+        if self.autocasts:  # else weights, hidden states and sums of gradients were bfloat16, unlike on one device
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
         self.add_callback(self.speed)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """All of them: the paper decays norms and embeddings too."""
         return [name for name, _ in model.named_parameters()]
+
+    def compute_loss_context_manager(self) -> AbstractContextManager:
+        """Autocast, which accelerate leaves out for sharded models."""
+        if self.autocasts:
+            return torch.autocast(self.args.device.type, torch.bfloat16)
+        return super().compute_loss_context_manager()
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         """Without the logits of all tokens at a time, where the model can."""

@@ -400,11 +400,11 @@ def test_lora_example(trained, tmp_path, capsys):
 # Several processes
 
 
-def launch(config: Path, *flags: str) -> None:
+def launch(config: Path, *flags: str, module: str = "scripts.train") -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [*command, "-m", "scripts.train", str(config), *flags],
+        [*command, "-m", module, str(config), *flags],
         cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
@@ -418,7 +418,20 @@ def test_two_processes_train_like_one(sharded, trained, data, tmp_path):
     if sharded:
         changes |= {"training__fsdp": True, "training__fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}}
     content = settings(data, tmp_path / "run", **changes) | {"export": {"folder": str(tmp_path / "hub")}}
-    launch(write(tmp_path / "recipe.json", content))
+    module = "tests.sharded_training" if sharded else "scripts.train"
+    launch(write(tmp_path / "recipe.json", content), module=module)
     other = json.loads((tmp_path / "run" / RESULT_FILE).read_text())
     assert losses(other) == pytest.approx(losses(result), abs=LOSS_ATOL * 10)
     assert MLRAForCausalLM.from_pretrained(tmp_path / "hub").num_parameters() == result["parameters"]
+
+
+@pytest.mark.distributed
+def test_sharded_training_in_bfloat16_has_the_numerics_of_one_process(data, tmp_path):
+    """Autocast over float32 weights and hidden states, gradients of micro-batches and processes summed in float32."""
+    changes = {"training__bf16": True, "training__max_steps": 6, "training__per_device_train_batch_size": 2}
+    one = train.train_recipe(recipe(data, tmp_path / "one", **changes))
+    changes |= {"training__fsdp": True, "training__fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}}
+    content = settings(data, tmp_path / "two", **changes)
+    launch(write(tmp_path / "recipe.json", content), module="tests.sharded_training")
+    two = json.loads((tmp_path / "two" / RESULT_FILE).read_text())
+    assert losses(two) == pytest.approx(losses(one), abs=LOSS_ATOL * 10)

@@ -157,7 +157,8 @@ def test_queries_are_kept_once_and_recomputation_keeps_a_third_less(model, backe
     monkeypatch.setattr("modeling_mlra.modeling_mlra.expanded_attention", copied_attention)
     copied = per_token()
     query, key, value = HEADS * 24, LATENTS * HEADS * 24, LATENTS * HEADS * 16
-    assert copied - plain == (LATENTS - 1) * query * BYTES
+    key_sources = LATENTS * (model.config.latent_head_dim + WIDTHS["qk_rope_head_dim"])
+    assert copied - plain == ((LATENTS - 1) * query - key_sources) * BYTES
     assert plain - recomputed >= (query + key + value - WIDTHS["qk_rope_head_dim"]) * BYTES  # keeps the rotary keys
     assert recomputed <= 2 / 3 * copied
 

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer
 
 from scripts import bench_train, bench_train_cells, bench_train_checks, recipe, train, training_model
+from scripts.bench_train_profile import group_of
 from scripts.cli import UserError
 from scripts.recipe import model_config
 from scripts.training_loop import BlockTrainer
@@ -165,6 +166,30 @@ def test_benchmark_times_nothing_that_is_wrong():
         bench_train_checks.check(loss, model, expected)
 
 
+def test_benchmark_cells_in_float8(monkeypatch):
+    """Named apart from bfloat16's, with an MLP that float8 can take; held against the same gradients, more loosely."""
+    cell = bench_train_cells.read_cell("mlra_4_16:auto:none:2:none:float8")
+    assert str(cell) == "mlra_4_16:auto:none:2:none:float8"
+    assert str(bench_train_cells.read_cell("mla:auto:none:2:none")) == "mla:auto:none:2:none"
+    assert bench_train_cells.model_fields("mlra_4_16", False)["intermediate_size"] == 9888
+    converted = []
+    monkeypatch.setattr(bench_train_cells, "use_float8", lambda model, device: converted.append(model))
+    model = bench_train_cells.build("mlra_4_16", True, torch.device("cpu"))
+    bench_train_cells.prepare(model, cell, 16, True)
+    assert converted == [model]
+    ids = torch.randint(0, 320, (2, 17))
+    expected = bench_train_checks.reference(model, ids)
+    loss = bench_train_checks.forward_backward(model, ids).item()
+    weight = model.model.layers[0].self_attn.o_proj.weight
+    weight.grad *= 1 + 10 * expected.rounding["o_proj.weight"]
+    bench_train_checks.check(loss, model, expected, "float8")
+    with pytest.raises(ValueError, match="o_proj.weight"):
+        bench_train_checks.check(loss, model, expected)
+    weight.grad *= 2
+    with pytest.raises(ValueError, match="o_proj.weight"):
+        bench_train_checks.check(loss, model, expected, "float8")
+
+
 def test_benchmark_stops_in_time(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_train, "time_cell", lambda *args: {"error": "slow"})
     clock = iter(range(0, 10_000, 100))
@@ -206,3 +231,19 @@ def test_models_of_the_benchmark_are_of_equal_size():
 def test_every_default_cell_can_be_read():
     cells = [bench_train_cells.read_cell(text) for text in (*bench_train_cells.CELLS, *bench_train_cells.SMOKE_CELLS)]
     assert len({str(cell) for cell in cells}) == len(cells)
+
+
+def test_kernels_are_grouped_by_their_names():
+    names = {
+        "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_32_64x128x192": "attention backward",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_128x128x192": "attention forward",
+        "triton_poi_fused__scaled_dot_product_cudnn_attention_backward__to_copy_mul_6": "compiled",
+        "nvjet_tst_192x192_64x4_2x1_v_bz_coopA_NTN": "matrix products",
+        "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>": (
+            "plain elementwise and sums"
+        ),
+        "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)": "exchange",
+        "Memcpy DtoD (Device -> Device)": "copies",
+        "something": "others",
+    }
+    assert {name: group_of(name) for name in names} == names
