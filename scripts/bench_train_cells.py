@@ -18,7 +18,7 @@ from scripts.training_speed import count_parameters
 
 LLAMAS = {"llama_gqa": 8, "llama_mha": 24}  # key heads
 COMPILE = ("none", "layers", "model")
-RECOMPUTE = ("none", "attention_inputs", "layers")
+RECOMPUTE = ("none", "attention_inputs", "elementwise", "layers")
 PRODUCTS = ("bfloat16", "float8")
 WIDENED = "_16"  # behind a model's name: its MLP as wide as the next multiple of 16, which float8 needs
 CELLS = (
@@ -87,6 +87,8 @@ def read_cell(text: str) -> Cell:
     for name, values in known.items():
         if getattr(cell, name) not in values:
             raise UserError(f"--cells {text}: {name} {getattr(cell, name)!r} is none of {', '.join(values)}")
+    if cell.recompute == "elementwise" and cell.compile == "none":
+        raise UserError(f"--cells {text}: only what is compiled recomputes elementwise")
     if cell.recompute == "attention_inputs" and cell.model in LLAMAS:
         raise UserError(f"--cells {text}: only models of type mlra recompute attention_inputs")
     return cell
@@ -134,8 +136,8 @@ def prepare(model: nn.Module, cell: Cell, length: int, is_smoke: bool) -> Callab
     model.set_attn_implementation("sdpa" if is_mlra and cell.attention == "auto" else causal_attention(cell.attention))
     if cell.recompute == "layers":
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    elif cell.recompute == "attention_inputs":
-        set_recomputation(model, cell.recompute)
+    else:
+        set_recomputation(model, None if cell.recompute == "none" else cell.recompute)
     if cell.products == "float8":
         use_float8(model, device)
     options = {"backend": "aot_eager"} if is_smoke else {}

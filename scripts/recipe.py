@@ -18,7 +18,7 @@ from scripts.loading import check_config, load_config
 # Settings of `training` that change no loss, so that a resumed run may have others
 FREE_SETTINGS = ("output_dir", "report_to", "run_name", "logging_", "save_", "eval_", "dataloader_", "disable_tqdm")
 
-RECOMPUTE = (None, "attention_inputs")
+RECOMPUTE = (None, "attention_inputs", "elementwise")
 
 
 @dataclass
@@ -155,7 +155,9 @@ def make_recipe(content: dict, source: object) -> Recipe:
         if not isinstance(value, int) or value < 1:
             raise UserError(f"{source}: {name} must be a positive whole number, not {value!r}")
     if recipe.recompute not in RECOMPUTE:
-        raise UserError(f"{source}: recompute must be null or attention_inputs, not {recipe.recompute!r}")
+        raise UserError(f"{source}: recompute must be null, attention_inputs or elementwise, not {recipe.recompute!r}")
+    if recipe.recompute == "elementwise" and not recipe.training.get("torch_compile"):
+        raise UserError(f"{source}: recompute elementwise is the compiler's: set training.torch_compile")
     if not isinstance(recipe.float8, bool):
         raise UserError(f"{source}: float8 must be true or false, not {recipe.float8!r}")
     for name in ("train", "heldout"):

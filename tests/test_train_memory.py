@@ -163,6 +163,30 @@ def test_queries_are_kept_once_and_recomputation_keeps_a_third_less(model, backe
     assert recomputed <= 2 / 3 * copied
 
 
+def test_recomputing_elementwise_keeps_less_and_multiplies_no_more(model):
+    """SwiGLU's product and normed inputs are made again, matrix products and attention are not; gradients stay."""
+
+    def run(recompute: str | None):
+        torch.compiler.reset()
+        set_recomputation(model, recompute)
+        call = torch.compile(model.model, backend="aot_eager_decomp_partition", dynamic=False)
+        one, two = (kept(lambda ids: call(ids, use_cache=False), model.parameters(), blocks) for blocks in (1, 2))
+        model.zero_grad()
+        with torch.profiler.profile() as profile:
+            call(random_ids(2, LENGTH), use_cache=False).last_hidden_state.float().square().sum().backward()
+        products = sum(event.count for event in profile.key_averages() if event.key == "aten::mm")
+        gradients = [parameter.grad.clone() for parameter in model.model.parameters()]
+        return (two - one) / LENGTH / LAYERS, products, gradients
+
+    kept_before, products_before, before = run(None)
+    kept_after, products_after, after = run("elementwise")
+    set_recomputation(model, None)
+    assert kept_after <= kept_before - model.config.intermediate_size * BYTES
+    assert products_after == products_before > 0
+    for one, other in zip(after, before, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.02 * other.abs().max().item())
+
+
 def test_loss_keeps_no_logits(model):
     """The loss adds the gradient by the hidden states, in place of logits for every word."""
 

@@ -61,7 +61,8 @@ def test_attention_of_a_recipe(model, given, expected, data, tmp_path):  # noqa:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"recompute": "layers"}, "recompute must be null or attention_inputs, not 'layers'"),
+        ({"recompute": "layers"}, "recompute must be null, attention_inputs or elementwise, not 'layers'"),
+        ({"recompute": "elementwise"}, "recompute elementwise is the compiler's: set training.torch_compile"),
         ({"recompute": "attention_inputs", "model": LLAMA}, "recompute 'attention_inputs' is for models of type mlra"),
         ({"float8": "yes"}, "float8 must be true or false, not 'yes'"),
         ({"float8": True}, "float8 needs"),

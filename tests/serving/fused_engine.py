@@ -8,6 +8,7 @@ ran fused on each rank.
 import json
 import os
 import sys
+from contextlib import nullcontext
 
 os.environ.update(VLLM_NO_USAGE_STATS="1", VLLM_WORKER_MULTIPROC_METHOD="spawn", TRITON_INTERPRET="1")
 
@@ -19,6 +20,8 @@ from mlra_vllm import fused  # noqa: E402
 # sizes of CUDA graphs
 _custom_ops._supports_onednn = False
 fused.graph_sizes = lambda vllm_config: [1, 3]
+# What would be compiled ahead runs, of no rows
+fused.compiled_ahead = lambda device: nullcontext(True)
 
 
 class Worker:
@@ -38,6 +41,7 @@ def main(folder: str, ranks: str) -> None:
     engine = LLM(
         folder, tensor_parallel_size=int(ranks), dtype="float16", enforce_eager=True, block_size=16,
         kv_cache_memory_bytes=64 << 20, skip_tokenizer_init=True, max_num_batched_tokens=64,
+        max_num_seqs=5,
         worker_extension_cls="tests.serving.fused_engine.Worker",
     )  # fmt: skip
     prompts = json.load(sys.stdin)
