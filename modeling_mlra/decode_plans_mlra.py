@@ -157,10 +157,7 @@ def _plain_plans(
     while True:
         heavy = tall * padded > 8192 or itemsize == 4
         tile = DecodeTile(1, tall, deep, padded, rope_padded)
-        num_warps = 8 if padded > 256 or heavy else 4
-        if not wide_registers:
-            num_warps = 16 if itemsize == 4 or padded > 128 else 8
-        plan = DecodePlan(tile, num_warps=num_warps)
+        plan = DecodePlan(tile, num_warps=16 if not wide_registers else 8 if padded > 256 or heavy else 4)
         for stages in (3, 2):
             shared = _shared_bytes(tile, stages, itemsize, facts, scaled)
             found.append((shared, plan._replace(num_stages=stages)))

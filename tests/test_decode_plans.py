@@ -35,7 +35,7 @@ if DEVICE == "cuda":  # where there is one, all of them run on the GPU
         ("4090", 4, 128, 4, {"NL": 1, "BM": 32, "BN": 16, "num_stages": 3, "num_warps": 8, "programs_per_sm": 1}),
         ("4090", 1, 512, 2, {"NL": 1, "BM": 32, "BN": 32, "num_stages": 2, "num_warps": 8, "programs_per_sm": 1}),
         ("MI300X", 1, 512, 2, {"NL": 1, "BM": 32, "BN": 16, "num_stages": 3, "num_warps": 8, "programs_per_sm": 1}),
-        ("7900", 4, 128, 2, {"NL": 1, "BM": 32, "BN": 32, "num_stages": 3, "num_warps": 8, "programs_per_sm": 1}),
+        ("7900", 4, 128, 2, {"NL": 1, "BM": 32, "BN": 32, "num_stages": 3, "num_warps": 16, "programs_per_sm": 1}),
         ("7900", 4, 128, 4, {"NL": 1, "BM": 32, "BN": 16, "num_stages": 3, "num_warps": 16, "programs_per_sm": 1}),
     ],
 )

@@ -1,10 +1,16 @@
-"""The Hopper kernels of linear maps as plain Python threads, against float64."""
+"""The Hopper kernels of linear maps against float64: as plain Python threads, and on a GPU at released sizes.
+
+What the hardware adds (layouts, fences, the widening of 8 bits in registers) is left to the tests marked `gpu`.
+"""
+
+import contextlib
 
 import pytest
 import torch
 from torch import nn
 
 from modeling_mlra import (
+    device_mlra,
     step_linear_held_mlra,
     step_linear_mlra,
     step_linear_stream_mlra,
@@ -18,9 +24,9 @@ from tests.linear_in_python import in_python
 from tests.models import rms_ratio
 from tests.tolerances import FUSED_FLOAT32_RATIO, KERNEL_BF16_RATIO
 
-CPU = torch.device("cpu")
-GPU_HERE = torch.cuda.is_available()
-pytestmark = pytest.mark.skipif(GPU_HERE, reason="on a GPU the kernels themselves are tested")
+pytest.importorskip("triton.experimental.gluon")
+DEVICE = test_fused_weights.DEVICE
+as_python = pytest.mark.skipif(not device_mlra.INTERPRETED, reason="runs the code of kernels as Python")
 
 
 def plans(monkeypatch, module, name, **changed):
@@ -30,12 +36,12 @@ def plans(monkeypatch, module, name, **changed):
 
 def check(maps, x, names, way, limit):
     """Each map goes the way that was asked for, and gives its result."""
-    with in_python():
-        machine = machine_of(CPU)
+    with in_python() if device_mlra.INTERPRETED else contextlib.nullcontext():
+        machine = machine_of(torch.device(DEVICE))
         for name in names:
             linear_map, residual, expected = maps[name]
             assert step_linear_mlra.runner_of(linear_map, len(x), machine, x.dtype).__name__ == way, name
-            out = torch.full(expected.shape, torch.nan, dtype=x.dtype)
+            out = torch.full(expected.shape, torch.nan, dtype=x.dtype, device=DEVICE)
             step_linear_mlra.run(linear_map, x, out, machine, residual)
             assert rms_ratio(expected, out.double()) < limit, name
 
@@ -51,6 +57,7 @@ SCALED = {
 """Name -> K, rows, rows and columns that share a scale, maps."""
 
 
+@as_python
 @pytest.mark.parametrize("vectors", [1, 2])
 @pytest.mark.parametrize("shape", SCALED)
 def test_weights_of_8_bits_through_rings(shape, vectors, monkeypatch):
@@ -66,9 +73,9 @@ def plain_cases(inner: int, sizes: tuple[int, ...], vectors: int) -> tuple[torch
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
-        return torch.randn(shape, generator=generator).bfloat16()
+        return torch.randn(shape, generator=generator).bfloat16().to(DEVICE)
 
-    norm = MLRARMSNorm(inner, 1e-6).bfloat16()
+    norm = MLRARMSNorm(inner, 1e-6).bfloat16().to(DEVICE)
     norm.weight.data.copy_(normal(inner))
     x, before = normal(vectors, inner + 8)[:, :inner], normal(vectors, sum(sizes))
     weights, up = tuple(normal(n, inner) / inner**0.5 for n in sizes), normal(sizes[0], inner) / inner**0.5
@@ -83,6 +90,7 @@ def plain_cases(inner: int, sizes: tuple[int, ...], vectors: int) -> tuple[torch
     }
 
 
+@as_python
 @pytest.mark.parametrize("block", ["plain", None, (16, 64), (1, 192)])
 @pytest.mark.parametrize("sizes", [(16,), (40, 21, 8)])
 def test_weights_held_for_tensor_cores(sizes, block, monkeypatch):
@@ -97,6 +105,7 @@ def test_weights_held_for_tensor_cores(sizes, block, monkeypatch):
     check(maps, x, ("norm", "residual"), "run_held", KERNEL_BF16_RATIO)
 
 
+@as_python
 @pytest.mark.parametrize("vectors", [3, 16])
 @pytest.mark.parametrize(
     ("inner", "rows", "splits", "names"),
@@ -107,4 +116,42 @@ def test_products_of_streamed_weights(inner, rows, splits, names, vectors, monke
     x, maps = plain_cases(inner, (rows,), vectors)
     monkeypatch.setattr(step_linear_streamed_products_mlra, "STREAMED_BYTES", 0)
     plans(monkeypatch, step_linear_streamed_products_mlra, "streamed_plan", COLUMNS=32, STAGES=2, SPLITS=splits)
+    check(maps, x, names, "run_as_streamed_products", KERNEL_BF16_RATIO)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block", [None, (128, 128), "rows"])
+@pytest.mark.parametrize(
+    ("inner", "rows", "names"),
+    [(3072, 9880, ("norm", "swiglu", "residual")), (9880, 3072, ("residual",)), (1048, 66, ("residual",))],
+)
+def test_gpu_weights_of_8_bits_through_rings(inner, rows, names, block, dtype, monkeypatch):
+    block = (1, inner) if block == "rows" else block
+    x, maps = test_fused_weights.cases(inner, (rows,), 1, block, dtype)
+    monkeypatch.setattr(step_linear_stream_mlra, "SCALED_RING_BYTES", 0)
+    check(maps, x, names, "run_as_stream", FUSED_FLOAT32_RATIO if dtype == torch.float32 else KERNEL_BF16_RATIO)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block", ["plain", None, (128, 128), "rows"])
+@pytest.mark.parametrize(("inner", "sizes"), [(3072, (1024, 512, 64)), (3072, (3072,)), (1024, (4608,)), (976, (50,))])
+def test_gpu_weights_held_for_tensor_cores(inner, sizes, block, monkeypatch):
+    if block == "plain":
+        x, maps = plain_cases(inner, sizes, 1)
+    else:
+        x, maps = test_fused_weights.cases(inner, sizes, 1, (1, inner) if block == "rows" else block, torch.bfloat16)
+    monkeypatch.setattr(step_linear_held_mlra, "HELD", True)
+    check(maps, x, ("norm", "residual"), "run_held", KERNEL_BF16_RATIO)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vectors", [3, 16])
+@pytest.mark.parametrize(
+    ("inner", "rows", "names"),
+    [(3072, 9880, ("norm", "swiglu", "residual")), (9880, 3072, ("residual",)), (1000, 50, ("norm", "swiglu"))],
+)
+def test_gpu_products_of_streamed_weights(inner, rows, names, vectors, monkeypatch):
+    x, maps = plain_cases(inner, (rows,), vectors)
+    monkeypatch.setattr(step_linear_streamed_products_mlra, "STREAMED_BYTES", 0)
     check(maps, x, names, "run_as_streamed_products", KERNEL_BF16_RATIO)
