@@ -21,7 +21,7 @@ class Split(NamedTuple):
     out: bool = False
 
 
-# By number of ranks; chosen with `torchrun -m scripts.bench_tp --parts splits`
+# By number of ranks; chosen with `torchrun -m scripts.bench_tp --parts projections`
 SPLITS: dict[int, Split] = {}
 
 
