@@ -5,6 +5,7 @@ look at layers, or hidden states are asked for, every layer that nothing looks i
 modules, and whatever is around it is called as ever.
 """
 
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -55,6 +56,7 @@ class Stepped:
 
 
 _stepped: WeakKeyDictionary[nn.Module, Stepped] = WeakKeyDictionary()
+_looking = threading.RLock()  # threads with caches of their own may share a model
 
 
 class FusedLayers:
@@ -159,20 +161,21 @@ def is_looked_into(layer: nn.Module) -> bool:
 def step_for(model: nn.Module, cache: MLRACache, input_ids) -> tuple[Held, Fused] | None:
     """What is held of the model with this cache, which has room for a token, and what runs fused."""
     now, batch = fingerprint(model), input_ids.shape[0]
-    kept = _stepped.get(model)
-    if kept is None or kept.fingerprint != now:
-        kept = _stepped[model] = Stepped(now)
-    if batch not in kept.takes:
-        kept.takes[batch] = what_fuses(model, batch)
-    if not kept.takes[batch].layers:
-        return None
-    held = kept.held_of(cache)
-    if ("fits", batch) not in held.objects:
-        held.objects["fits", batch] = fits(model, cache, batch)
-    if not held.objects["fits", batch]:
-        return None
-    make_room(cache, 1)
-    return kept.held_of(cache), kept.takes[batch]
+    with _looking:
+        kept = _stepped.get(model)
+        if kept is None or kept.fingerprint != now:
+            kept = _stepped[model] = Stepped(now)
+        if batch not in kept.takes:
+            kept.takes[batch] = what_fuses(model, batch)
+        if not kept.takes[batch].layers:
+            return None
+        held = kept.held_of(cache)
+        if ("fits", batch) not in held.objects:
+            held.objects["fits", batch] = fits(model, cache, batch)
+        if not held.objects["fits", batch]:
+            return None
+        make_room(cache, 1)
+        return kept.held_of(cache), kept.takes[batch]
 
 
 def made(held: Held, key: tuple, make: Callable):
@@ -213,7 +216,8 @@ def fused_forward(
 
 def free_steps(model: nn.Module) -> None:
     """Free what forwards of everybody have kept of this model."""
-    _stepped.pop(model, None)
+    with _looking:
+        _stepped.pop(model, None)
 
 
 __all__ = ["FusedLayers", "free_steps", "fused_forward"]

@@ -25,7 +25,19 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PLACE = REPOSITORY / "build" / "compat"
 RESULTS = REPOSITORY / "evals" / "results" / "compat.md"
 VERSIONS = ("5.17.0", "5.20.2", "5.23.0", "pinned", "newest")
-SUBJECTS = ("cache", "config", "convert", "demo", "features", "generate", "library", "model", "remote_code")
+SUBJECTS = (
+    "cache",
+    "config",
+    "convert",
+    "demo",
+    "features",
+    "forwards",
+    "generate",
+    "library",
+    "model",
+    "remote_code",
+    "stepped",
+)
 SHOWN = ("transformers", "torch", "accelerate", "huggingface_hub", "tokenizers", "safetensors", "peft", "triton")
 
 

@@ -3,6 +3,8 @@
 import copy
 import gc
 import pickle
+import sys
+import threading
 import weakref
 from contextlib import nullcontext
 from functools import partial
@@ -393,3 +395,34 @@ def test_gpu_steps_on_streams_and_threads():
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(decode, range(4)))
     assert all(map(torch.equal, alone, together))
+
+
+def test_threads_with_caches_of_their_own(counting):
+    """More caches in turn than a model keeps launches for, on several threads: none loses what another one drops."""
+    model, errors, ran = small_model(), [], []
+    ids = random_ids(1, 3).to(DEVICE)
+    switch_interval = sys.getswitchinterval()
+
+    def decode():
+        try:
+            with torch.no_grad():
+                caches = [MLRACache(model.config) for _ in range(stepped_mlra.MAX_STEPPED)]
+                for cache in caches:
+                    model(ids, cache=cache)
+                for _ in range(60):
+                    for cache in caches:
+                        model(ids[:, :1], cache=cache)
+                ran.extend(cache.get_seq_length() for cache in caches)
+        except Exception as error:
+            errors.append(repr(error))
+
+    threads = [threading.Thread(target=decode) for _ in range(4)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(switch_interval)
+    assert not errors and ran == [63] * len(ran) and len(ran) == 4 * stepped_mlra.MAX_STEPPED
