@@ -52,6 +52,7 @@ def test_layers_and_loss_are_compiled_once_each(recompute, data, tmp_path, monke
     """Two graphs for all layers, micro-batches and chunks, the last of which is shorter; the plain run's losses."""
     monkeypatch.setattr(loss_mlra, "MAX_LOGITS_BYTES", 4 * MODEL["vocab_size"] * 50)  # 43, 43 and 42 of 128 tokens
     monkeypatch.setattr(training_model, "BACKEND", "aot_eager_decomp_partition")
+    monkeypatch.setattr(training_model.functorch_config, "activation_memory_budget", 1.0)  # put back afterwards
     changes = {"training__per_device_train_batch_size": 4}
     plain = run(data, tmp_path / "plain", **changes)
     torch.compiler.reset()
