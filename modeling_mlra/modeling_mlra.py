@@ -468,6 +468,7 @@ class MLRAForCausalLM(MLRAPreTrainedModel, MLRAGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    chunked_loss = staticmethod(chunked_causal_loss)  # a model whose layers are compiled one by one may have its own
 
     def __init__(self, config: MLRAConfig):
         super().__init__(config)
@@ -515,7 +516,7 @@ class MLRAForCausalLM(MLRAPreTrainedModel, MLRAGenerationMixin):
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         logits = loss = None
         if skip_logits and labels is not None and has_plain_weight(self.lm_head, hidden_states):
-            loss = chunked_causal_loss(hidden_states, self.lm_head.weight, labels, **kwargs)
+            loss = self.chunked_loss(hidden_states, self.lm_head.weight, labels, **kwargs)
         else:
             logits = self.lm_head(hidden_states)
             if labels is not None:

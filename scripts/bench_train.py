@@ -6,10 +6,11 @@
 
 A cell is MODEL:ATTENTION:COMPILE:BLOCKS:RECOMPUTE. MODEL is an architecture of configuration/, llama_gqa (8 key heads)
 or llama_mha (24), the Llamas with MLPs as wide as brings them to MLRA-4's parameter count. ATTENTION is auto (what
-training uses), or one of cudnn, flash, efficient, flex and fa4. COMPILE is none, layers (each layer by itself, quick
-to compile) or model (as the Trainer does). BLOCKS of --length tokens make a micro-batch. RECOMPUTE is none,
-attention_inputs, elementwise (where compiled) or layers (gradient checkpointing). A sixth part, float8, multiplies in
-float8 (torchao); MODEL_16 has an MLP as wide as the next multiple of 16, for float8 and for the bfloat16 beside it.
+training uses), or one of cudnn, flash, efficient, flex and fa4. COMPILE is none, layers (a recipe's compile_layers:
+each layer by itself, and the loss) or model (its torch_compile). BLOCKS of --length tokens make a micro-batch.
+RECOMPUTE is none, attention_inputs, elementwise (where compiled) or layers (gradient checkpointing). A sixth part,
+float8, multiplies in float8 (torchao); MODEL_16 has an MLP as wide as the next multiple of 16, for float8 and for the
+bfloat16 beside it.
 
 Weights and AdamW are float32, matmuls bfloat16 by autocast. Before a cell is timed, its loss and the gradients of the
 first layer's attention must be those of plain eager attention, uncompiled, block by block. A step is --step-blocks

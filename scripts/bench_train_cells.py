@@ -13,7 +13,7 @@ from scripts.causal_attention import IMPLEMENTATIONS, block_mask, causal_attenti
 from scripts.cli import UserError
 from scripts.compare_architectures import architecture_fields, match_width
 from scripts.recipe import model_config
-from scripts.training_model import set_recomputation, use_float8
+from scripts.training_model import compile_layers, set_recomputation, use_float8
 from scripts.training_speed import count_parameters
 
 LLAMAS = {"llama_gqa": 8, "llama_mha": 24}  # key heads
@@ -25,7 +25,7 @@ CELLS = (
     "mlra_4:auto:model:4:none",
     "llama_mha:auto:model:4:none",
     "mla:auto:model:4:none",
-    "mlra_4:auto:model:6:none",
+    "mlra_4:auto:layers:10:elementwise",
     "mlra_4:auto:model:4:attention_inputs",
     "mlra_4:auto:layers:4:none",
     "mlra_4:fa4:layers:4:none",
@@ -142,6 +142,5 @@ def prepare(model: nn.Module, cell: Cell, length: int, is_smoke: bool) -> Callab
         use_float8(model, device)
     options = {"backend": "aot_eager"} if is_smoke else {}
     if cell.compile == "layers":
-        for layer in model.model.layers:
-            layer.compile(**options)
+        compile_layers(model, **options)
     return torch.compile(model, **options) if cell.compile == "model" else model

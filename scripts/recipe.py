@@ -75,6 +75,7 @@ class Recipe:
     attn_implementation: str = "sdpa"
     recompute: str | None = None
     float8: bool = False
+    compile_layers: bool = False
 
     def settings(self) -> dict:
         """Everything that the losses depend on."""
@@ -156,10 +157,15 @@ def make_recipe(content: dict, source: object) -> Recipe:
             raise UserError(f"{source}: {name} must be a positive whole number, not {value!r}")
     if recipe.recompute not in RECOMPUTE:
         raise UserError(f"{source}: recompute must be null, attention_inputs or elementwise, not {recipe.recompute!r}")
-    if recipe.recompute == "elementwise" and not recipe.training.get("torch_compile"):
-        raise UserError(f"{source}: recompute elementwise is the compiler's: set training.torch_compile")
-    if not isinstance(recipe.float8, bool):
-        raise UserError(f"{source}: float8 must be true or false, not {recipe.float8!r}")
+    for name in ("float8", "compile_layers"):
+        value = getattr(recipe, name)
+        if not isinstance(value, bool):
+            raise UserError(f"{source}: {name} must be true or false, not {value!r}")
+    is_whole = any(recipe.training.get(f"torch_compile{kind}") for kind in ("", "_backend", "_mode"))
+    if recipe.compile_layers and is_whole:
+        raise UserError(f"{source}: compile_layers and training.torch_compile compile the same: set one of them")
+    if recipe.recompute == "elementwise" and not (recipe.compile_layers or is_whole):
+        raise UserError(f"{source}: recompute elementwise is the compiler's: set compile_layers")
     for name in ("train", "heldout"):
         names = getattr(recipe.data, name)
         if not isinstance(names, list) or not all(isinstance(entry, str) for entry in names):

@@ -63,7 +63,7 @@ from scripts.saved_tensors import read_saved_tensors
 from scripts.training_checks import CONFIG_FILE, RESULT_FILE, check_start
 from scripts.training_data import TrainingData, read_data
 from scripts.training_loop import BlockTrainer, TimeBudget
-from scripts.training_model import is_checkpoint, model_to_train
+from scripts.training_model import is_checkpoint, model_to_train, without_compilation
 from scripts.training_speed import matmul_rate, training_flops_per_token
 
 
@@ -169,6 +169,7 @@ def finish(trainer: BlockTrainer, recipe: Recipe, config: PreTrainedConfig, held
     trainer.save_model(str(output / "final"))
     if heldout and not args.fsdp:
         trained = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
+        trained = without_compilation(trained)
         result["heldout"] = heldout_loss(trained, heldout, recipe, args, published=args.bf16)
         if recipe.export is not None:
             if recipe.float8:  # as it will be loaded

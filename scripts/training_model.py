@@ -1,9 +1,10 @@
-"""The model that a training run starts from, what it makes again in the backward pass, and products in float8."""
+"""The model that a training run starts from, how it is compiled, what it makes again, and products in float8."""
 
 import sys
 from pathlib import Path
 
 import torch
+import torch._dynamo.config as dynamo_config
 import torch._functorch.config as functorch_config
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TrainingArguments, set_seed
 
@@ -19,6 +20,7 @@ except ImportError:
 
 # Of what a compiled layer keeps by default. At 2.87B no product is made again for it, and 29 % less is kept
 ELEMENTWISE_BUDGET = 0.85
+BACKEND = "inductor"  # of torch.compile
 ZERO_AT_START = ("o_proj.weight", "down_proj.weight")
 
 
@@ -28,11 +30,13 @@ def is_checkpoint(model: str | dict) -> bool:
 
 
 def model_to_train(recipe: Recipe, config: PreTrainedConfig, args: TrainingArguments) -> PreTrainedModel:
-    """`build_model`, with the recomputation and the float8 products that the recipe asks for."""
+    """`build_model`, with the recomputation, float8 products and compilation that the recipe asks for."""
     model = build_model(recipe, config, args.seed)
     set_recomputation(model, recipe.recompute)
     if recipe.float8:
         use_float8(model, args.device)
+    if recipe.compile_layers:
+        compile_layers(model)
     return model
 
 
@@ -68,6 +72,34 @@ def set_recomputation(model: PreTrainedModel, recompute: str | None) -> None:
         )
     for module in modules:
         module.recompute_inputs = recompute == "attention_inputs"
+
+
+def compile_layers(model: PreTrainedModel, backend: str | None = None) -> None:
+    """Compile the layers, all from one graph, and the loss in chunks, one graph too, when they are first called.
+
+    Shapes are fixed: a run's blocks have one. A layer's gradients go to DDP when its backward pass ends, so that its
+    graph need not be cut where DDP's buckets end.
+
+    Raises:
+        UserError: for a model whose layers are not where Llama's are.
+    """
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    if layers is None:
+        raise UserError(f"compile_layers: {type(model).__name__} has no model.layers: use training.torch_compile")
+    dynamo_config.optimize_ddp = False
+    options = {"backend": backend or BACKEND, "dynamic": False}
+    for layer in layers:
+        layer.compile(**options)
+    if hasattr(model, "chunked_loss"):
+        model.chunked_loss = torch.compile(type(model).chunked_loss, **options)
+
+
+def without_compilation(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model with its layers and loss as they were before `compile_layers`."""
+    for module in model.modules():
+        module._compiled_call_impl = None
+    vars(model).pop("chunked_loss", None)
+    return model
 
 
 def use_float8(model: PreTrainedModel, device: torch.device) -> None:

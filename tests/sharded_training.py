@@ -1,10 +1,14 @@
-"""scripts.train as a command, with FSDP also on CPUs, where accelerate would silently train by DDP instead."""
+"""scripts.train as a command, with FSDP also on CPUs, where accelerate would silently train by DDP instead.
+
+Layers are compiled without code of their own being generated, which takes minutes on CPUs.
+"""
 
 import sys
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
+from scripts import training_model
 from scripts.train import main
 
 initialise = AcceleratorState.__init__
@@ -22,4 +26,5 @@ def initialise_sharded(self, *args, fsdp_plugin=None, **kwargs):
 
 
 AcceleratorState.__init__ = initialise_sharded
+training_model.BACKEND = "aot_eager_decomp_partition"
 sys.exit(main())

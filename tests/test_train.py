@@ -411,14 +411,18 @@ def launch(config: Path, *flags: str, module: str = "scripts.train") -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("compiles", [False, True], ids=["plain", "compiled"])
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
-def test_two_processes_train_like_one(sharded, trained, data, tmp_path):
+def test_two_processes_train_like_one(sharded, compiles, trained, data, tmp_path):
+    """Compiled: as paper.json has it, layer by layer, with elementwise recomputation."""
     result, _ = trained
-    changes = {"training__per_device_train_batch_size": 4}
+    changes = {"training__per_device_train_batch_size": 2 if compiles else 4}
+    if compiles:
+        changes |= {"compile_layers": True, "recompute": "elementwise"}
     if sharded:
         changes |= {"training__fsdp": True, "training__fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}}
     content = settings(data, tmp_path / "run", **changes) | {"export": {"folder": str(tmp_path / "hub")}}
-    module = "tests.sharded_training" if sharded else "scripts.train"
+    module = "tests.sharded_training" if sharded or compiles else "scripts.train"
     launch(write(tmp_path / "recipe.json", content), module=module)
     other = json.loads((tmp_path / "run" / RESULT_FILE).read_text())
     assert losses(other) == pytest.approx(losses(result), abs=LOSS_ATOL * 10)

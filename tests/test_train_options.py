@@ -4,15 +4,17 @@ import json
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, Trainer
 
+from modeling_mlra import loss_mlra
 from scripts import bench_train, bench_train_cells, bench_train_checks, recipe, train, training_model
 from scripts.bench_train_profile import group_of
 from scripts.cli import UserError
 from scripts.recipe import model_config
 from scripts.training_loop import BlockTrainer
 from scripts.training_speed import count_parameters
-from tests.models import tiny_model
+from tests.models import random_ids, tiny_model
 from tests.paths import REPOSITORY
 from tests.tolerances import LOSS_ATOL
 from tests.training import LLAMA, MODEL, losses, settings
@@ -45,6 +47,55 @@ def test_recomputation_and_the_loss_in_chunks_change_no_loss(data, tmp_path, mon
         assert losses(other) == pytest.approx(losses(in_chunks), abs=LOSS_ATOL * 10)
 
 
+@pytest.mark.parametrize("recompute", [None, "elementwise"])
+def test_layers_and_loss_are_compiled_once_each(recompute, data, tmp_path, monkeypatch):  # noqa: F811
+    """Two graphs for all layers, micro-batches and chunks, the last of which is shorter; the plain run's losses."""
+    monkeypatch.setattr(loss_mlra, "MAX_LOGITS_BYTES", 4 * MODEL["vocab_size"] * 50)  # 43, 43 and 42 of 128 tokens
+    monkeypatch.setattr(training_model, "BACKEND", "aot_eager_decomp_partition")
+    monkeypatch.setattr(training_model.functorch_config, "activation_memory_budget", 1.0)  # put back afterwards
+    changes = {"training__per_device_train_batch_size": 4}
+    plain = run(data, tmp_path / "plain", **changes)
+    torch.compiler.reset()
+    counters.clear()
+    compiled = run(data, tmp_path / "compiled", compile_layers=True, recompute=recompute, **changes)
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    assert losses(compiled) == pytest.approx(losses(plain), abs=LOSS_ATOL * 10)
+    assert compiled["heldout"]["heldout"]["loss"] == pytest.approx(plain["heldout"]["heldout"]["loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("recompute", [None, "elementwise"])
+def test_compiled_layers_and_loss_give_the_plain_gradients(recompute, monkeypatch):
+    """In float32, by padding that counts for nothing and a given number of targets too; nothing stays compiled."""
+    monkeypatch.setattr(loss_mlra, "MAX_LOGITS_BYTES", 4 * 61 * 21)  # 21, 21 and 20 of 62 tokens
+    torch.compiler.reset()
+    model = tiny_model("mlra_4").train()
+    ids = random_ids(2, 31)
+    labels = ids.masked_fill(ids % 5 == 0, -100)
+    found = []
+    for is_compiled in (False, True):
+        if is_compiled:
+            training_model.set_recomputation(model, recompute)
+            training_model.compile_layers(model, "aot_eager_decomp_partition")
+            assert model.chunked_loss is not type(model).chunked_loss
+        for extra in ({}, {"num_items_in_batch": torch.tensor(40)}):
+            model.zero_grad()
+            loss = model(ids, labels=labels, use_cache=False, skip_logits=True, **extra).loss
+            loss.backward()
+            found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    for plain, compiled in zip(found[:2], found[2:], strict=True):
+        for one, other in zip(compiled, plain, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=LOSS_ATOL * max(1.0, other.abs().max().item()))
+    training_model.set_recomputation(model, None)
+    training_model.without_compilation(model)
+    assert model.chunked_loss is type(model).chunked_loss
+    assert not any(module._compiled_call_impl for module in model.modules())
+
+
+def test_models_without_such_layers_are_compiled_whole():
+    with pytest.raises(UserError, match="ModuleList has no model.layers: use training.torch_compile"):
+        training_model.compile_layers(torch.nn.ModuleList())
+
+
 @pytest.mark.parametrize("model, given, expected", [(MODEL, "sdpa", "sdpa"), (LLAMA, "sdpa", "causal_auto"),
                                                     (LLAMA, "eager", "eager")])  # fmt: skip
 def test_attention_of_a_recipe(model, given, expected, data, tmp_path):  # noqa: F811
@@ -62,7 +113,9 @@ def test_attention_of_a_recipe(model, given, expected, data, tmp_path):  # noqa:
     "changes, message",
     [
         ({"recompute": "layers"}, "recompute must be null, attention_inputs or elementwise, not 'layers'"),
-        ({"recompute": "elementwise"}, "recompute elementwise is the compiler's: set training.torch_compile"),
+        ({"recompute": "elementwise"}, "recompute elementwise is the compiler's: set compile_layers"),
+        ({"compile_layers": 1}, "compile_layers must be true or false"),
+        ({"compile_layers": True, "training__torch_compile": True}, "compile the same: set one of them"),
         ({"recompute": "attention_inputs", "model": LLAMA}, "recompute 'attention_inputs' is for models of type mlra"),
         ({"float8": "yes"}, "float8 must be true or false, not 'yes'"),
         ({"float8": True}, "float8 needs"),
@@ -115,7 +168,8 @@ def test_paper_recipe_on_several_devices(devices, monkeypatch):
         recipe.training_arguments(paper)
     assert given["per_device_train_batch_size"] * given["gradient_accumulation_steps"] * devices == 480
     assert given["ddp_find_unused_parameters"] is given["logging_nan_inf_filter"] is False
-    assert given["torch_compile"] and not given.get("gradient_checkpointing") and paper.recompute is None
+    assert paper.compile_layers and paper.recompute == "elementwise"
+    assert not given.get("torch_compile") and not given.get("gradient_checkpointing")
 
 
 # The benchmark
