@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
+from .decode_mlra import asked_implementation
 from .library_mlra import causal_mask
 
 
@@ -41,6 +42,17 @@ def cache_rows(
         return CacheRows(kv_end)
     key_mask = attention_mask.to(torch.bool)
     return CacheRows(kv_end, key_mask.int().argmax(dim=-1).to(torch.int32), key_mask)
+
+
+def hides_no_row(attention_mask: torch.Tensor, kv_end: torch.Tensor | int) -> bool:
+    """Whether a mask lets all `kv_end` rows be read, as the library's loop gives it for prompts without padding.
+
+    Waits for the device; False where that is impossible, while tracing or in a graph.
+    """
+    if torch.compiler.is_compiling() or (attention_mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return False
+    used = attention_mask[:, : int(kv_end)]
+    return used.shape[1] == int(kv_end) and bool(used.all())
 
 
 class MaskBuffers:
@@ -83,7 +95,11 @@ def make_mask(
     """
     batch, length = inputs_embeds.shape[:2]
     if absorbed and config._attn_implementation != "eager" and (attention_mask is None or attention_mask.ndim == 2):
-        return cache_rows(attention_mask, past_length + length, batch, inputs_embeds.device)
+        kv_end = past_length + length
+        takes_no_mask = asked_implementation(config.decode_implementation) == "flash_attention_3"
+        if takes_no_mask and attention_mask is not None and hides_no_row(attention_mask, kv_end):
+            attention_mask = None
+        return cache_rows(attention_mask, kv_end, batch, inputs_embeds.device)
     mask = dense_mask(config, inputs_embeds, attention_mask, cache, position_ids, past_length)
     return additive(mask, inputs_embeds.dtype) if absorbed else mask
 

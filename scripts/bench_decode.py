@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         help="parts to run; default all",
     )
     parser.add_argument("--libraries", nargs="*", help="operator libraries to load for the peers")
+    parser.add_argument("--commit", help="what to call the commit where there is no repository")
     args = parser.parse_args(argv)
     return cli.run("scripts.bench_decode:benchmark", args, outputs=[args.output])
 
@@ -50,6 +51,7 @@ if __name__ == "__main__":
 
 import torch
 
+from evals.common import commit
 from scripts.decode_cases import PARTS, Case, Inputs
 from scripts.decode_peers import KERNELS
 from scripts.flash_operators import load_libraries
@@ -172,6 +174,7 @@ def benchmark(args: argparse.Namespace) -> None:
                 "torch": torch.__version__,
                 "cuda": torch.version.cuda,
                 "triton": triton.__version__,
+                "commit": args.commit or commit(),
                 "date": datetime.date.today().isoformat(),
                 "command": "python -m scripts.bench_decode " + " ".join(sys.argv[1:]),
                 "read_ceiling_gb_s": ceiling,

@@ -50,12 +50,20 @@ def interface() -> ModuleType | None:
     return sys.modules[__name__] if has_operators() else None
 
 
+def _with_rows_in_order(x: torch.Tensor | None) -> torch.Tensor | None:
+    """Copied where the last dimension is not contiguous, as lengths expanded from one are not: the module does so, the
+    operator refuses them."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
 def _forward(
     q, k, v, *, qv=None, cu_seqlens=(None, None), seqused_k=None, longest=(None, None), page_table=None,
     softmax_scale=None, causal=False,
 ):  # fmt: skip
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise NotImplementedError("vLLM's operators of FlashAttention-3 have no backward pass")
+    q, k, v, seqused_k, page_table = map(_with_rows_in_order, (q, k, v, seqused_k, page_table))
+    cu_seqlens = tuple(map(_with_rows_in_order, cu_seqlens))
     scale = (q.shape[-1] + (0 if qv is None else qv.shape[-1])) ** -0.5 if softmax_scale is None else softmax_scale
     none = [None] * 3
     return torch.ops._vllm_fa3_C.fwd(

@@ -257,6 +257,23 @@ def test_card_quotes_nothing_for_other_models(converted):
     assert "published by the authors" not in card and "ablation without scaling" in card
 
 
+@pytest.mark.parametrize("file", ["hub_card.md", "README.md"])
+def test_quoted_times_are_those_of_the_results(file):
+    """Of attention over one device's share; only cards of models with such a share quote them."""
+    rows = json.loads((REPOSITORY / "evals" / "results" / "decode_peers_h200.json").read_text())["figure"]
+    ours = [row for row in rows if "against_mla" in row]
+    ratios, times = [row["against_mla"] for row in ours], [row["us"] for row in ours]
+    config = MLRAConfig(**json.loads((REPOSITORY / "configuration" / "mlra_4.json").read_text()))
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    if file == "hub_card.md":
+        text = render_card(config, torch.bfloat16, "", released=False, license_id="apache-2.0")
+        other = MLRAConfig(**json.loads((REPOSITORY / "configuration" / "mla.json").read_text()))
+        assert "FlashMLA" not in render_card(other, torch.bfloat16, "", released=False, license_id="apache-2.0")
+    text = " ".join(text.split())
+    assert f"{times[0]:.0f} µs at 128K tokens and {times[-1]:.0f} at 2M, {min(ratios):.1f} to" in text
+    assert f"to {max(ratios):.1f} times" in text
+
+
 def test_card_cache_table():
     """Per device, in units of 128 numbers: the table of the paper."""
     expected = {"mla": (4.5, 4.5, 4.5, 4.5), "gla_2": (4.5, 2.5, 2.5, 2.5), "mlra_4": (4.5, 2.5, 1.5, 1.5)}
