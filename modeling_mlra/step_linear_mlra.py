@@ -6,7 +6,6 @@
 """
 
 from .step_device_mlra import Machine
-from .step_linear_held_mlra import holds, run_held
 from .step_linear_products_mlra import run_as_products
 from .step_linear_registers_mlra import run_in_registers
 from .step_linear_stream_mlra import run_as_stream, streams
@@ -23,8 +22,6 @@ def runner_of(linear_map: LinearMap, vectors: int, machine: Machine, dtype=None)
         if machine.hopper and halves and streams_products(linear_map, vectors, machine):
             return run_as_streamed_products
         return run_as_products
-    if machine.hopper and dtype is not None and holds(linear_map, dtype, vectors):
-        return run_held
     return run_as_stream if machine.hopper and streams(linear_map, vectors) else run_in_registers
 
 

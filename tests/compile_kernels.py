@@ -38,7 +38,6 @@ from modeling_mlra import (
     decode_triton_mlra,
     device_mlra,
     step_exchange_mlra,
-    step_linear_held_mlra,
     step_linear_products_mlra,
     step_linear_registers_mlra,
     step_linear_stream_mlra,
@@ -63,7 +62,6 @@ KERNELS = (
     (step_linear_registers_mlra, ("register_linear_kernel",)),
     (step_linear_products_mlra, ("product_linear_kernel",)),
     (step_linear_stream_mlra, ("stream_linear_kernel",)),
-    (step_linear_held_mlra, ("held_linear_kernel",)),
     (step_linear_streamed_products_mlra, ("streamed_product_kernel",)),
 )
 

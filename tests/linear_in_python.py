@@ -10,7 +10,6 @@ import torch
 
 from modeling_mlra import (
     step_device_mlra,
-    step_linear_held_mlra,
     step_linear_stream_mlra,
     step_linear_streamed_products_mlra,
     step_maps_mlra,
@@ -21,7 +20,6 @@ from tests.hopper_in_python import CopyEngine, as_pointers, stand_ins
 
 MODULES = {
     "stream_linear_kernel": step_linear_stream_mlra,
-    "held_linear_kernel": step_linear_held_mlra,
     "streamed_product_kernel": step_linear_streamed_products_mlra,
 }
 HOPPER = DeviceFacts(nvidia=True, hopper=True)

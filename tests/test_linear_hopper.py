@@ -11,7 +11,6 @@ from torch import nn
 
 from modeling_mlra import (
     device_mlra,
-    step_linear_held_mlra,
     step_linear_mlra,
     step_linear_stream_mlra,
     step_linear_streamed_products_mlra,
@@ -91,21 +90,6 @@ def plain_cases(inner: int, sizes: tuple[int, ...], vectors: int) -> tuple[torch
 
 
 @as_python
-@pytest.mark.parametrize("block", ["plain", None, (16, 64), (1, 192)])
-@pytest.mark.parametrize("sizes", [(16,), (40, 21, 8)])
-def test_weights_held_for_tensor_cores(sizes, block, monkeypatch):
-    """Stacked weights, rows and columns that end inside; plain weights, and of 8 bits with scales of all kinds."""
-    inner = 192
-    if block == "plain":
-        x, maps = plain_cases(inner, sizes, 1)
-    else:
-        x, maps = test_fused_weights.cases(inner, sizes, 1, block, torch.bfloat16)
-    monkeypatch.setattr(step_linear_held_mlra, "HELD", True)
-    plans(monkeypatch, step_linear_held_mlra, "held_plan", num_warps=2)
-    check(maps, x, ("norm", "residual"), "run_held", KERNEL_BF16_RATIO)
-
-
-@as_python
 @pytest.mark.parametrize("vectors", [3, 16])
 @pytest.mark.parametrize(
     ("inner", "rows", "splits", "names"),
@@ -131,18 +115,6 @@ def test_gpu_weights_of_8_bits_through_rings(inner, rows, names, block, dtype, m
     x, maps = test_fused_weights.cases(inner, (rows,), 1, block, dtype)
     monkeypatch.setattr(step_linear_stream_mlra, "SCALED_RING_BYTES", 0)
     check(maps, x, names, "run_as_stream", FUSED_FLOAT32_RATIO if dtype == torch.float32 else KERNEL_BF16_RATIO)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("block", ["plain", None, (128, 128), "rows"])
-@pytest.mark.parametrize(("inner", "sizes"), [(3072, (1024, 512, 64)), (3072, (3072,)), (1024, (4608,)), (976, (50,))])
-def test_gpu_weights_held_for_tensor_cores(inner, sizes, block, monkeypatch):
-    if block == "plain":
-        x, maps = plain_cases(inner, sizes, 1)
-    else:
-        x, maps = test_fused_weights.cases(inner, sizes, 1, (1, inner) if block == "rows" else block, torch.bfloat16)
-    monkeypatch.setattr(step_linear_held_mlra, "HELD", True)
-    check(maps, x, ("norm", "residual"), "run_held", KERNEL_BF16_RATIO)
 
 
 @pytest.mark.gpu
