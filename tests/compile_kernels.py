@@ -41,7 +41,6 @@ from modeling_mlra import (
     step_linear_products_mlra,
     step_linear_registers_mlra,
     step_linear_stream_mlra,
-    step_linear_streamed_products_mlra,
     step_mlra,
 )
 from modeling_mlra.decode_arguments_mlra import DecodeInputs
@@ -62,7 +61,6 @@ KERNELS = (
     (step_linear_registers_mlra, ("register_linear_kernel",)),
     (step_linear_products_mlra, ("product_linear_kernel",)),
     (step_linear_stream_mlra, ("stream_linear_kernel",)),
-    (step_linear_streamed_products_mlra, ("streamed_product_kernel",)),
 )
 
 
