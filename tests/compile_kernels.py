@@ -409,8 +409,8 @@ def compile_sample(name: str) -> list[str]:
                 step_released(compiler, "mlra_4, gated", sequences)
             for shape, sequences in (("mlra_4", 1), ("gla_2", 2), ("mla", 32), ("mlra_4, FP8 rows", 16)):
                 pages_released(compiler, shape, sequences)
-            compiler.only = "register_linear_kernel"
-            step_released(compiler, "mlra_4", 1, fp8=True)
+            for compiler.only in ("register_linear_kernel", "stream_linear_kernel"):
+                step_released(compiler, "mlra_4", 1, fp8=True)
             compiler.only = "absorb_kernel"
             step_released(compiler, "mlra_4, FP8 rows", 1)
             compiler.only = None

@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import torch
 
-from modeling_mlra import step_device_mlra, step_linear_stream_mlra, step_maps_mlra
+from modeling_mlra import step_device_mlra, step_linear_rings_mlra, step_linear_stream_mlra, step_maps_mlra
 from modeling_mlra.device_mlra import DeviceFacts, known_devices
 from tests.gluon_in_python import Pointer
 from tests.hopper_in_python import CopyEngine, as_pointers, stand_ins
@@ -28,7 +28,8 @@ def language_of(engine: CopyEngine, program: int, programs: int) -> dict:
     gl = scope["gl"]
     gl.store, gl.sum = store, lambda x, axis: x.sum(axis)
     gl.num_programs = lambda axis: torch.tensor(programs, dtype=torch.int32)
-    gl.to_tensor, gl.reshape = torch.tensor, torch.reshape
+    gl.to_tensor, gl.reshape, gl.maximum = torch.tensor, torch.reshape, torch.clamp
+    gl.float8e4nv = torch.float8_e4m3fn
     gl.BlockedLayout = lambda *arguments: None
     tl = SimpleNamespace(
         cdiv=lambda a, b: -(-a // b), rsqrt=torch.rsqrt, exp=torch.exp, float32=torch.float32, constexpr=None
@@ -46,7 +47,7 @@ def as_descriptor(value):
 
 def launch(device, kernel, grid, *arguments, **options):
     """In place of `device_mlra.launch`: one program after the other, with a copy engine of its own."""
-    modules = step_device_mlra, step_maps_mlra, step_linear_stream_mlra
+    modules = step_device_mlra, step_maps_mlra, step_linear_rings_mlra, step_linear_stream_mlra
     names = [*kernel.arg_names][len(arguments) :]
     for program in range(grid[0]):
         engine = CopyEngine(seed=program)
