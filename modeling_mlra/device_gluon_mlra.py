@@ -3,7 +3,6 @@
 try:
     import triton.experimental.gluon.language as gl
     from triton.experimental import gluon
-    from triton.experimental.gluon.language.nvidia.ampere import mma_v2  # noqa: F401
     from triton.experimental.gluon.language.nvidia.hopper import (  # noqa: F401
         fence_async_shared,
         mbarrier,

@@ -6,25 +6,18 @@
 """
 
 from .step_device_mlra import Machine
-from .step_linear_held_mlra import holds, run_held
 from .step_linear_products_mlra import run_as_products
 from .step_linear_registers_mlra import run_in_registers
 from .step_linear_stream_mlra import run_as_stream, streams
-from .step_linear_streamed_products_mlra import run_as_streamed_products, streams_products
 from .step_maps_mlra import LinearMap
 
 FEW_VECTORS = 2  # as many products are free beside the reading of the weights; more take tensor cores
 
 
-def runner_of(linear_map: LinearMap, vectors: int, machine: Machine, dtype=None):
+def runner_of(linear_map: LinearMap, vectors: int, machine: Machine):
     """Which of the three ways suits a map of so many vectors on this device."""
     if vectors > FEW_VECTORS:
-        halves = dtype is not None and dtype.itemsize == 2
-        if machine.hopper and halves and streams_products(linear_map, vectors, machine):
-            return run_as_streamed_products
         return run_as_products
-    if machine.hopper and dtype is not None and holds(linear_map, dtype, vectors):
-        return run_held
     return run_as_stream if machine.hopper and streams(linear_map, vectors) else run_in_registers
 
 
@@ -38,4 +31,4 @@ def run(linear_map: LinearMap, x, out, machine: Machine, residual=None) -> None:
     """
     for part, columns in linear_map.parts():
         beside = None if residual is None else residual[:, columns]
-        runner_of(part, x.shape[0], machine, x.dtype)(part, x, out[:, columns], beside, machine)
+        runner_of(part, x.shape[0], machine)(part, x, out[:, columns], beside, machine)

@@ -17,6 +17,10 @@ product_linear_kernel: Any = None
 
 ROWS = 64  # of a tile of weights: the height of the tensor cores' product on Hopper
 PRODUCT_SHARED_BYTES = 56 * 2**10  # what a program takes for its buffers of weights
+MEASURED = {(48, 9880): {"SPLITS": 8, "STAGES": 4}, (72, 1024): {"SPLITS": 4}}
+"""Row blocks and columns of down_proj and query of the released MLRA-4 on one GPU -> what was faster there than the
+rule that all others go by: 16 vectors, weights of 16 bits, an H200. Ranks, 8 bits and other GPUs were not measured.
+"""
 
 
 class ProductTile(NamedTuple):
@@ -184,10 +188,14 @@ if triton is not None:
         tl.store(out.data + target, y.to(out.data.dtype.element_ty), mask=mask)
 
 
-def product_plan(blocks: int, inner: int, multiprocessors: int) -> dict[str, int]:
+def product_plan(linear_map: LinearMap, blocks: int, width: int, multiprocessors: int) -> dict[str, int]:
     """Columns of a tile and programs per row block, chosen on an H200 with `python -m scripts.bench_fused`."""
+    inner = linear_map.inner
     programs = (4 if inner > 4096 else 2) * multiprocessors
-    return {"WIDTH": 128, "STAGES": 3, "SPLITS": max(1, min(programs // blocks, inner // 512)), "num_warps": 4}
+    plan = {"WIDTH": 128, "STAGES": 3, "SPLITS": max(1, min(programs // blocks, inner // 512)), "num_warps": 4}
+    if width == 16 and multiprocessors == 132 and linear_map.numbers[0].element_size() == 2:
+        plan |= MEASURED.get((blocks, inner), {})
+    return plan
 
 
 def fitting_width(width: int, linear_map: LinearMap) -> int:
@@ -207,7 +215,7 @@ def run_as_products(linear_map: LinearMap, x, out, residual, machine: Machine) -
     """`step_linear_mlra.run` for more than a few vectors."""
     width = padded(x.shape[0])
     blocks, stack = stacked(linear_map, ROWS // 2 if linear_map.swiglu else ROWS)
-    plan = {"MP": width, "ROWS": ROWS} | product_plan(blocks, linear_map.inner, machine.multiprocessors)
+    plan = {"MP": width, "ROWS": ROWS} | product_plan(linear_map, blocks, width, machine.multiprocessors)
     tile = ProductTile(*(plan.pop(name) for name in ProductTile._fields))
     tile = tile._replace(WIDTH=fitting_width(tile.WIDTH, linear_map))
     assert tile.SPLITS == 1 or blocks <= machine.arrived.numel(), f"{blocks} row blocks"

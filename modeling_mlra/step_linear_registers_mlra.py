@@ -125,6 +125,8 @@ def register_plan(linear_map: LinearMap, vectors: int, residual: bool) -> dict[s
     plan = {"ROWS": max(1, rows), "WIDTH": width, "AHEAD": 2 if residual else 3, "num_warps": 4}
     if linear_map.is_scaled and residual:  # half the bytes a row
         plan["WIDTH"] = min(2048, triton.next_power_of_2(inner))
+    if linear_map.is_scaled and vectors == 1 and not residual and width == 1024 == triton.next_power_of_2(inner):
+        plan["ROWS"] = 8  # query
     if linear_map.is_scaled and linear_map.swiglu:
         return plan | ({"ROWS": 2 * plan["ROWS"]} if vectors == 1 else {})
     return plan | ({"maxnreg": 88} if vectors == 1 and not residual and 1024 < inner <= 3072 else {})

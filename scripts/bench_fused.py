@@ -100,8 +100,8 @@ def products(splits: int = 1, **changed):
     """Changed tiles of the products of many vectors, and `splits` times as many programs for the small weights."""
     product_plan = step_linear_products_mlra.product_plan
 
-    def plan(blocks, inner, multiprocessors):
-        return product_plan(blocks, inner, multiprocessors * splits) | changed
+    def plan(linear_map, blocks, width, multiprocessors):
+        return product_plan(linear_map, blocks, width, multiprocessors * splits) | changed
 
     return patch.multiple(step_linear_products_mlra, product_plan=plan)
 
@@ -125,8 +125,8 @@ def variants(sequences: int, fp8: bool) -> dict:
             "residual, chunks of 4096, 1 ahead": tiles("residual", WIDTH=4096, AHEAD=1),
             "residual, 2 rows": tiles("residual", ROWS=2),
             "residual, 8 rows, 8 warps": tiles("residual", ROWS=8, num_warps=8),
-            **{f"gate and up, {n} rows each": tiles("swiglu", ROWS=n) for n in (2, 8)},
-            "gate and up, 8 rows each, 8 warps": tiles("swiglu", ROWS=8, num_warps=8),
+            "no rings": rings(2**20),
+            **{f"rings of {n} tiles": rings(32, STAGES=n) for n in (2, 4)},
             "down and query, 8 rows": tiles("norm", ROWS=8),
             "down and query, 8 rows, 8 warps": tiles("norm", ROWS=8, num_warps=8),
         }

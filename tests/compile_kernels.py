@@ -38,11 +38,9 @@ from modeling_mlra import (
     decode_triton_mlra,
     device_mlra,
     step_exchange_mlra,
-    step_linear_held_mlra,
     step_linear_products_mlra,
     step_linear_registers_mlra,
     step_linear_stream_mlra,
-    step_linear_streamed_products_mlra,
     step_mlra,
 )
 from modeling_mlra.decode_arguments_mlra import DecodeInputs
@@ -63,8 +61,6 @@ KERNELS = (
     (step_linear_registers_mlra, ("register_linear_kernel",)),
     (step_linear_products_mlra, ("product_linear_kernel",)),
     (step_linear_stream_mlra, ("stream_linear_kernel",)),
-    (step_linear_held_mlra, ("held_linear_kernel",)),
-    (step_linear_streamed_products_mlra, ("streamed_product_kernel",)),
 )
 
 
@@ -413,8 +409,8 @@ def compile_sample(name: str) -> list[str]:
                 step_released(compiler, "mlra_4, gated", sequences)
             for shape, sequences in (("mlra_4", 1), ("gla_2", 2), ("mla", 32), ("mlra_4, FP8 rows", 16)):
                 pages_released(compiler, shape, sequences)
-            compiler.only = "register_linear_kernel"
-            step_released(compiler, "mlra_4", 1, fp8=True)
+            for compiler.only in ("register_linear_kernel", "stream_linear_kernel"):
+                step_released(compiler, "mlra_4", 1, fp8=True)
             compiler.only = "absorb_kernel"
             step_released(compiler, "mlra_4, FP8 rows", 1)
             compiler.only = None

@@ -52,6 +52,8 @@ def test_kernels_compile_for_gpus_that_are_not_here(tmp_path):
             shared = int(line.partition(" bytes")[0].split()[-1])
             assert "matrix products" in line and shared > 50_000, line
     assert sum(" 8 bulk copies" in line for line in on_hopper) == 6, "gate and up, down, vocabulary; 1 and 2 sequences"
+    scaled = [line for line in on_hopper if "stream_linear_kernel" in line and "FP8 weights" in line]
+    assert len(scaled) == 1 and " 4 bulk copies" in scaled[0], "gate and up, in one box each for either warpgroup"
     assert sum("rows_kernel" in line and " 5 bulk copies" in line for line in on_hopper) == 3, "two latents"
     assert sum("rows_kernel" in line and "sample, pages" in line for line in on_hopper) == 4
     in_pages = [line.split()[1:3] for line in on_hopper if "sequences in pages" in line]

@@ -106,6 +106,23 @@ def test_linear_of_many_vectors(inner, sizes, vectors, dtype, monkeypatch):
             assert not machine.arrived.any()
 
 
+def test_plans_of_released_products():
+    """What was measured on one H200 for 3 to 16 vectors; ranks, more vectors, 8 bits and other GPUs go by the rule."""
+
+    def plan(rows, inner, width=16, multiprocessors=132, dtype=torch.bfloat16):
+        linear_map = LinearMap((torch.empty(rows, inner, dtype=dtype, device="meta"),))
+        chosen = step_linear_products_mlra.product_plan(linear_map, -(-rows // 64), width, multiprocessors)
+        return chosen["SPLITS"], chosen["STAGES"]
+
+    assert plan(3072, 9880) == (8, 4)
+    assert plan(4608, 1024) == (4, 3)
+    assert plan(3072, 3072) == (5, 3)
+    assert plan(3072, 4940) == (9, 3)
+    assert plan(2304, 1024) == plan(4608, 1024, width=32) == plan(4608, 1024, dtype=torch.float8_e4m3fn) == (2, 3)
+    assert plan(3072, 9880, width=32) == plan(3072, 9880, dtype=torch.float8_e4m3fn) == (11, 3)
+    assert plan(3072, 9880, multiprocessors=108) == (9, 3)
+
+
 def test_rows_in_several_chunks(monkeypatch):
     plan = {"ROWS": 8, "WIDTH": 8, "AHEAD": 2, "num_warps": 4}
     monkeypatch.setattr(step_linear_registers_mlra, "register_plan", lambda *_: dict(plan))
