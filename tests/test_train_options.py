@@ -52,12 +52,12 @@ def test_layers_and_loss_are_compiled_once_each(recompute, data, tmp_path, monke
     """Two graphs for all layers, micro-batches and chunks, the last of which is shorter; the plain run's losses."""
     monkeypatch.setattr(loss_mlra, "MAX_LOGITS_BYTES", 4 * MODEL["vocab_size"] * 50)  # 43, 43 and 42 of 128 tokens
     monkeypatch.setattr(training_model, "BACKEND", "aot_eager_decomp_partition")
-    monkeypatch.setattr(training_model.functorch_config, "activation_memory_budget", 1.0)  # put back afterwards
     changes = {"training__per_device_train_batch_size": 4}
     plain = run(data, tmp_path / "plain", **changes)
     torch.compiler.reset()
     counters.clear()
-    compiled = run(data, tmp_path / "compiled", compile_layers=True, recompute=recompute, **changes)
+    with training_model.functorch_config.patch(activation_memory_budget=1.0):  # put back afterwards
+        compiled = run(data, tmp_path / "compiled", compile_layers=True, recompute=recompute, **changes)
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
     assert losses(compiled) == pytest.approx(losses(plain), abs=LOSS_ATOL * 10)
     assert compiled["heldout"]["heldout"]["loss"] == pytest.approx(plain["heldout"]["heldout"]["loss"], abs=1e-4)
