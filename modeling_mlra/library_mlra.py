@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
-from transformers.utils.output_capturing import capture_outputs
 
 try:
     from transformers.modeling_utils import slice_logits_to_keep
@@ -29,8 +28,7 @@ except ImportError:  # transformers < 5.20
 CACHE_NAMES = ("cache", "past_key_values")
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
-
-RECORDERS = capture_outputs.__module__  # of the hooks by which the library collects outputs of layers
+RECORDERS = "transformers.utils.output_capturing"  # module of the hooks by which it collects outputs of layers
 
 
 def take_cache(kwargs: MutableMapping[str, Any]) -> Any:

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils import _python_dispatch
 
 from .cache_mlra import MLRACache, ordinary_tensors
 from .capture_mlra import Held, fingerprint, has_global_hooks, held_with, is_plain, modules_of
@@ -27,6 +27,8 @@ from .tensor_parallel_mlra import tensor_parallel_mesh
 
 MAX_STEPPED = 8  # caches of a model that keep launches, and a few megabytes of buffers each; the oldest go first
 STEPPED_DEVICES = ("cuda",)
+# What counts or traces operations; torch has no public name for it
+current_dispatch_mode = getattr(_python_dispatch, "_get_current_dispatch_mode", lambda: None)
 
 
 class Fused(NamedTuple):
@@ -116,7 +118,7 @@ def is_step(model: nn.Module, input_ids, attention_mask, position_ids, cache, in
         and labels is None
         and not is_recording(model, kwargs, "attentions")
         and model.config._attn_implementation != "eager"
-        and _get_current_dispatch_mode() is None  # which counts or traces operations
+        and current_dispatch_mode() is None
         and not torch.jit.is_tracing()
         and not (input_ids.is_cuda and torch.cuda.is_current_stream_capturing())
     )
