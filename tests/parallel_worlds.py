@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -204,6 +205,17 @@ def join_world(rank: int, size: int, out: Path, timeout: float = PATIENCE) -> No
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     store = distributed.FileStore(str(out / "store"), size)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+
+
+def wait(world, seconds: float) -> None:
+    """Wait until all ranks have ended; the first error of a rank is raised, ranks left after `seconds` are killed."""
+    end = time.monotonic() + seconds
+    try:
+        while not world.join(timeout=max(end - time.monotonic(), 0.1)):
+            assert time.monotonic() < end, f"ranks were still running after {seconds} s"
+    finally:
+        for process in world.processes:
+            process.kill()
 
 
 def compiled_difference(root: Path) -> float:

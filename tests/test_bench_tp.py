@@ -5,7 +5,6 @@ The ranks are processes that exchange through files, interpreted, as in `test_ex
 
 import json
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ from scripts.bench_tp_systems import OURS, System, base_of
 from scripts.bench_tp_times import measure_decode
 from tests.decode_inputs import DEVICE
 from tests.models import rms_ratio, tiny_config
-from tests.parallel_worlds import PATIENCE, SPLITTABLE, join_world
+from tests.parallel_worlds import PATIENCE, SPLITTABLE, join_world, wait
 from tests.test_exchange_worlds import shared_files
 from tests.tolerances import FUSED_FLOAT32_RATIO
 
@@ -76,13 +75,7 @@ def seen(tmp_path_factory) -> list[dict]:
     out = tmp_path_factory.mktemp("world")
     os.environ["OMP_NUM_THREADS"] = "1"
     world = torch.multiprocessing.start_processes(visit, (SIZE, out), nprocs=SIZE, join=False, start_method="spawn")
-    end = time.monotonic() + PATIENCE
-    try:
-        while not world.join(timeout=1):
-            assert time.monotonic() < end, f"ranks were still running after {PATIENCE} s"
-    finally:
-        for process in world.processes:
-            process.kill()
+    wait(world, PATIENCE)
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(SIZE)]
 
 

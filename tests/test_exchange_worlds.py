@@ -23,7 +23,7 @@ from modeling_mlra.tensor_parallel_mlra import tensor_parallel_mesh
 from tests.decode_inputs import DEVICE
 from tests.fused_checks import decode_two_tokens
 from tests.models import rms_ratio, tiny_config, tiny_model
-from tests.parallel_worlds import PATIENCE, SPLITTABLE, join_world, load
+from tests.parallel_worlds import PATIENCE, SPLITTABLE, join_world, load, wait
 from tests.tolerances import FUSED_FLOAT32_RATIO
 
 pytest.importorskip("triton")
@@ -154,13 +154,7 @@ def met(tmp_path_factory):
         world = torch.multiprocessing.start_processes(
             meet, (size, folder, out), nprocs=size, join=False, start_method="forkserver"
         )
-        end = time.monotonic() + PATIENCE
-        try:
-            while not world.join(timeout=1):
-                assert time.monotonic() < end, f"ranks were still running after {PATIENCE} s"
-        finally:
-            for process in world.processes:
-                process.kill()
+        wait(world, PATIENCE)
         seen[size] = [json.loads((out / f"{rank}.json").read_text()) for rank in range(size)]
     return seen
 

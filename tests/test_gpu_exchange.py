@@ -24,7 +24,7 @@ from modeling_mlra.peer_memory_mlra import exchange_of
 from modeling_mlra.step_device_mlra import machine_of
 from modeling_mlra.step_mlra import FusedStep
 from tests.models import random_ids, tiny_model
-from tests.parallel_worlds import SPLITTABLE, load
+from tests.parallel_worlds import SPLITTABLE, load, wait
 from tests.paths import REPOSITORY
 
 GPUS = torch.cuda.device_count()
@@ -192,13 +192,7 @@ def folder(tmp_path_factory) -> Path:
 def visited(request, folder, tmp_path_factory) -> list[dict]:
     """What every rank of a world has seen."""
     size, out = request.param, tmp_path_factory.mktemp(f"world{request.param}")
-    world, end = start(visit, size, folder, out), time.monotonic() + 200
-    try:
-        while not world.join(timeout=1):
-            assert time.monotonic() < end, "ranks were still running after 200 s"
-    finally:
-        for process in world.processes:
-            process.kill()
+    wait(start(visit, size, folder, out), 200)
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(size)]
 
 

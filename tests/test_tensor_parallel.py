@@ -40,6 +40,7 @@ from tests.parallel_worlds import (
     load,
     name_of,
     visit,
+    wait,
 )
 from tests.paths import REPOSITORY
 from tests.quantized import as_on_a_gpu, save_fp8
@@ -80,17 +81,6 @@ def start_world():
         )
 
     return start
-
-
-def wait(world, seconds: float) -> None:
-    """Wait until all ranks have ended; the first error of a rank is raised, ranks left after `seconds` are killed."""
-    end = time.monotonic() + seconds
-    try:
-        while not world.join(timeout=max(end - time.monotonic(), 0.1)):
-            assert time.monotonic() < end, f"ranks were still running after {seconds} s"
-    finally:
-        for process in world.processes:
-            process.kill()
 
 
 @pytest.fixture(scope="session")

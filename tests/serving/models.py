@@ -18,6 +18,14 @@ SIZES = {
     "vocab_size": 64,
     "tie_word_embeddings": False,  # else random weights repeat the last tokens
 }
+RELEASED = {  # widths of attention in the released mlra_4
+    "num_attention_heads": 24,
+    "q_lora_rank": 1024,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
 PREFIX = random_ids(70, seed=5).tolist()
 PROMPTS = [
     random_ids(1, seed=6).tolist(),

@@ -22,17 +22,12 @@ from vllm import LLM  # noqa: E402
 from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
 
 from tests.models import random_ids, tiny_model  # noqa: E402
-from tests.serving.models import ask, margins, tokens  # noqa: E402
+from tests.serving.models import RELEASED, ask, margins, tokens  # noqa: E402
 
-RELEASED = {
+SIZES = {
+    **RELEASED,
     "hidden_size": 1024,
     "intermediate_size": 2560,
-    "num_attention_heads": 24,
-    "q_lora_rank": 1024,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
     "max_position_embeddings": 2048,
     "vocab_size": 512,
     "tie_word_embeddings": False,
@@ -64,7 +59,7 @@ CASES = {
 
 def random_model(case: Case):
     """In float32, with the weights that vLLM has in bfloat16; scores spread enough that attention picks some rows."""
-    model = tiny_model(case.variant, attn_output_gate=case.gated, **RELEASED)
+    model = tiny_model(case.variant, attn_output_gate=case.gated, **SIZES)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

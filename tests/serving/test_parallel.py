@@ -3,16 +3,7 @@
 import pytest
 
 from tests.serving.conftest import CACHE_BYTES
-from tests.serving.models import ask, continuations, saved_model, tokens
-
-RELEASED = {
-    "num_attention_heads": 24,
-    "q_lora_rank": 1024,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-}
+from tests.serving.models import RELEASED, ask, continuations, saved_model, tokens
 
 
 @pytest.mark.parametrize("ranks, row", [(1, 576), (2, 320), (4, 192)])
